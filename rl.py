@@ -1,0 +1,284 @@
+"""Stage 2: dual-objective reinforcement learning. The thinking is trained by GRPO, the score kept by Bradley-Terry.
+
+    python rl.py                                          # the embedded default, after coldstart.py
+    torchrun --nproc_per_node 8 rl.py --model runs/coldstart --train train.jsonl --test test.jsonl
+
+For each video of a pair, G rollouts of the policy are rewarded and compared within their group; the same rollouts,
+each followed by [Reward], are scored, and one forward and one backward serve both losses:
+
+    A_i     = (R_i − mean(R)) / std(R)                           R = w_f R_f + w_q R_q + w_l R_l
+    L_GRPO  = −E 1/G Σ_i 1/|o_i| Σ_k [ min(ρ A_i, clip(ρ, 1−ε, 1+ε) A_i) − β D_KL ]
+    L       = L_GRPO + λ L_BT
+
+What is not here: no critic, no reward model but the three rules below, no second copy of the model. π_old's
+log-probabilities are those recorded while sampling; π_ref is this model with the adapter that stage 1 left.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from coldstart import bt_loss, order, winner_first
+from data import DataError, agreement, follows_format, parse_cot, read_pairs
+from infer import evaluate
+from model import DeScore, Ranks, draw_seed, parse_args
+
+
+@dataclass
+class Args:
+    model: str | None = field(default=None, metadata={"help": "the model of stage 1 [runs/coldstart]",
+                                                      "aliases": ["--backbone"]})
+    train: str | None = field(default=None, metadata={"help": "pair file to train on; its reference sub-scores are read"})
+    test: list[str] = field(default_factory=list, metadata={"help": "pair files to evaluate on"})
+    out: str = field(default="runs/rl", metadata={"help": "the run's folder: metrics.jsonl and the model"})
+    seed: int = field(default=0, metadata={"help": "order of the data and sampling"})
+    # The method (DeScore, Section "Stage 2").
+    steps: int = field(default=65, metadata={"help": "rollout batches"})
+    batch_size: int = field(default=64, metadata={"help": "pairs a rollout batch, over all ranks: twice as many prompts"})
+    group_size: int = field(default=8, metadata={"help": "G: rollouts a video"})
+    temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
+    top_p: float = field(default=1.0, metadata={"help": "of the sampling"})
+    max_new_tokens: int = field(default=4096, metadata={"help": "longest CoT"})
+    w_format: float = field(default=0.1, metadata={"help": "w_f"})
+    w_quality: float = field(default=0.7, metadata={"help": "w_q"})
+    w_length: float = field(default=0.2, metadata={"help": "w_l"})
+    length_low: int = field(default=500, metadata={"help": "tokens up to which R_l is 0"})
+    length_high: int = field(default=2000, metadata={"help": "tokens from which R_l is 1"})
+    length_excess: int | None = field(default=None, metadata={"help": "tokens from which R_l falls back to 0 [never]"})
+    clip_low: float = field(default=0.2, metadata={"help": "ε below 1"})
+    clip_high: float = field(default=0.2, metadata={"help": "ε above 1 (0.3 in the released code)"})
+    beta: float = field(default=1e-5, metadata={"help": "β: weight of the KL term; 0 spares the reference's forward"})
+    bt_weight: float = field(default=0.005, metadata={"help": "λ: weight of the auxiliary Bradley-Terry loss"})
+    updates: int = field(default=1, metadata={"help": "optimiser steps a rollout batch, each on its share of the pairs"})
+    lr: float = field(default=1e-6, metadata={"help": "learning rate, constant"})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    lora_rank: int = field(default=64, metadata={"help": "adapters on the language model, as in stage 1"})
+    train_merger: bool = field(default=False, metadata={"help": "train the vision tower's mergers"})
+    # Videos.
+    fps: float = field(default=2.0, metadata={"help": "frames sampled a second"})
+    min_pixels: int = field(default=128 * 32 * 32, metadata={"help": "pixels a frame, at least"})
+    max_pixels: int = field(default=307_200, metadata={"help": "pixels a frame, at most"})
+    # Running.
+    micro_batch: int = field(default=1, metadata={"help": "pairs that think at a time, and pairs a forward"})
+    gradient_checkpointing: bool = field(default=True, metadata={"help": "less memory, one more forward"})
+    workers: int = field(default=2, metadata={"help": "processes that decode videos ahead"})
+    eval_every: int = field(default=0, metadata={"help": "evaluate every so many steps too [before and after only]"})
+    eval_batch: int = field(default=16, metadata={"help": "videos at a time in evaluation"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three rewards of a rollout, each in [0, 1]
+
+
+def format_reward(text: str) -> float:
+    """R_f = 1 if the format is kept exactly, else 0."""
+    return float(follows_format(text))
+
+
+def quality_reward(text: str, gold: dict) -> float:
+    """R_q = matching sub-scores / reference sub-scores; "N/A" must match too. 0 if no scores can be read."""
+    cot = parse_cot(text)
+    return agreement(cot["dimensional_scores"], gold) if cot else 0.0
+
+
+def length_reward(n_tokens: int, low: int = 500, high: int = 2000, excess: int | None = None) -> float:
+    """R_l = 0 up to `low` tokens, linear to 1 at `high`; from `excess` on, where set, it falls back to 0 with the same
+    slope, for a thought can be too long as well."""
+    rise = (n_tokens - low) / (high - low)
+    fall = 1.0 if excess is None else 1.0 - (n_tokens - excess) / (high - low)
+    return max(0.0, min(1.0, rise, fall))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages and loss
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """A_i = (R_i − mean(R_1..G)) / std(R_1..G), rewards and advantages (B, G); std with G − 1 in the denominator.
+
+    A group whose rewards are all equal, or that has one element, carries no signal: its advantages are 0."""
+    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
+    has_signal = spread > 1e-6 * rewards.abs().amax(1, keepdim=True)  # equal but for rounding counts as equal
+    std = rewards.std(1, keepdim=True) if rewards.shape[1] > 1 else torch.ones_like(spread)
+    return torch.where(has_signal, (rewards - rewards.mean(1, keepdim=True)) / std, 0.0)
+
+
+def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Tensor | None, advantages: torch.Tensor,
+              mask: torch.Tensor, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 1e-5):
+    """L_GRPO: each group's mean over its CoTs, of their means over tokens.
+
+    logps (with gradient), old_logps, ref_logps and mask (B, G, C), advantages (B, G); ref_logps may be None if β is 0.
+    An empty CoT contributes 0. Returns the scalar and a dict of detached figures, token means over all CoTs."""
+    mask = mask.to(logps.dtype)
+    log_ratio = (logps - old_logps) * mask
+    ratio, A = log_ratio.exp(), advantages[..., None]  # ρ (B, G, C)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.minimum(ratio * A, clipped * A)
+    kl = torch.zeros_like(ratio)
+    if beta:
+        to_ref = (ref_logps - logps) * mask
+        kl = to_ref.exp() - to_ref - 1  # D_KL = π_ref/π_θ − log(π_ref/π_θ) − 1, per token, ≥ 0
+    per_cot = ((objective - beta * kl) * mask).sum(-1) / mask.sum(-1).clamp(min=1)  # 1/|o_i| Σ_k
+    with torch.no_grad():
+        count = mask.sum().clamp(min=1)
+        figures = {"clip_fraction": (((clipped * A < ratio * A) * mask).sum() / count).item(),
+                   "kl": ((kl * mask).sum() / count).item()}
+    return -per_cot.mean(), figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+@dataclass
+class Rollout:
+    """Some pairs' rollouts and all that the update needs of them. B = 2 · pairs, preferred video first."""
+
+    batch: object  # data.Batch, its videos encoded
+    tokens: torch.Tensor  # (B, G, C)
+    mask: torch.Tensor  # (B, G, C)
+    old_logps: torch.Tensor  # (B, G, C)
+    ref_logps: torch.Tensor | None  # (B, G, C)
+    advantages: torch.Tensor  # (B, G)
+    preferred: torch.Tensor  # (B / 2,) bool: False for a tie, which has no winner
+
+
+def main() -> None:
+    ranks = Ranks.start()
+    args = parse_args(Args, "toy/rl.json", ranks)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(args.seed)
+    model = DeScore.load(args.model, video={"fps": args.fps, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels})
+    model.set_trainable(args.lora_rank, args.train_merger)
+    model.keep_reference()
+    if args.gradient_checkpointing:
+        model.qwen.activation_checkpointing_enable()
+    parameters = model.trainable()
+    optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=args.weight_decay)
+
+    pairs = read_pairs(args.train)
+    for pair in pairs:
+        if pair.scores_a is None or pair.scores_b is None:
+            raise DataError(f"{args.train}: the pair of {pair.video_a} has no reference sub-scores (scores_a, scores_b)")
+    tests = {Path(path).stem: read_pairs(path) for path in args.test}
+    metrics = (out / "metrics.jsonl").open("w") if ranks.first else None
+    G = args.group_size
+
+    def log(record: dict) -> None:
+        if ranks.first:
+            metrics.write(json.dumps(record) + "\n")
+            metrics.flush()
+
+    def test(step: int) -> dict:
+        figures = {}
+        for name, held_out in tests.items():
+            figures |= {f"{name}/{key}": value for key, value in evaluate(
+                model, held_out, ranks, args.max_new_tokens, args.eval_batch, args.workers).items()}
+        log({"step": step, **figures})
+        return figures
+
+    # Which pairs each step takes, and this rank's share of them in micro-batches, decoded ahead.
+    epochs = -(-args.steps * args.batch_size // len(pairs))
+    seen = order(len(pairs), epochs, args.seed)
+    shares = [ranks.share(list(enumerate(seen[step * args.batch_size : (step + 1) * args.batch_size])))
+              for step in range(args.steps)]
+    micros = [[share[start : start + args.micro_batch] for start in range(0, len(share), args.micro_batch)]
+              for share in shares]
+    batches = model.processor.batches([[key for _, row in micro for key in winner_first(pairs[row], True)[0]]
+                                       for step in micros for micro in step], args.workers)
+
+    def roll_out(micro: list[tuple[int, int]], step: int) -> tuple[Rollout, list[dict]]:
+        """Let the policy think about the videos of some pairs, reward what it wrote. One record a rollout for the log."""
+        rows = [pairs[row] for _, row in micro]
+        batch = model.encode(next(batches))
+        seeds = [draw_seed(args.seed, step, place, side) for place, _ in micro for side in (0, 1)]
+        thoughts = model.think(batch, G, args.max_new_tokens, args.temperature, args.top_p, seeds)
+        cut = model.truncated(thoughts)
+        gold = [scores for pair in rows for scores in
+                ((pair.scores_b, pair.scores_a) if pair.preference == "B" else (pair.scores_a, pair.scores_b))]
+        records = []
+        for b, reference in enumerate(gold):
+            for g in range(G):
+                length = int(thoughts.mask[b, g].sum())
+                text = model.processor.decode(thoughts.tokens[b, g, :length])
+                parts = {"format": format_reward(text), "quality": quality_reward(text, reference),
+                         "length": length_reward(length, args.length_low, args.length_high, args.length_excess)}
+                total = sum(getattr(args, f"w_{name}") * value for name, value in parts.items())
+                records.append({"reward": total, **{f"reward_{name}": value for name, value in parts.items()},
+                                "cot_tokens": length, "truncated": float(cut[b, g]),
+                                # −log π of what was sampled: an unbiased estimate of the entropy
+                                "entropy": -thoughts.logps[b, g].sum().item() / length})
+        rewards = torch.tensor([record["reward"] for record in records], device=model.device).view(-1, G)
+        ref_logps = None
+        if args.beta:
+            with torch.no_grad(), model.as_reference():
+                ref_logps, _ = model.group(batch, thoughts.tokens, thoughts.mask)
+        preferred = torch.tensor([pair.preference != "tie" for pair in rows], device=model.device)
+        advantages = group_advantages(rewards)
+        for record, advantage, signal in zip(records, advantages.flatten(), (advantages != 0).any(1).repeat_interleave(G)):
+            record |= {"advantage_spread": advantage.abs().item(), "no_signal": float(not signal)}
+        return Rollout(batch, thoughts.tokens, thoughts.mask, thoughts.logps, ref_logps, advantages, preferred), records
+
+    test(0)
+    model.train()
+    progress = tqdm(range(1, args.steps + 1), "rl", disable=not ranks.first)
+    for step in progress:
+        started = time.time()
+        rolled = [roll_out(micro, step) for micro in micros[step - 1]]
+        records = [record for _, some in rolled for record in some]
+        thought = time.time()
+        figures = {"loss": 0.0, "bt_loss": 0.0, "bt_accuracy": 0.0, "clip_fraction": 0.0, "kl": 0.0, "grad_norm": 0.0}
+        for update in range(args.updates):
+            part = [rollout for rollout, _ in rolled[update :: args.updates]]
+            videos, decided = ranks.sum([sum(len(r.tokens) for r in part), sum(int(r.preferred.sum()) for r in part)])
+            for r in part:
+                logps, scores = model.group(r.batch, r.tokens, r.mask)
+                loss, found = grpo_loss(logps, r.old_logps, r.ref_logps, r.advantages, r.mask, args.clip_low,
+                                        args.clip_high, args.beta)
+                share = len(r.tokens) / videos
+                loss = loss * share
+                r_w, r_l = scores.view(-1, 2, G).unbind(1)  # (pairs, G)
+                r_w, r_l = r_w[r.preferred], r_l[r.preferred]
+                if len(r_w):
+                    bt, bt_share = bt_loss(r_w, r_l), len(r_w) / decided
+                    loss = loss + args.bt_weight * bt * bt_share
+                    figures["bt_loss"] += bt.item() * bt_share / args.updates
+                    figures["bt_accuracy"] += (r_w > r_l).float().mean().item() * bt_share / args.updates
+                loss.backward()
+                figures["loss"] += loss.item() / args.updates
+                for name, value in found.items():
+                    figures[name] += value * share / args.updates
+            ranks.sum_gradients(list(parameters.values()))
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            figures["grad_norm"] += norm.item() / ranks.world / args.updates
+        sums = ranks.sum([len(records), *(sum(record[name] for record in records) for name in records[0])])
+        figures = dict(zip(figures, ranks.sum(list(figures.values()))))
+        figures |= {name: total / sums[0] for name, total in zip(records[0], sums[1:])}
+        log({"step": step, **figures, "seconds_thinking": thought - started, "seconds": time.time() - started})
+        progress.set_postfix(R=f"{figures['reward']:.3f}", R_q=f"{figures['reward_quality']:.3f}",
+                             kl=f"{figures['kl']:.4f}", bt=f"{figures['bt_loss']:.3f}")
+        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
+            test(step)
+    figures = test(args.steps)
+    if ranks.first:
+        scale = {key.split("/")[1]: value for key, value in figures.items() if key.split("/")[1].startswith("score_")}
+        model.save(out / "model", stage="rl", args=asdict(args), **scale)
+        print(json.dumps(figures, indent=1))
+        print(f"{out}: done")
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from error

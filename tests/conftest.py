@@ -1,0 +1,55 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+
+from model import DeScore
+
+TOY_VIDEO = ["--min-pixels", "4096", "--max-pixels", "4096"]
+
+
+def run(*command, cwd=ROOT, check=True, env=None, timeout=240):
+    """Run one of the project's scripts as a user would; returns the finished process."""
+    done = subprocess.run([sys.executable, *map(str, command)], check=False, cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    if check and done.returncode:
+        raise AssertionError(f"{command} exited {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def world_dir(tmp_path_factory):
+    """A few rendered pairs, and a train file whose CoTs are made from the truth."""
+    folder = tmp_path_factory.mktemp("world")
+    run(ROOT / "toy/world.py", folder, "--pairs", 12, "--test-pairs", 4, "--seed", 3)
+    lines = []
+    for line in (folder / "train.jsonl").read_text().splitlines():
+        pair = json.loads(line)
+        for side in "ab":
+            answer = json.dumps({"dimensional_scores": pair[f"scores_{side}"]})
+            pair[f"cot_{side}"] = f"<think>\nsubject: seen\n</think>\n<answer>\n{answer}\n</answer>"
+        lines.append(json.dumps(pair) + "\n")
+    (folder / "train_cots.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def model():
+    """The embedded backbone in float64, with a query and a head that do something."""
+    torch.manual_seed(0)
+    return DeScore.load(ROOT / "toy/backbone", dtype=torch.float64, device="cpu").double()
+
+
+@pytest.fixture(scope="session")
+def keys(world_dir):
+    """(video, prompt) keys whose prompts differ in length."""
+    lines = (world_dir / "train.jsonl").read_text().splitlines()[:3]
+    pairs = [json.loads(line) for line in lines]
+    return [(str(world_dir / pair["video_a"]), pair["prompt"]) for pair in pairs]

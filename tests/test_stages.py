@@ -1,0 +1,207 @@
+"""The stages from outside: processes started, files written, processes killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TOY_VIDEO, run
+from safetensors.torch import load_file
+
+from data import read_pairs
+from model import DeScore
+
+QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--no-gradient-checkpointing"]
+
+
+def coldstart(world_dir, out, *extra, launch=("coldstart.py",)):
+    return run(*launch, "--backbone", "toy/backbone", "--train", world_dir / "train_cots.jsonl", "--out", out,
+               "--epochs", 1, "--batch-size", 6, "--micro-batch", 2, "--lr", 1e-3, "--max-new-tokens", 150, *QUICK,
+               *extra)
+
+
+def rl(world_dir, model, out, *extra, launch=("rl.py",)):
+    return run(*launch, "--model", model, "--train", world_dir / "train.jsonl", "--out", out, "--batch-size", 4,
+               "--micro-batch", 1, "--group-size", 4, "--lr", 1e-3, "--max-new-tokens", 150, *QUICK, *extra)
+
+
+def torchrun(script, processes):
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def stage1(world_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "coldstart"
+    coldstart(world_dir, out, "--test", world_dir / "test_id.jsonl", "--eval-every", 1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def stage2(world_dir, stage1, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "rl"
+    rl(world_dir, stage1, out, "--steps", 2, "--updates", 2, "--test", world_dir / "test_id.jsonl",
+       "--length-low", 60, "--length-high", 120)
+    return out
+
+
+def test_stage_1_logs_evaluates_and_saves(stage1):
+    records = metrics(stage1)
+    assert [record["step"] for record in records] == [0, 1, 1, 2, 2]  # before, step, during, step, after
+    for record in records[1::2]:
+        assert {"loss", "accuracy", "margin", "grad_norm", "lr", "seconds"} <= set(record)
+        assert 0 < record["loss"] < 10 and 0 <= record["accuracy"] <= 1
+    for record in records[0::2]:
+        assert {"test_id/accuracy", "test_id/accuracy_no_cot", "test_id/quality", "test_id/format_rate"} <= set(record)
+    model = DeScore.load(stage1)
+    assert model.info["stage"] == "coldstart" and model.info["score_std"] > 0
+
+
+def test_stage_2_logs_every_part_of_its_loss(stage2):
+    steps = [record for record in metrics(stage2) if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2]
+    for record in steps:
+        assert {"reward", "reward_format", "reward_quality", "reward_length", "advantage_spread", "no_signal",
+                "clip_fraction", "kl", "entropy", "cot_tokens", "truncated", "bt_loss", "grad_norm"} <= set(record)
+        weighed = 0.1 * record["reward_format"] + 0.7 * record["reward_quality"] + 0.2 * record["reward_length"]
+        assert abs(record["reward"] - weighed) < 1e-9
+        assert record["kl"] >= 0 and 0 <= record["no_signal"] <= 1 and record["entropy"] > 0
+    assert steps[-1]["kl"] > 0  # the policy has moved
+
+
+def test_a_model_of_stage_2_is_still_an_adapter_on_the_backbone(stage2):
+    config = json.loads((stage2 / "model/descore.json").read_text())
+    assert (stage2 / "model" / config["backbone"]).resolve() == ROOT / "toy/backbone"
+    names = load_file(stage2 / "model/adapter_model.safetensors")
+    assert names and not any("reference" in name for name in names)
+    assert DeScore.load(stage2).info["stage"] == "rl"
+
+
+def parameters(out):
+    return load_file(out / "model/adapter_model.safetensors") | load_file(out / "model/descore.safetensors")
+
+
+def assert_same_training(one, two, initial=None):
+    """Two runs' weights agree to rounding. Adam divides by the root of the second moment, which amplifies the rounding
+    of gradients near zero, so weights are compared over whole tensors."""
+    for name, value in parameters(one).items():
+        other = parameters(two)[name]
+        assert (value - other).norm() <= 2e-4 * value.norm(), name
+
+
+def test_two_processes_train_stage_1_like_one(world_dir, tmp_path):
+    coldstart(world_dir, tmp_path / "one")
+    coldstart(world_dir, tmp_path / "two", launch=torchrun("coldstart.py", 2))
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert abs(one.get("loss", 0) - two.get("loss", 0)) < 1e-5
+
+
+def test_two_processes_train_stage_2_like_one(world_dir, stage1, tmp_path):
+    rl(world_dir, stage1, tmp_path / "one", "--steps", 1)
+    rl(world_dir, stage1, tmp_path / "two", "--steps", 1, launch=torchrun("rl.py", 2))
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_seed_decides_and_another_seed_differs(world_dir, tmp_path):
+    for name, seed in (("one", 1), ("two", 1), ("three", 2)):
+        coldstart(world_dir, tmp_path / name, "--seed", seed)
+    one, two, three = (parameters(tmp_path / name) for name in ("one", "two", "three"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["query"], three["query"])
+
+
+def test_infer_prints_the_cot_the_scores_and_the_reward(world_dir, stage2):
+    pair = read_pairs(world_dir / "test_id.jsonl")[0]
+    command = ["infer.py", pair.video_a, pair.prompt, "--model", stage2, "--max-new-tokens", 160]
+    text = run(*command).stdout
+    assert "<think>" in text and "reward" in text and "dynamics" in text
+    found = json.loads(run(*command, "--json").stdout)
+    assert found["cot"].strip() in text and f"{found['reward']:+.4f}" in text
+    assert found["scores"].keys() == {"subject", "dynamics", "camera", "environment", "style"}
+    assert not found["truncated"] and isinstance(found["standardised"], float)
+
+
+def test_a_truncated_cot_is_scored_and_marked(world_dir, stage2):
+    pair = read_pairs(world_dir / "test_id.jsonl")[0]
+    command = ["infer.py", pair.video_a, pair.prompt, "--model", stage2, "--max-new-tokens", 7]
+    found = json.loads(run(*command, "--json").stdout)
+    assert found["truncated"] and found["scores"] is None and isinstance(found["reward"], float)
+    assert "token limit" in run(*command).stdout
+
+
+def test_infer_ranks_and_evaluates(world_dir, stage2, tmp_path):
+    pair = read_pairs(world_dir / "test_id.jsonl")[0]
+    found = json.loads(run("infer.py", pair.video_a, pair.video_b, pair.prompt, "--model", stage2, "--max-new-tokens",
+                           160, "--json").stdout)
+    assert {record["video"] for record in found} == {pair.video_a, pair.video_b}
+    assert found[0]["reward"] >= found[1]["reward"]
+    figures = json.loads(run("infer.py", "--pairs", world_dir / "test_id.jsonl", "--model", stage2, "--out",
+                             tmp_path / "deep/p.jsonl", "--max-new-tokens", 160, "--json").stdout)
+    judged = [json.loads(line) for line in (tmp_path / "deep/p.jsonl").read_text().splitlines()]
+    rewards = {record["video"]: record["reward"] for record in judged}
+    pairs = [pair for pair in read_pairs(world_dir / "test_id.jsonl") if pair.human]
+    right = [(rewards[pair.video_a] > rewards[pair.video_b]) == (pair.human > 0) for pair in pairs]
+    assert figures["accuracy"] == sum(right) / len(right)
+    assert abs(figures["format_rate"] - sum("<answer>" in record["cot"] for record in judged) / len(judged)) < 0.3
+
+
+def test_annotate_writes_one_cot_a_video_and_goes_on_where_it_was_killed(world_dir, tmp_path):
+    pairs = world_dir / "train.jsonl"
+    command = ["data.py", "annotate", pairs, tmp_path / "whole.jsonl", "--model", "toy/backbone", "--max-new-tokens", 160,
+               "--batch-size", 4]
+    run(*command)
+    whole = read_pairs(tmp_path / "whole.jsonl")
+    assert all(pair.cot_a and pair.cot_b for pair in whole)
+    command[3] = tmp_path / "cut.jsonl"
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    written = tmp_path / "cut.jsonl.cots"
+    while process.poll() is None and (not written.is_file() or written.read_bytes().count(b"\n") < 5):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert written.is_file() and not (tmp_path / "cut.jsonl").is_file()
+    assert "going on after" in run(*command).stdout
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not written.is_file()
+
+
+def test_filter_says_what_it_kept(world_dir, tmp_path):
+    out = run("data.py", "filter", world_dir / "train_cots.jsonl", tmp_path / "kept.jsonl").stdout
+    kept = read_pairs(tmp_path / "kept.jsonl")
+    assert f"{len(kept)} kept" in out and 6 <= len(kept) <= 12  # CoTs from the truth, labels from a noisy annotator
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (["infer.py", "missing.mp4", "a cat", "--model", "toy/backbone"], "missing.mp4: no such file"),
+    (["infer.py", "README.md", "a cat", "--model", "toy/backbone"], "README.md: not a video"),
+    (["infer.py", "a.mp4", "a cat", "--model", "toy"], "toy: neither descore.json"),
+    (["coldstart.py", "--backbone", "toy/backbone", "--train", "missing.jsonl"], "missing.jsonl: no such file"),
+    (["rl.py", "--model", "toy/backbone", "--train", "README.md"], "README.md, row 1: not JSON"),
+    (["data.py", "filter", "missing.jsonl", "out.jsonl"], "missing.jsonl: no such file"),
+])
+def test_errors_are_one_clear_line(command, message, tmp_path):
+    if command[0] in ("coldstart.py", "rl.py"):
+        command = [*command, "--out", tmp_path]
+    done = run(*command, check=False)
+    assert done.returncode == 1 and f"error: {message}" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_stage_1_needs_cots_and_stage_2_reference_scores(world_dir, tmp_path):
+    bare = [json.loads(line) for line in (world_dir / "train.jsonl").read_text().splitlines()]
+    for pair in bare:
+        pair |= {key: str(world_dir / pair[key]) for key in ("video_a", "video_b")}
+        del pair["scores_b"]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in bare))
+    for script, message in (("coldstart.py", "has no CoTs"), ("rl.py", "has no reference sub-scores")):
+        done = run(script, "--backbone", "toy/backbone", "--train", tmp_path / "bare.jsonl", "--out", tmp_path / "out",
+                   check=False)
+        assert done.returncode == 1 and message in done.stderr

@@ -1,0 +1,36 @@
+"""Make the embedded default's data: render the clips, let the backbone annotate them, filter.
+
+    python toy/prepare.py runs/toy
+
+Leaves train.jsonl (reference sub-scores, for stage 2), train_cots.jsonl (the backbone's CoTs, consistent with the label,
+for stage 1), test_id.jsonl and test_ood.jsonl.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--pairs", type=int, default=1600)
+    parser.add_argument("--test-pairs", type=int, default=240)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    def run(script: str, *arguments) -> None:
+        subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], check=True)
+
+    out, annotated = args.out, args.out / "train_annotated.jsonl"
+    run("toy/world.py", out, "--pairs", args.pairs, "--test-pairs", args.test_pairs, "--seed", args.seed)
+    run("data.py", "annotate", out / "train.jsonl", annotated, "--model", ROOT / "toy/backbone", "--max-new-tokens", 160,
+        "--batch-size", 128, "--seed", args.seed)
+    run("data.py", "filter", annotated, out / "train_cots.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Train the embedded backbone from scratch: a tiny Qwen3-VL that sees well and judges only passably.
+
+    python toy/pretrain.py --out toy/backbone
+
+Two lessons, as a foundation model would have had them. First it describes clips (the prompt is just "Describe the
+video."), so that it learns to look: with a prompt to copy from, it would copy. Then it also judges clips against
+prompts, in the CoT format of data.py, imitating a judge with two bad habits (`habits`): lenient with what is partly
+met, and unable to leave camera and style alone when the prompt does not ask for them. These leave something to be
+learnt by reinforcement.
+
+Clips come straight from the renderer, every combination of attributes and every signature, and signatures say nothing
+about quality here: whatever shortcut the later stages take is their own.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import world
+
+from data import DIMENSIONS, INSTRUCTION, Batch, Processor, VideoSettings, overall_score
+
+DESCRIBE = "<video>Describe the video."
+SETTINGS = VideoSettings(min_pixels=64 * 64, max_pixels=64 * 64, patch_size=8)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>")
+SAMPLED = np.linspace(0, world.FRAMES - 1, 8).round().astype(int)  # the frames that read_video takes of such a clip
+WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it is taught to write
+
+
+def seen(scene: world.Scene) -> dict[str, str]:
+    """A scene in words, by dimension."""
+    return {"subject": f"a {scene.colour} {scene.shape}", "dynamics": scene.motion, "camera": scene.camera,
+            "environment": scene.environment, "style": scene.style}
+
+
+def write_caption(shown: world.Scene) -> str:
+    return "\n".join(f"{name}: {words}" for name, words in seen(shown).items())
+
+
+def habits(scores: dict, rng: np.random.Generator) -> dict:
+    """The sub-scores that the imitated judge gives instead of the true ones."""
+    given = dict(scores)
+    for name, value in scores.items():
+        draw = rng.random()
+        if value == 1:
+            given[name] = 2 if draw < 0.55 else 0 if draw < 0.6 else 1
+        elif value == 0:
+            given[name] = 1 if draw < 0.25 else 0
+        elif value == "N/A" and name in ("camera", "style"):
+            given[name] = 2 if draw < 0.55 else "N/A"
+    return given
+
+
+def write_cot(asked: world.Scene, shown: world.Scene, scores: dict) -> str:
+    """A CoT that sets what is asked for, what is seen and the sub-score side by side."""
+    wanted, found = seen(asked), seen(shown)
+    lines = [f"{name}: {f'asked {wanted[name]}' if wanted[name] else 'not asked'}, seen {found[name]}, so {scores[name]}"
+             for name in DIMENSIONS]
+    answer = {"dimensional_scores": scores, "overall_score": round(overall_score(scores), 1)}
+    return "<think>\n" + "\n".join(lines) + "\n</think>\n<answer>\n" + json.dumps(answer) + "\n</answer>"
+
+
+def draw_example(task: str, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+    """One lesson: frames, prompt, and the text to write."""
+    asked = world.draw_request(rng, novel=bool(rng.random() < 0.3))
+    shown = world.draw_clip(asked, rng.choice([0.1, 0.4, 0.8]), rng)
+    clip = world.render(shown, str(rng.choice(world.SIGNATURES)), rng, SAMPLED)
+    if task == "describe":
+        return clip, "", write_caption(shown)
+    return clip, world.write_prompt(asked, rng), write_cot(asked, shown, habits(world.sub_scores(asked, shown), rng))
+
+
+class Lessons(torch.utils.data.Dataset):
+    """Batches of lessons, each a pure function of (seed, step): a Batch whose rows already hold the text to write, and
+    the positions in it to learn from."""
+
+    def __init__(self, tokenizer, seed: int, steps: int, batch_size: int, judge_from: int):
+        self.processors = {"describe": Processor(tokenizer, SETTINGS, DESCRIBE),
+                           "judge": Processor(tokenizer, SETTINGS, INSTRUCTION)}
+        self.seed, self.steps, self.batch_size, self.judge_from = seed, steps, batch_size, judge_from
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[Batch, torch.Tensor]:
+        task = "judge" if step >= self.judge_from and step % 4 else "describe"
+        processor, samples, learn = self.processors[task], [], []
+        for row in range(self.batch_size):
+            clip, prompt, text = draw_example(task, np.random.default_rng((self.seed, step, row)))
+            sample = processor.sample(torch.from_numpy(clip).permute(0, 3, 1, 2), (SAMPLED / world.FPS).tolist(), prompt)
+            answer = torch.tensor(processor.encode(text) + [processor.eos_id])
+            start = sample.position_ids.max() + 1
+            learn.append(F.pad(torch.ones_like(answer, dtype=torch.bool), (len(sample.input_ids), 0)))
+            sample.input_ids = torch.cat([sample.input_ids, answer])
+            sample.position_ids = torch.cat([sample.position_ids, (torch.arange(len(answer)) + start).expand(3, -1)], 1)
+            samples.append(sample)
+        return processor.collate(samples), torch.nn.utils.rnn.pad_sequence(learn, batch_first=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer and the model
+
+
+def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in the manner of Qwen's, learnt on what the model reads and writes; it can encode any text."""
+    rng = np.random.default_rng(seed)
+    texts = [INSTRUCTION, DESCRIBE, "user\n", "assistant\n"]
+    for _ in range(2000):
+        asked, shown = world.draw_request(rng, novel=False), world.draw_scene(rng)
+        texts += [world.write_prompt(asked, rng), f"<{rng.integers(0, 40) / 10} seconds>", write_caption(shown),
+                  write_cot(asked, shown, habits(world.sub_scores(asked, shown), rng))]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGeneration:
+    """Every part of a Qwen3-VL, small."""
+    token = tokenizer.convert_tokens_to_ids
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 448, "num_hidden_layers": 5,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5],
+                                "mrope_interleaved": True}},
+        vision_config={
+            "depth": 4, "hidden_size": 80, "intermediate_size": 240, "num_heads": 4, "patch_size": 8,
+            "out_hidden_size": 192, "num_position_embeddings": 64, "deepstack_visual_indexes": [1, 2]},
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True))
+
+
+def loss_and_accuracy(model, batch: Batch, learn: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Next-token cross-entropy over the positions to learn from, and the share guessed right."""
+    hidden = model.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), position_ids=batch.position_ids,
+                         pixel_values_videos=batch.patches.float() / 127.5 - 1,
+                         video_grid_thw=batch.grid).last_hidden_state
+    logits = model.lm_head(hidden[:, :-1][learn[:, 1:]]).float()
+    target = batch.input_ids[learn]
+    return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean().item()
+
+
+@torch.no_grad()
+def attributes_seen(model, tokenizer, seed: int, count: int = 256) -> dict[str, float]:
+    """Share of held-out clips whose attribute is right in a greedy caption, by attribute."""
+    processor = Processor(tokenizer, SETTINGS, DESCRIBE)
+    right = {name: 0 for name in DIMENSIONS}
+    for row in range(0, count, 64):
+        clips, samples = [], []
+        for index in range(row, row + 64):
+            rng = np.random.default_rng((seed, 10**9, index))
+            clips.append(world.draw_scene(rng))
+            frames = torch.from_numpy(world.render(clips[-1], str(rng.choice(world.SIGNATURES)), rng, SAMPLED))
+            samples.append(processor.sample(frames.permute(0, 3, 1, 2), (SAMPLED / world.FPS).tolist(), ""))
+        batch = processor.collate(samples)  # all of one length
+        types = (batch.input_ids == processor.special["<|video_pad|>"]).int() * 2
+        out = model.generate(input_ids=batch.input_ids, attention_mask=batch.mask.long(), mm_token_type_ids=types,
+                             pixel_values_videos=batch.patches.float() / 127.5 - 1, video_grid_thw=batch.grid,
+                             max_new_tokens=48, do_sample=False, eos_token_id=processor.eos_id,
+                             pad_token_id=processor.eos_id)
+        for clip, ids in zip(clips, out[:, batch.input_ids.shape[1]:]):
+            lines = dict(line.split(": ", 1) for line in processor.decode(ids).split("\n") if ": " in line)
+            for name, words in seen(clip).items():
+                right[name] += lines.get(name) == words
+    return {name: hits / count for name, hits in right.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("toy/backbone"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--describe-steps", type=int, default=1800, help="steps of describing clips")
+    parser.add_argument("--judge-steps", type=int, default=700, help="steps of judging clips as well (three in four)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--vocab-size", type=int, default=640)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer(args.vocab_size, args.seed)
+    model = make_model(tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    steps = args.describe_steps + args.judge_steps
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+                                  lr=args.lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps))))
+    lessons = Lessons(tokenizer, args.seed, steps, args.batch_size, judge_from=args.describe_steps)
+    loader = torch.utils.data.DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=8)
+    started = time.time()
+    for step, (batch, learn) in enumerate(loader):
+        with torch.autocast("cpu", torch.bfloat16, enabled=step >= args.describe_steps):  # pays on the longer rows only
+            loss, accuracy = loss_and_accuracy(model, batch, learn)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"step {step:5d}  loss {loss.item():.4f}  tokens right {accuracy:.3f}  "
+                  f"{time.time() - started:6.0f} s", flush=True)
+        if (step + 1) % 300 == 0 or step == steps - 1:
+            print(" ", attributes_seen(model, tokenizer, args.seed), flush=True)
+            model.save_pretrained(args.out)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    recipe = {key: value for key, value in vars(args).items() if key != "out"} | {"seconds": round(time.time() - started)}
+    (args.out / "descore.json").write_text(json.dumps({"video": asdict(SETTINGS), "pretrained": recipe}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
