@@ -3,23 +3,37 @@
 Everything a Qwen3-VL reads is made here, token for token and pixel for pixel as its own pipeline makes it (qwen-vl-utils
 0.0.14 and the processor of transformers 4.57), with no torchvision. Also a small command line:
 
-    python data.py annotate PAIRS OUT --model BACKBONE    # let a backbone write a CoT for every video
-    python data.py filter IN OUT                          # keep the pairs whose CoTs imply the human label
+    python data.py check PAIRS                            # open every video of a pair file, say what is broken
+    python data.py convert PAIRS OUT                      # any known pair format to our own
+    python data.py annotate PAIRS OUT --model BACKBONE    # let a model write a CoT for every video
+    python data.py filter PAIRS OUT                       # keep the pairs whose CoTs imply the human label
 """
 
 import argparse
+import ast
+import base64
+import csv
+import http.client
+import io
 import json
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator
+import struct
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import decord
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")
 PRIMARY = ("subject", "dynamics")  # weigh twice as much as the others
@@ -339,6 +353,7 @@ class Pair:
     scores_b: dict | None = None
     model_a: str | None = None  # which generator made the video
     model_b: str | None = None
+    problem: str | None = None  # the whole instruction, where a file of DeScore's release brings its own
 
     @property
     def human(self) -> int:
@@ -350,42 +365,174 @@ class Pair:
         return [(self.video_a, self.prompt), (self.video_b, self.prompt)]
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
-    """Read a pair file: one JSON object a line (README, "Pair files"). Raises DataError naming the file and the row."""
+class Pairs(list):
+    """The pairs of a file, and which of its rows were left out and why."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self.left_out = path, []  # [{"row": 3, "reason": "missing", "detail": "…"}]
+
+    def summary(self) -> str:
+        """How many pairs there are and how many rows were left out, with the first few by name."""
+        text = f"{self.path}: {len(self)} pairs"
+        for reason, count in Counter(row["reason"] for row in self.left_out).items():
+            named = [f"row {row['row']}{row['detail'] and ' ' + row['detail']}" for row in self.left_out
+                     if row["reason"] == reason]
+            text += f"; {count} left out, {reason}: " + ", ".join(named[:5]) + (", …" if count > 5 else "")
+        return text
+
+
+SIDES = {"A": "A", "B": "B", "same": "tie", "tie": "tie", "invalid": None}
+VOTES = {"leftvote": "A", "rightvote": "B", "tievote": "tie", "bothbad_vote": "tie"}
+LABELS = ("TA", "Overall")  # text alignment is what this method judges
+
+
+def read_pairs(path: str | Path, label: str | None = None, root: str | Path | None = None) -> Pairs:
+    """Read a pair file: our own JSON lines (README, "Pair files") or one of the CSV formats that video reward models
+    use, told apart by their columns: VideoAlign and VideoGen-RewardBench, GenAI-Bench, DeScore's stage 1, stage 2 and
+    evaluation. `label` names the column of the preference where there are several; by default TA, else Overall. Paths
+    are relative to `root`, by default the file's own folder.
+
+    Rows marked invalid and rows whose videos are missing are left out and listed. Raises DataError, naming the file and
+    the row, for anything that cannot be understood, a label outside the format's set included."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    pairs = []
-    for row, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    pairs = Pairs(path)
+    csv_columns = next(csv.reader(io.StringIO(text)), []) if not text.lstrip().startswith(("{", "[")) else []
+    rows = csv_records(text, csv_columns, path, label) if len(csv_columns) > 1 else json_records(text, path)
+    for row, record in rows:
+        if record["preference"] is None:
+            pairs.left_out.append({"row": row, "reason": "invalid", "detail": ""})
+            continue
+        pair = make_pair(record, path, row, Path(root or path.parent))
+        missing = [video for video in (pair.video_a, pair.video_b) if not Path(video).is_file()]
+        if missing:
+            pairs.left_out.append({"row": row, "reason": "missing", "detail": missing[0]})
+        else:
+            pairs.append(pair)
+    if not pairs:
+        raise DataError(f"{pairs.summary()}: nothing to work on")
+    return pairs
+
+
+def json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+    """The rows of our own format, one JSON object a line."""
+    for row, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, row {row}: not JSON ({error})") from error
-        pairs.append(make_pair(record, path, row))
-    if not pairs:
-        raise DataError(f"{path}: no pairs in it")
-    return pairs
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, row {row}: not a JSON object")
+        for key in ("prompt", "video_a", "video_b", "preference"):
+            if not isinstance(record.get(key), str) or not record[key].strip():
+                raise DataError(f"{path}, row {row}: {key!r} is missing or not a text")
+        yield row, record
 
 
-def make_pair(record: dict, path: Path, row: int) -> Pair:
-    """Check one record of a pair file and resolve its paths."""
-    if not isinstance(record, dict):
-        raise DataError(f"{path}, row {row}: not a JSON object")
-    for key in ("prompt", "video_a", "video_b", "preference"):
-        if not isinstance(record.get(key), str) or not record[key].strip():
-            raise DataError(f"{path}, row {row}: {key!r} is missing or not a text")
+def csv_records(text: str, columns: list[str], path: Path, label: str | None) -> Iterator[tuple[int, dict]]:
+    """The rows of a CSV file in the terms of our own format; preference None stands for a row marked invalid."""
+
+    def pick(labels: dict, value: str, row: int):
+        value = value.strip()
+        if value not in labels:
+            raise DataError(f"{path}, row {row}: the label is {value!r}, not one of {', '.join(labels)}")
+        return labels[value]
+
+    def two_videos(row: int, value: str) -> tuple[str, str]:
+        try:
+            videos = ast.literal_eval(value)
+            a, b = videos
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            a = None
+        if not isinstance(a, str) or not isinstance(b, str):
+            raise DataError(f"{path}, row {row}: videos is not a list of two paths: {value[:80]!r}")
+        return a, b
+
+    has = set(columns).issuperset
+    if has({"path_A", "path_B", "prompt"}):
+        column = label or next((name for name in LABELS if name in columns), None)
+        if column not in columns:
+            raise DataError(f"{path}: no label column {column or ' or '.join(LABELS)}; it has {', '.join(columns)}")
+
+        def convert(row, r):
+            return {"video_a": r["path_A"], "video_b": r["path_B"], "preference": pick(SIDES, r[column], row),
+                    "model_a": r.get("A_model"), "model_b": r.get("B_model")}
+    elif has({"left_model", "right_model", "vote_type", "prompt"}):
+        left, right = (next((name for name in (f"{side}_video_path", f"{side}_video") if name in columns), None)
+                       for side in ("left", "right"))
+        if not left or not right:
+            raise DataError(f"{path}: a GenAI-Bench file without left_video(_path) and right_video(_path)")
+
+        def convert(row, r):
+            return {"video_a": r[left], "video_b": r[right], "preference": pick(VOTES, r["vote_type"], row),
+                    "model_a": r["left_model"], "model_b": r["right_model"]}
+    elif has({"videos", "GSB"}):
+
+        def convert(row, r):
+            a, b = two_videos(row, r["videos"])
+            return {"video_a": a, "video_b": b, "preference": pick(SIDES, r["GSB"], row),
+                    "cot_a": r.get("CoT_A") or None, "cot_b": r.get("CoT_B") or None}
+    elif has({"videos", "answer"}) or has({"video_A", "video_B", "answer"}):
+
+        def convert(row, r):
+            a, b = two_videos(row, r["videos"]) if "videos" in columns else (r["video_A"], r["video_B"])
+            return {"video_a": a, "video_b": b} | release_answer(r["answer"], path, row)
+    else:
+        raise DataError(f"{path}: none of the pair formats has these columns: {', '.join(columns)[:300]}")
+    csv.field_size_limit(2**24)
+    for row, r in enumerate(csv.DictReader(io.StringIO(text)), 1):
+        if None in r.values() or None in r:
+            raise DataError(f"{path}, row {row}: not {len(columns)} columns")
+        record = convert(row, r)
+        yield row, record | {"prompt": r.get("prompt") or r.get("problem"), "problem": r.get("problem")}
+
+
+def release_answer(text: str, path: Path, row: int) -> dict:
+    """The label, and where it has them the sub-scores, of an `answer` in DeScore's release."""
+    if text.strip() in SIDES:
+        return {"preference": SIDES[text.strip()]}
+    try:
+        answer = json.loads(ANSWER.findall(text)[0] if "<answer>" in text else text)
+        result = str(answer["gsb_result"]).strip()
+    except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
+        result = text.strip()
+        if not result.startswith("Video"):
+            raise DataError(f"{path}, row {row}: the answer has no gsb_result: {text[:80]!r}") from error
+        answer = {}
+    sides = {"Video 1 is better": "A", "Video 2 is better": "B"} | SIDES
+    found = {"preference": sides.get(result, "tie")}
+    for key, name in (("scores_a", "video_1_scores"), ("scores_b", "video_2_scores")):
+        if name in answer:
+            scores = answer[name]
+            if isinstance(scores, dict) and "object" in scores:  # the paper's word for it
+                scores = {"subject" if dimension == "object" else dimension: v for dimension, v in scores.items()}
+            found[key] = scores
+    return found
+
+
+def make_pair(record: dict, path: Path, row: int, root: Path) -> Pair:
+    """Check one record and resolve its paths."""
+    for key in ("prompt", "video_a", "video_b"):
+        if not isinstance(record[key], str) or not record[key].strip():
+            raise DataError(f"{path}, row {row}: the {key} is empty")
     if record["preference"] not in ("A", "B", "tie"):
         raise DataError(f"{path}, row {row}: preference is {record['preference']!r}, not 'A', 'B' or 'tie'")
     for key in ("scores_a", "scores_b"):
         if record.get(key) is not None and not is_scores(record[key]):
             raise DataError(f"{path}, row {row}: {key} is not 0, 1, 2 or \"N/A\" for each of {', '.join(DIMENSIONS)}")
-    for key in ("cot_a", "cot_b", "model_a", "model_b"):
+    for key in ("cot_a", "cot_b", "model_a", "model_b", "problem"):
         if not isinstance(record.get(key), (str, type(None))):
             raise DataError(f"{path}, row {row}: {key} is not a text")
     known = {field.name: record.get(field.name) for field in fields(Pair)}
-    return Pair(**known | {key: str(path.parent / record[key]) for key in ("video_a", "video_b")})
+    return Pair(**known | {key: str(root / record[key]) for key in ("video_a", "video_b")})
 
 
 def write_pairs(path: str | Path, pairs: list[Pair]) -> None:
@@ -407,16 +554,13 @@ def write_pairs(path: str | Path, pairs: list[Pair]) -> None:
 # Annotation and the consistency filter
 
 
-def annotate(pairs_file: Path, out: Path, model_source: str, max_new_tokens: int, temperature: float, batch_size: int,
-             seed: int) -> None:
-    """Let a backbone write a CoT for every video of a pair file, each (video, prompt) once.
+def annotate(pairs_file: Path, out: Path, write: Callable[[list[tuple[str, str]], int], Iterator[str]],
+             batch_size: int, scores: bool = False) -> None:
+    """Write a CoT for every video of a pair file, each (video, prompt) once; with `scores` also the sub-scores that can
+    be read from it, as reference (pairs of which they can't be are left out and counted).
 
-    CoTs are appended to OUT.cots as they come; a run that was cut off goes on behind the last whole batch and ends with
-    the same file."""
-    from tqdm import tqdm
-
-    from model import DeScore
-
+    `write(keys, first)` yields the CoTs of the keys from the first-th on. They are appended to OUT.cots as they come; a
+    run that was cut off goes on behind the last whole batch and ends with the same file."""
     pairs = read_pairs(pairs_file)
     keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
     written = out.with_name(out.name + ".cots")
@@ -427,18 +571,100 @@ def annotate(pairs_file: Path, out: Path, model_source: str, max_new_tokens: int
     written.write_text("".join(lines), encoding="utf-8")
     if lines:
         print(f"{written}: going on after {len(lines)} of {len(keys)} videos")
-    model = DeScore.load(model_source)
-    judged = model.judge(keys, max_new_tokens, temperature, seed, batch_size, first=len(lines))
     with written.open("a", encoding="utf-8") as file:
-        for record in tqdm(judged, "annotate", total=len(keys), initial=len(lines), unit="video"):
-            lines.append(json.dumps(record["cot"], ensure_ascii=False) + "\n")
+        for cot in tqdm(write(keys, len(lines)), "annotate", total=len(keys), initial=len(lines), unit="video"):
+            lines.append(json.dumps(cot, ensure_ascii=False) + "\n")
             file.write(lines[-1])
             file.flush()
     cots = dict(zip(keys, map(json.loads, lines), strict=True))
     for pair in pairs:
         pair.cot_a, pair.cot_b = (cots[key] for key in pair.videos())
-    write_pairs(out, pairs)
+        if scores:
+            parsed = parse_cot(pair.cot_a), parse_cot(pair.cot_b)
+            pair.scores_a, pair.scores_b = (cot and cot["dimensional_scores"] for cot in parsed)
+    kept = [pair for pair in pairs if not scores or (pair.scores_a and pair.scores_b)]
+    write_pairs(out, kept)
+    print(f"{out}: {len(kept)} pairs, {len(keys)} videos annotated"
+          + (f"; {len(pairs) - len(kept)} left out, no scores can be read from a CoT" if len(kept) < len(pairs) else ""))
     written.unlink()
+
+
+class Api:
+    """Asks an OpenAI-compatible chat endpoint for CoTs, showing it the sampled frames as images.
+
+    A request that times out, is refused for load (HTTP 408, 409, 429, 5xx) or is answered with nonsense is sent again
+    after 1, 2, 4, … seconds, or when the server says; any other refusal, and the last failure, stop with DataError."""
+
+    def __init__(self, url: str, model: str, settings: VideoSettings, key: str | None = None, max_new_tokens: int = 4096,
+                 temperature: float = 1.0, parallel: int = 8, timeout: float = 120.0, retries: int = 6,
+                 first_wait: float = 1.0):
+        self.url, self.model, self.settings, self.key = url.rstrip("/") + "/chat/completions", model, settings, key
+        self.max_new_tokens, self.temperature, self.parallel = max_new_tokens, temperature, parallel
+        self.timeout, self.retries, self.first_wait = timeout, retries, first_wait
+
+    def __call__(self, keys: list[tuple[str, str]], first: int) -> Iterator[str]:
+        """The CoTs of the keys from the first-th on, in order; at most `parallel` requests are under way."""
+        with ThreadPoolExecutor(self.parallel) as pool:
+            waiting: deque[Future] = deque()
+            try:
+                for key in keys[first:]:
+                    waiting.append(pool.submit(self.ask, *key))
+                    if len(waiting) >= 2 * self.parallel:  # finished ones may wait for a slow one before them
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def ask(self, video: str, prompt: str) -> str:
+        frames, seconds = read_video(video, self.settings)
+        before, after = (text.replace("<prompt>", prompt) for text in INSTRUCTION.split("<video>"))
+        content = [{"type": "text", "text": before}] if before else []
+        for frame, second in zip(frames, seconds):
+            content += [{"type": "text", "text": f"<{second:.1f} seconds>"},
+                        {"type": "image_url", "image_url": {
+                            "url": "data:image/png;base64," + base64.b64encode(png(frame)).decode()}}]
+        body = {"model": self.model, "max_tokens": self.max_new_tokens, "temperature": self.temperature,
+                "messages": [{"role": "user", "content": [*content, {"type": "text", "text": after}]}]}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        wait, problem = self.first_wait, ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(wait)
+                wait = min(2 * wait, 60)
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                    text = json.load(answer)["choices"][0]["message"]["content"]
+                if isinstance(text, str) and text.strip():
+                    return text
+                problem = "an empty answer"
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code} {error.reason}"
+                if error.code not in (408, 409, 429) and error.code < 500:
+                    detail = error.read(300).decode(errors="replace")
+                    raise DataError(f"{self.url}: {problem} for {video}: {detail}") from error
+                if (error.headers.get("Retry-After") or "").isdigit():
+                    wait = max(wait, min(int(error.headers["Retry-After"]), 300))
+            except (OSError, http.client.HTTPException) as error:  # no connection, time-out, cut off
+                problem = str(error) or type(error).__name__
+            except (ValueError, LookupError, TypeError):
+                problem = "an answer that is no chat completion"
+        raise DataError(f"{self.url}: gave up on {video} after {self.retries + 1} attempts: {problem}")
+
+
+def png(frame: torch.Tensor) -> bytes:
+    """A frame (3, H, W) uint8 as a PNG file."""
+    _, height, width = frame.shape
+    rows = F.pad(frame.permute(1, 2, 0).reshape(height, width * 3), (1, 0))  # each row begins with its filter, 0: none
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.numpy().tobytes(), 6))
+            + chunk(b"IEND", b""))
 
 
 def consistent(pair: Pair) -> str:
@@ -454,29 +680,104 @@ def consistent(pair: Pair) -> str:
     return "the CoTs imply a tie" if implied == 0 else "the label is a tie" if pair.human == 0 else "the CoTs imply the other"
 
 
+def check(pairs_file: Path, settings: VideoSettings, label: str | None, root: Path | None) -> bool:
+    """Read a pair file whole, decode what would be sampled of every video, print a summary. False if any is broken."""
+    pairs = read_pairs(pairs_file, label, root)
+    print(pairs.summary())
+    print("labels: " + ", ".join(f"{count} {name}" for name, count in Counter(p.preference for p in pairs).most_common()))
+    broken, tokens, seconds, sizes = [], [], [], Counter()
+    for video in tqdm(sorted({video for pair in pairs for video, _ in pair.videos()}), "check", unit="video"):
+        try:
+            frames, times = read_video(video, settings)
+        except DataError as error:
+            broken.append(str(error))
+            continue
+        grid = patchify(frames, settings)[1]
+        tokens.append(math.prod(grid) // settings.merge_size**2)
+        seconds.append(times[-1])
+        sizes[f"{frames.shape[3]}x{frames.shape[2]}"] += 1
+    for name, values in (("video tokens", tokens), ("seconds", seconds)):
+        if values:
+            middle = sorted(values)[len(values) // 2]
+            print(f"{name} a video: {min(values):.0f} to {max(values):.0f}, median {middle:.0f}")
+    print("sizes at the model: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8)))
+    print(f"videos: {len(tokens)} read, {len(broken)} broken")
+    print("\n".join(broken))
+    return not broken and not any(row["reason"] == "missing" for row in pairs.left_out)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("annotate", help="let a backbone write a CoT for every video of a pair file")
-    sub.add_argument("pairs", type=Path)
-    sub.add_argument("out", type=Path)
-    sub.add_argument("--model", required=True, help="a Qwen3-VL or a saved DeScore, directory or hub id")
-    sub.add_argument("--max-new-tokens", type=int, default=4096)
+
+    def add(name: str, help: str, out: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("pairs", type=Path, help="a pair file of any known format")
+        if out:
+            sub.add_argument("out", type=Path, help="a file in our own format, JSON lines")
+        return sub
+
+    def add_format(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--label", help="the column of the preference, where there are several [TA, else Overall]")
+        sub.add_argument("--root", type=Path, help="folder that the file's paths are relative to [its own]")
+
+    def add_video(sub: argparse.ArgumentParser, max_pixels: int) -> None:
+        sub.add_argument("--fps", type=float, default=2.0, help="frames sampled a second")
+        sub.add_argument("--min-pixels", type=int, default=VideoSettings.min_pixels, help="pixels a frame, at least")
+        sub.add_argument("--max-pixels", type=int, default=max_pixels, help="pixels a frame, at most")
+
+    sub = add("annotate", "let a model write a CoT for every video of a pair file")
+    sub.add_argument("--model", help="a Qwen3-VL or a saved DeScore, directory or hub id")
+    sub.add_argument("--api", metavar="URL", help="an OpenAI-compatible endpoint instead, up to /v1")
+    sub.add_argument("--api-model", help="the model's name there")
+    sub.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key, if any")
+    sub.add_argument("--parallel", type=int, default=8, help="requests under way at a time")
+    sub.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take")
+    sub.add_argument("--retries", type=int, default=6, help="attempts after the first")
+    sub.add_argument("--scores", action="store_true", help="keep the sub-scores as reference, for stage 2")
+    sub.add_argument("--max-new-tokens", type=int, default=4096, help="longest CoT")
     sub.add_argument("--temperature", type=float, default=1.0)
     sub.add_argument("--batch-size", type=int, default=16, help="videos at a time")
     sub.add_argument("--seed", type=int, default=0)
-    sub = commands.add_parser("filter", help="keep the pairs whose two CoTs imply the human label")
-    sub.add_argument("pairs", type=Path)
-    sub.add_argument("out", type=Path)
+    add_video(sub, 307_200)
+    add("filter", "keep the pairs whose two CoTs imply the human label")
+    add_format(add("convert", "write any pair file in our own format"))
+    sub = add("check", "read a pair file whole, open every video, print a summary; exit code 1 if any is broken", out=False)
+    add_format(sub)
+    add_video(sub, 448 * 448)
     args = parser.parse_args()
     try:
-        if args.command == "annotate":
-            annotate(args.pairs, args.out, args.model, args.max_new_tokens, args.temperature, args.batch_size, args.seed)
-        else:
+        if args.command == "check":
+            settings = VideoSettings(fps=args.fps, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+            raise SystemExit(0 if check(args.pairs, settings, args.label, args.root) else 1)
+        if args.command == "convert":
+            pairs = read_pairs(args.pairs, args.label, args.root)
+            write_pairs(args.out, pairs)
+            print(f"{args.out}: from {pairs.summary()}")
+        elif args.command == "filter":
             pairs = read_pairs(args.pairs)
             verdicts = [consistent(pair) for pair in pairs]
             write_pairs(args.out, [pair for pair, verdict in zip(pairs, verdicts) if verdict == "kept"])
             print(f"{args.out}: " + ", ".join(f"{count} {verdict}" for verdict, count in Counter(verdicts).most_common()))
+        else:
+            if bool(args.model) == bool(args.api) or bool(args.api) != bool(args.api_model):
+                raise DataError("annotate needs --model, or --api and --api-model")
+            if args.api:
+                settings = VideoSettings(fps=args.fps, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+                write = Api(args.api, args.api_model, settings, os.environ.get(args.api_key_env), args.max_new_tokens,
+                            args.temperature, args.parallel, args.timeout, args.retries)
+                annotate(args.pairs, args.out, write, 1, args.scores)
+            else:
+                from model import (
+                    DeScore,  # the one place where data.py needs the model, and only as a command
+                )
+                model = DeScore.load(args.model)
+
+                def write(keys, first):
+                    for record in model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.batch_size, first):
+                        yield record["cot"]
+
+                annotate(args.pairs, args.out, write, args.batch_size, args.scores)
     except DataError as error:
         raise SystemExit(f"error: {error}") from error
 

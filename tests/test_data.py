@@ -147,6 +147,9 @@ def test_an_answer_may_be_fenced_or_bare():
 
 
 def test_pairs_survive_a_round_trip(tmp_path):
+    (tmp_path / "v").mkdir()
+    for name in "ab":
+        (tmp_path / f"v/{name}.mp4").write_bytes(b"x")
     pair = Pair("A \"cat\" 猫", str(tmp_path / "v/a.mp4"), str(tmp_path / "v/b.mp4"), "tie", cot_a="x\ny", scores_b={
         "subject": 2, "dynamics": 0, "camera": "N/A", "environment": 1, "style": 2})
     write_pairs(tmp_path / "deep/er/p.jsonl", [pair])
@@ -167,6 +170,8 @@ GOOD = {"prompt": "A cat.", "video_a": "a.mp4", "video_b": "b.mp4", "preference"
     (json.dumps(GOOD | {"scores_a": {"subject": 2}}), "row 2: scores_a"),
     (json.dumps(GOOD | {"cot_a": 5}), "row 2: cot_a is not a text")])
 def test_bad_rows_are_named(tmp_path, line, message):
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").write_bytes(b"x")
     (tmp_path / "pairs.jsonl").write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(DataError, match=rf"pairs\.jsonl, {message}"):
         read_pairs(tmp_path / "pairs.jsonl")

@@ -87,19 +87,20 @@ def draw_example(task: str, rng: np.random.Generator) -> tuple[np.ndarray, str, 
 
 
 class Lessons(torch.utils.data.Dataset):
-    """Batches of lessons, each a pure function of (seed, step): a Batch whose rows already hold the text to write, and
-    the positions in it to learn from."""
+    """Batches for one lesson, each a pure function of (seed, step): a Batch whose rows already hold the text to write,
+    and the positions in it to learn from."""
 
-    def __init__(self, tokenizer, seed: int, steps: int, batch_size: int, judge_from: int):
+    def __init__(self, tokenizer, lesson: str, steps: range, seed: int, batch_size: int):
         self.processors = {"describe": Processor(tokenizer, SETTINGS, DESCRIBE),
                            "judge": Processor(tokenizer, SETTINGS, INSTRUCTION)}
-        self.seed, self.steps, self.batch_size, self.judge_from = seed, steps, batch_size, judge_from
+        self.lesson, self.steps, self.seed, self.batch_size = lesson, steps, seed, batch_size
 
     def __len__(self) -> int:
-        return self.steps
+        return len(self.steps)
 
-    def __getitem__(self, step: int) -> tuple[Batch, torch.Tensor]:
-        task = "judge" if step >= self.judge_from and step % 4 else "describe"
+    def __getitem__(self, index: int) -> tuple[Batch, torch.Tensor]:
+        step = self.steps[index]
+        task = "judge" if self.lesson == "judge" and step % 4 else "describe"  # describing is not forgotten
         processor, samples, learn = self.processors[task], [], []
         for row in range(self.batch_size):
             clip, prompt, text = draw_example(task, np.random.default_rng((self.seed, step, row)))
@@ -156,8 +157,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGener
 
 
 def loss_and_accuracy(model, batch: Batch, learn: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Next-token cross-entropy over the positions to learn from, and the share guessed right."""
-    hidden = model.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), position_ids=batch.position_ids,
+    """Next-token cross-entropy over the positions to learn from, and the share guessed right. Padding stands on the right,
+    where nothing that counts can see it: no mask is needed."""
+    hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids,
                          pixel_values_videos=batch.patches.float() / 127.5 - 1,
                          video_grid_thw=batch.grid).last_hidden_state
     logits = model.lm_head(hidden[:, :-1][learn[:, 1:]]).float()
@@ -195,43 +197,51 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("toy/backbone"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--describe-steps", type=int, default=1800, help="steps of describing clips")
-    parser.add_argument("--judge-steps", type=int, default=700, help="steps of judging clips as well (three in four)")
+    parser.add_argument("--judge-steps", type=int, default=600, help="steps of judging clips as well (three in four)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--vocab-size", type=int, default=640)
+    parser.add_argument("--described", help="skip the first lesson: start from these weights, as it leaves them in --out")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(args.vocab_size, args.seed)
     model = make_model(tokenizer)
+    if args.described:
+        model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(args.described).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    steps = args.describe_steps + args.judge_steps
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps))))
-    lessons = Lessons(tokenizer, args.seed, steps, args.batch_size, judge_from=args.describe_steps)
-    loader = torch.utils.data.DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=8)
-    started = time.time()
-    for step, (batch, learn) in enumerate(loader):
-        with torch.autocast("cpu", torch.bfloat16, enabled=step >= args.describe_steps):  # pays on the longer rows only
+    started, first = time.time(), 0
+    # How far down its cosine the rate of a lesson goes: the first leaves off where the second can take over.
+    for lesson, steps, reach in (("describe", args.describe_steps, 0.72), ("judge", args.judge_steps, 1.0)):
+        lessons = Lessons(tokenizer, lesson, range(first, first + steps), args.seed, args.batch_size)
+        first += steps
+        if lesson == "describe" and args.described:
+            continue
+        model.model.visual.requires_grad_(lesson == "describe")  # it has learnt to see; half the time is saved
+        decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+        rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+                                      lr=args.lr, betas=(0.9, 0.98))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step, steps=steps, reach=reach: min(
+                (step + 1) / 100, 0.02 + 0.49 * (1 + math.cos(math.pi * reach * step / steps))))
+        loader = torch.utils.data.DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=8)
+        for step, (batch, learn) in enumerate(loader, 1):
             loss, accuracy = loss_and_accuracy(model, batch, learn)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"step {step:5d}  loss {loss.item():.4f}  tokens right {accuracy:.3f}  "
-                  f"{time.time() - started:6.0f} s", flush=True)
-        if (step + 1) % 300 == 0 or step == steps - 1:
-            print(" ", attributes_seen(model, tokenizer, args.seed), flush=True)
-            model.save_pretrained(args.out)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            if step % 50 == 1 or step == steps:
+                print(f"{lesson} {step:5d}  loss {loss.item():.4f}  tokens right {accuracy:.3f}  "
+                      f"{time.time() - started:6.0f} s", flush=True)
+            if step % 300 == 0 or step == steps:
+                print(" ", attributes_seen(model, tokenizer, args.seed), flush=True)
+        model.save_pretrained(args.out)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    recipe = {key: value for key, value in vars(args).items() if key != "out"} | {"seconds": round(time.time() - started)}
+    recipe = {key: value for key, value in vars(args).items() if key not in ("out", "described")} | {"seconds": round(time.time() - started)}
     (args.out / "descore.json").write_text(json.dumps({"video": asdict(SETTINGS), "pretrained": recipe}, indent=1) + "\n")
 
 
