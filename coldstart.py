@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DataError, Pair, read_pairs
+from data import DataError, Pair, Skipped, read_pairs
 from infer import evaluate
 from model import DeScore, Ranks, draw_seed, parse_args
 
@@ -30,6 +30,9 @@ class Args:
                                                          "aliases": ["--model"]})
     train: str | None = field(default=None, metadata={"help": "pair file to train on; its CoTs are read"})
     test: list[str] = field(default_factory=list, metadata={"help": "pair files to evaluate on"})
+    label: str | None = field(default=None, metadata={"help": "their column of the preference [TA, else Overall]"})
+    root: str | None = field(default=None, metadata={"help": "folder that their paths are relative to [each file's own]"})
+    max_skipped: float = field(default=0.01, metadata={"help": "share of the pairs whose videos may be unreadable"})
     out: str = field(default="runs/coldstart", metadata={"help": "the run's folder: metrics.jsonl and the model"})
     seed: int = field(default=0, metadata={"help": "order of the data, masking, initial query and head"})
     # The method (DeScore, Section "Stage 1"; learning rate and p from the released code).
@@ -102,7 +105,11 @@ def main() -> None:
     optimizer = torch.optim.AdamW([{"params": own, "lr": args.head_lr or args.lr}, {"params": rest}], lr=args.lr,
                                   weight_decay=args.weight_decay)
 
-    pairs = [pair for pair in read_pairs(args.train) if pair.preference != "tie"]  # a tie has no winner
+    data = read_pairs(args.train, args.label, args.root)
+    skipped = Skipped(out / "skipped.jsonl", data, args.max_skipped, write=ranks.first)
+    pairs = [pair for pair in data if pair.preference != "tie"]  # a tie has no winner
+    if ranks.first:
+        print(f"{data.summary()}; {len(data) - len(pairs)} ties, which have no winner, are not used")
     for pair in pairs:
         if pair.cot_a is None or pair.cot_b is None:
             raise DataError(f"{args.train}: the pair of {pair.video_a} has no CoTs; `python data.py annotate` writes them")
@@ -110,7 +117,7 @@ def main() -> None:
     steps = [seen[start : start + args.batch_size] for start in range(0, len(seen), args.batch_size)]
     warmup = max(1, round(args.warmup * len(steps)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
-    tests = {Path(path).stem: read_pairs(path) for path in args.test}
+    tests = {Path(path).stem: read_pairs(path, args.label, args.root) for path in args.test}
     metrics = (out / "metrics.jsonl").open("w") if ranks.first else None
 
     def log(record: dict) -> None:
@@ -132,21 +139,25 @@ def main() -> None:
         share = ranks.share(list(zip(rows, mask_pairs(len(rows), args.mask_p, args.seed, step))))
         micros.append([[winner_first(pairs[row], masked) for row, masked in share[start : start + args.micro_batch]]
                        for start in range(0, len(share), args.micro_batch)])
-    batches = model.processor.batches([[key for keys, _ in micro for key in keys] for step in micros for micro in step],
-                                      args.workers)
+    batches = model.processor.batches([[keys for keys, _ in micro] for step in micros for micro in step], args.workers)
     test(0)
     model.train()
     progress = tqdm(steps, "coldstart", disable=not ranks.first)
     for step, rows in enumerate(progress, 1):
         started, loss_sum, right, margin = time.time(), 0.0, 0.0, 0.0
-        for micro in micros[step - 1]:
-            rewards = model.score(next(batches), [cot for _, cots in micro for cot in cots])
+        ready = [(micro, *next(batches)) for micro in micros[step - 1]]
+        skipped.add(ranks.gather_all([record for _, _, _, bad in ready for record in bad]))
+        (count,) = ranks.sum([float(sum(len(kept) for _, _, kept, _ in ready))])  # pairs in the global batch
+        for micro, batch, kept, _ in ready:
+            if not kept:
+                continue
+            rewards = model.score(batch, [cot for i in kept for cot in micro[i][1]])
             r_w, r_l = rewards.view(-1, 2).unbind(1)
-            loss = bt_loss(r_w, r_l) * len(micro) / len(rows)
+            loss = bt_loss(r_w, r_l) * len(kept) / count
             loss.backward()
             loss_sum += loss.item()
-            right += (r_w > r_l).sum().item() / len(rows)
-            margin += (r_w - r_l).sum().item() / len(rows)
+            right += (r_w > r_l).sum().item() / count
+            margin += (r_w - r_l).sum().item() / count
         ranks.sum_gradients(list(parameters.values()))
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm)
         optimizer.step()

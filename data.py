@@ -178,8 +178,10 @@ class Processor:
 
     Text from users never becomes a special token: a prompt that holds "<|im_end|>" is just those characters."""
 
-    def __init__(self, tokenizer, settings: VideoSettings = VideoSettings(), instruction: str = INSTRUCTION):
-        if instruction.count("<video>") != 1:
+    def __init__(self, tokenizer, settings: VideoSettings = VideoSettings(), instruction: str | None = INSTRUCTION):
+        """instruction: a text with <video> and <prompt> in it; None where each prompt is itself a whole instruction, the
+        video at its <video>, else before it."""
+        if instruction is not None and (instruction.count("<video>") != 1 or "<prompt>" not in instruction):
             raise DataError("the instruction must hold <video> exactly once, and <prompt> where the prompt belongs")
         self.tokenizer, self.settings, self.instruction = tokenizer, settings, instruction
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
@@ -198,16 +200,22 @@ class Processor:
         return self.tokenizer.decode(ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids,
                                      skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def __call__(self, video: str | Path, prompt: str) -> Sample:
-        """Read a video file (see `read_video`) and put it into the instruction with its prompt."""
-        return self.sample(*read_video(video, self.settings), prompt)
+    def __call__(self, video: str | Path, prompt: str, within_turn: str | None = None) -> Sample:
+        """Read a video file (see `read_video`) and put it into the instruction with its prompt (see `sample`)."""
+        return self.sample(*read_video(video, self.settings), prompt, within_turn)
 
-    def sample(self, frames: torch.Tensor, seconds: list[float], prompt: str) -> Sample:
-        """Frames (T, 3, H, W) uint8 and the second of each, as `read_video` returns them, with their prompt."""
+    def sample(self, frames: torch.Tensor, seconds: list[float], prompt: str, within_turn: str | None = None) -> Sample:
+        """Frames (T, 3, H, W) uint8 and the second of each, as `read_video` returns them, with their prompt: the user's
+        turn and the beginning of the assistant's. With `within_turn`, a CoT, the turn stays the user's and holds it,
+        the layout in which DeScore's release scores."""
         patches, grid = patchify(frames, self.settings)
-        before, after = (text.replace("<prompt>", prompt) for text in self.instruction.split("<video>"))
+        if self.instruction is None:
+            before, after = prompt.split("<video>") if prompt.count("<video>") == 1 else ("", prompt)
+        else:
+            before, after = (text.replace("<prompt>", prompt) for text in self.instruction.split("<video>"))
         start, end = self.special["<|im_start|>"], self.special["<|im_end|>"]
-        parts = [start, "user\n" + before, *self.video_parts(grid, seconds), after, end, "\n", start, "assistant\n"]
+        rest = [end, "\n", start, "assistant\n"] if within_turn is None else [within_turn]
+        parts = [start, "user\n" + before, *self.video_parts(grid, seconds), after, *rest]
         return Sample(*self.layout(parts, grid), patches, grid)
 
     def video_parts(self, grid: tuple[int, int, int], seconds: list[float]) -> list[str | int]:
@@ -253,15 +261,27 @@ class Processor:
             grid=torch.tensor([s.grid for s in samples]),
         )
 
-    def batches(self, groups: list[list[tuple[str, str]]], workers: int = 0) -> Iterator[Batch]:
-        """One Batch for each group of (video, prompt) keys, in order. With workers, other processes decode ahead."""
+    def batches(self, groups: list[list[list[tuple[str, str]]]], workers: int = 0
+                ) -> Iterator[tuple[Batch | None, list[int], list[dict]]]:
+        """One Batch for each group, in order. With workers, other processes decode ahead.
+
+        A group is a list of units, such as pairs, and a unit a list of (video, prompt) keys that stand or fall together:
+        if a video cannot be read its unit is left out. Yields the batch (None if nothing is left), which units are in
+        it, and for each that is not its keys and what was wrong."""
 
         class Groups(torch.utils.data.Dataset):
             def __len__(_):
                 return len(groups)
 
             def __getitem__(_, index):
-                return self.collate([self(video, prompt) for video, prompt in groups[index]])
+                samples, kept, bad = [], [], []
+                for i, unit in enumerate(groups[index]):
+                    try:
+                        samples += [self(video, prompt) for video, prompt in unit]
+                        kept.append(i)
+                    except DataError as error:
+                        bad.append({"videos": [video for video, _ in unit], "error": str(error)})
+                return self.collate(samples) if samples else None, kept, bad
 
         return iter(torch.utils.data.DataLoader(Groups(), batch_size=None, num_workers=workers))
 
@@ -380,6 +400,29 @@ class Pairs(list):
                      if row["reason"] == reason]
             text += f"; {count} left out, {reason}: " + ", ".join(named[:5]) + (", …" if count > 5 else "")
         return text
+
+
+class Skipped:
+    """The pairs that training leaves out because a video cannot be read: listed in a file, and bounded."""
+
+    def __init__(self, path: Path, pairs: Pairs, limit: float, write: bool = True):
+        """limit: the largest share of the file's pairs that may be left out, those with missing videos included."""
+        self.path, self.write, self.count, self.limit = path, write, 0, limit
+        missing = [row for row in pairs.left_out if row["reason"] == "missing"]
+        self.total = len(pairs) + len(missing)
+        if write:
+            path.write_text("")
+        self.add([{"row": row["row"], "videos": [row["detail"]], "error": "missing"} for row in missing])
+
+    def add(self, bad: list[dict]) -> None:
+        """List some more. Raises DataError past the limit."""
+        if self.write:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in bad)
+        self.count += len(bad)
+        if self.count > self.limit * self.total:
+            raise DataError(f"{self.count} of {self.total} pairs have videos that cannot be read, more than --max-skipped "
+                            f"{self.limit:g} allows; they are listed in {self.path}. The last: {bad[-1]['error']}")
 
 
 SIDES = {"A": "A", "B": "B", "same": "tie", "tie": "tie", "invalid": None}

@@ -8,12 +8,14 @@
 import argparse
 import json
 import statistics
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import DIMENSIONS, DataError, Pair, agreement, follows_format, parse_cot, read_pairs
+from data import DIMENSIONS, DataError, Pair, Processor, agreement, follows_format, parse_cot, read_pairs
 from model import DeScore, Ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,25 +97,34 @@ def standardised(model: DeScore, reward: float) -> float | None:
 
 def describe(model: DeScore, record: dict) -> dict:
     """What is known of one judged video, as infer.py --json prints it."""
+    if "cot" not in record:
+        reward = record["reward_no_cot"]
+        return {"video": record["video"], "prompt": record["prompt"], "reward": reward, "cot": None}
     cot = parse_cot(record["cot"])
-    return {"video": record["video"], "prompt": record["prompt"], "reward": record["reward"],
-            "standardised": standardised(model, record["reward"]), "truncated": record["truncated"],
-            "format_ok": follows_format(record["cot"]), "scores": cot and cot["dimensional_scores"],
-            "overall_score": cot and cot["overall_score"], "cot": record["cot"]}
+    return record | {"standardised": standardised(model, record["reward"]), "format_ok": follows_format(record["cot"]),
+                     "scores": cot and cot["dimensional_scores"], "overall_score": cot and cot["overall_score"]}
+
+
+def show_reward(found: dict) -> str:
+    text = f"{found['reward']:+.4f}"
+    if "reward_std" in found:
+        text += f" ± {found['reward_std']:.4f}"
+    z = found.get("standardised")
+    return text + (f"   ({z:+.2f} standard deviations from the mean)" if z is not None else "")
 
 
 def show(found: dict) -> str:
     """The same for a reader: the CoT, a table of sub-scores, the reward."""
-    lines = [found["cot"].strip(), ""]
-    if found["truncated"]:
-        lines.append("(the CoT ran into the token limit and was scored as it stands)")
-    if found["scores"]:
-        lines += [f"{name:<12} {found['scores'][name]}" for name in DIMENSIONS]
-    else:
-        lines.append("(no sub-scores can be read from this CoT)")
-    z = found["standardised"]
-    lines.append(f"{'reward':<12} {found['reward']:+.4f}" + (f"   ({z:+.2f} standard deviations)" if z is not None else ""))
-    return "\n".join(lines)
+    lines = []
+    if found["cot"] is not None:
+        lines = [found["cot"].strip(), ""]
+        if found["truncated"]:
+            lines.append("(the CoT ran into the token limit and was scored as it stands)")
+        if found["scores"]:
+            lines += [f"{name:<12} {found['scores'][name]}" for name in DIMENSIONS]
+        else:
+            lines.append("(no sub-scores can be read from this CoT)")
+    return "\n".join([*lines, f"{'reward':<12} {show_reward(found)}"])
 
 
 def default_model() -> str:
@@ -124,14 +135,91 @@ def default_model() -> str:
     raise DataError("no model in runs/: run `torchrun coldstart.py` and `torchrun rl.py` first, or pass --model")
 
 
+def confidence(human: torch.Tensor, margin: torch.Tensor, accuracy, draws: int = 1000) -> tuple[float, float]:
+    """The bootstrap's 95 % interval of an accuracy: pairs drawn with replacement, 2.5th and 97.5th percentile."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(draws):
+        index = torch.randint(len(human), (len(human),), generator=generator)
+        found.append(accuracy(human[index], margin[index]))
+    return tuple(torch.tensor(found, dtype=torch.double).nanquantile(torch.tensor([0.025, 0.975]).double()).tolist())
+
+
+def report(pairs: list[Pair], judged: dict[tuple[str, str], dict]) -> dict:
+    """`measure`, with an interval for each accuracy, and a row for each pair of generators that the file names."""
+    figures = {"pairs": len(pairs), **measure(pairs, judged), "intervals": {}, "generators": {}}
+    human = torch.tensor([pair.human for pair in pairs])
+    by_models: dict[str, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        if pair.model_a and pair.model_b:
+            by_models.setdefault(" / ".join(sorted((pair.model_a, pair.model_b))), []).append(i)
+    for field, suffix in (("reward", ""), ("reward_no_cot", "_no_cot")):
+        if "accuracy" + suffix not in figures:
+            continue
+        margin = torch.tensor([judged[a][field] - judged[b][field] for a, b in map(Pair.videos, pairs)]).double()
+        for name, accuracy in (("accuracy", accuracy_without_ties), ("accuracy_ties", accuracy_with_ties)):
+            figures["intervals"][name + suffix] = confidence(human, margin, accuracy)
+            for models, rows in sorted(by_models.items()):
+                row = figures["generators"].setdefault(models, {"pairs": len(rows)})
+                row[name + suffix] = accuracy(human[rows], margin[rows])
+    return figures
+
+
+def show_report(figures: dict) -> str:
+    lines = [f"{'pairs':<24} {figures['pairs']}"]
+    for name, value in figures.items():
+        if isinstance(value, float):
+            low, high = figures["intervals"].get(name, (None, None))
+            lines.append(f"{name:<24} {value:.4f}" + (f"   [{low:.4f}, {high:.4f}]" if low is not None else ""))
+    for models, row in figures["generators"].items():
+        lines.append(f"{models}: " + ", ".join(f"{value} pairs" if name == "pairs" else f"{name} {value:.4f}"
+                                              for name, value in row.items()))
+    return "\n".join(lines)
+
+
+def judge_pairs(model: DeScore, pairs: list[Pair], args: argparse.Namespace) -> dict[tuple[str, str], dict]:
+    """Judge each (video, prompt) of the pairs once. With --out, judgements are appended line by line; a run that was cut
+    off goes on behind the last whole batch."""
+    keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
+    done: list[dict] = []
+    if args.out and args.out.is_file():
+        lines = [line for line in args.out.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        done = [json.loads(line) for line in lines]
+        if len(done) < len(keys):
+            done = done[: len(done) // args.batch_size * args.batch_size]
+        if [(record["video"], record["prompt"]) for record in done] != keys[: len(done)]:
+            raise DataError(f"{args.out}: holds judgements of other videos; remove it or choose another --out")
+        print(f"{args.out}: {len(done)} of {len(keys)} videos are judged already", file=sys.stderr)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("".join(json.dumps(record) + "\n" for record in done), encoding="utf-8")
+    with args.out.open("a", encoding="utf-8") if args.out else nullcontext() as file:
+        judged = model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.batch_size, len(done),
+                             args.samples, think=args.cot == "on", without_cot=True, workers=args.workers)
+        for record in tqdm(judged, "judge", total=len(keys), initial=len(done), unit="video"):
+            done.append(record)
+            if file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+    return dict(zip(keys, done, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="VIDEO … PROMPT", help="one video or several, then their prompt")
     parser.add_argument("--model", help="a saved model or a run's folder [runs/rl, else runs/coldstart]")
-    parser.add_argument("--pairs", help="a pair file to evaluate on instead")
+    parser.add_argument("--pairs", help="a pair file of any known format to evaluate on instead")
+    parser.add_argument("--label", help="with --pairs: the column of the preference, where there are several")
+    parser.add_argument("--root", help="with --pairs: the folder that the file's paths are relative to [its own]")
     parser.add_argument("--out", type=Path, help="with --pairs: a file for the judgements, one JSON object a video")
+    parser.add_argument("--cot", choices=("on", "off"), default="on", help="off: score without thinking")
+    parser.add_argument("--samples", type=int, default=1, help="CoTs a video, their rewards averaged (needs a temperature)")
+    parser.add_argument("--instruction", help="a file with <video> and <prompt> in it [the model's own]; with --pairs, "
+                                              "problem: the file's own column of that name")
+    parser.add_argument("--scoring-layout", choices=("ours", "release"),
+                        help="release: score in a second user turn, as the authors' models expect [the model's own]")
     parser.add_argument("--max-new-tokens", type=int, default=4096, help="longest CoT")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token at each step")
+    parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest token [0; with --samples 1]")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling at a temperature above 0")
     parser.add_argument("--batch-size", type=int, default=16, help="videos at a time")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode videos ahead")
@@ -139,28 +227,35 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.pairs) == bool(args.inputs) or len(args.inputs) == 1:
         parser.error("give videos and their prompt, or --pairs FILE")
+    if args.temperature is None:
+        args.temperature = 0.0 if args.samples == 1 else 1.0
     model = DeScore.load(args.model or default_model())
-    keys = [(video, args.inputs[-1]) for video in args.inputs[:-1]]
+    if args.scoring_layout:
+        model.info["scoring_layout"] = args.scoring_layout
+    if args.instruction:
+        if args.instruction != "problem" and not Path(args.instruction).is_file():
+            raise DataError(f"{args.instruction}: no such file")
+        text = None if args.instruction == "problem" else Path(args.instruction).read_text(encoding="utf-8")
+        model.processor = Processor(model.processor.tokenizer, model.processor.settings, text)
     if args.pairs:
-        pairs = read_pairs(args.pairs)
-        keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
-    judged = list(tqdm(model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.batch_size,
-                                   without_cot=bool(args.pairs), workers=args.workers),
-                       total=len(keys), unit="video", disable=len(keys) < 2))
-    if args.pairs:
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text("".join(json.dumps(record) + "\n" for record in judged), encoding="utf-8")
-        figures = measure(pairs, dict(zip(keys, judged)))
-        print(json.dumps(figures) if args.json else "\n".join(f"{name:<24} {value:.4f}" for name, value in figures.items()))
+        pairs = read_pairs(args.pairs, args.label, args.root)
+        for pair in pairs if args.instruction == "problem" else ():
+            if not pair.problem:
+                raise DataError(f"{args.pairs}: has no problem column to serve as the instruction")
+            pair.prompt = pair.problem
+        print(pairs.summary(), file=sys.stderr)
+        figures = report(pairs, judge_pairs(model, pairs, args))
+        print(json.dumps(figures) if args.json else show_report(figures))
         return
-    found = [describe(model, record) for record in judged]
-    if len(found) > 1:
-        found.sort(key=lambda record: -record["reward"])
+    keys = [(video, args.inputs[-1]) for video in args.inputs[:-1]]
+    judged = model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.batch_size, samples=args.samples,
+                         think=args.cot == "on", workers=args.workers)
+    found = [describe(model, record) for record in tqdm(judged, total=len(keys), unit="video", disable=len(keys) < 2)]
+    found.sort(key=lambda record: -record["reward"])
     if args.json:
         print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
     elif len(found) > 1:
-        print("\n".join(f"{place}. {record['reward']:+.4f}  {record['video']}" for place, record in enumerate(found, 1)))
+        print("\n".join(f"{place}. {show_reward(record)}  {record['video']}" for place, record in enumerate(found, 1)))
     else:
         print(show(found[0]))
 

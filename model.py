@@ -380,7 +380,8 @@ class DeScore(nn.Module):
         if (directory / backbone).is_dir():
             backbone = os.path.normpath(directory / backbone)
         elif directory.is_dir() and not saved and not (directory / "config.json").is_file():
-            raise DataError(f"{source}: neither descore.json (a saved DeScore) nor config.json (a Qwen3-VL) is in it")
+            raise DataError(f"{source}: neither descore.json (a saved DeScore) nor config.json (a Qwen3-VL, or with "
+                            "rm_head.pth a release of DeScore) is in it")
         try:
             config = AutoConfig.from_pretrained(backbone)
             if config.model_type != "qwen3_vl":
@@ -408,8 +409,26 @@ class DeScore(nn.Module):
             model.load_state_dict({name: tensor for name, tensor in weights.items()}, strict=False)
         elif "backbone" in saved:
             raise DataError(f"{source}: descore.safetensors (query vector and head) is missing")
+        if (directory / "rm_head.pth").is_file():
+            model.load_release(directory / "rm_head.pth")
         model.requires_grad_(False)
         return model.to(device).eval()
+
+    def load_release(self, path: Path) -> None:
+        """Query and head of a checkpoint in the layout of DeScore's release: the row of the token <Reward> in the
+        embedding, and rm_head.pth, of which nothing but tensors is unpickled."""
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            head = weights["rm_head.weight"] if "rm_head.weight" in weights else weights["weight"]
+            self.head.weight.data.copy_(head.reshape(self.head.weight.shape))
+        except Exception as error:  # whatever a hostile or broken file makes the unpickler raise
+            raise DataError(f"{path}: holds no head that can be read safely ({type(error).__name__}: {error})") from error
+        tokenizer, embedding = self.processor.tokenizer, self.qwen.get_input_embeddings().weight
+        token = tokenizer.convert_tokens_to_ids("<Reward>")
+        if token in (None, tokenizer.unk_token_id) or token >= len(embedding):
+            raise DataError(f"{path.parent}: rm_head.pth is there, but the tokenizer or the embedding has no <Reward>")
+        self.query.data.copy_(embedding[token])
+        self.info["scoring_layout"] = "release"
 
     def save(self, directory: str | Path, **info) -> None:
         """Write the model to a directory (README, "A saved model"), safetensors and JSON only. `info` goes into
@@ -441,29 +460,49 @@ class DeScore(nn.Module):
     # -- many videos --------------------------------------------------------------------------------------------------
 
     def judge(self, keys: list[tuple[str, str]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-              batch_size: int = 16, first: int = 0, think: bool = True, without_cot: bool = False,
+              batch_size: int = 16, first: int = 0, samples: int = 1, think: bool = True, without_cot: bool = False,
               workers: int = 0) -> Iterator[dict]:
         """Think about and score many (video, prompt) keys, in order, from the `first` on.
 
-        Yields one dict a key: video, prompt, cot, truncated, reward, and with `without_cot` reward_no_cot as well;
-        without `think` only the latter."""
+        Yields one dict a key: video, prompt, cot, truncated, reward; with more `samples` than one, reward is the mean
+        over so many CoTs, reward_std their spread, and cot the first. `without_cot` adds reward_no_cot; without `think`
+        that is all there is."""
         starts = range(first, len(keys), batch_size)
         groups = [keys[start : start + batch_size] for start in starts]
-        for start, rows, batch in zip(starts, groups, self.processor.batches(groups, workers)):
+        release = self.info.get("scoring_layout") == "release"
+        batches = self.processor.batches([[[key] for key in rows] for rows in groups], workers)
+        for start, rows, (batch, _, bad) in zip(starts, groups, batches):
+            if bad:
+                raise DataError(bad[0]["error"])
             out = [{"video": video, "prompt": prompt} for video, prompt in rows]
             with torch.no_grad():
                 batch = self.encode(batch)
                 if think:
                     seeds = [draw_seed(seed, start + i) for i in range(len(rows))]
-                    thoughts = self.think(batch, 1, max_new_tokens, temperature, seeds=seeds)
+                    thoughts = self.think(batch, samples, max_new_tokens, temperature, seeds=seeds)
                     cut = self.truncated(thoughts)
+                    cots = [[self.processor.decode(thoughts.tokens[i, g][thoughts.mask[i, g]]) for g in range(samples)]
+                            for i in range(len(rows))]
+                    rewards = thoughts.rewards
+                    if release:
+                        rewards = torch.stack([self.score_release(rows, batch, some) for some in zip(*cots)], 1)
                     for i, record in enumerate(out):
-                        cot = self.processor.decode(thoughts.tokens[i, 0][thoughts.mask[i, 0]])
-                        record |= {"cot": cot, "truncated": cut[i, 0].item(), "reward": thoughts.rewards[i, 0].item()}
+                        record |= {"cot": cots[i][0], "truncated": cut[i, 0].item(), "reward": rewards[i].mean().item()}
+                        if samples > 1:
+                            record["reward_std"] = rewards[i].std().item()
                 if without_cot or not think:
-                    for record, reward in zip(out, self.score(batch, [None] * len(rows))):
+                    none = [None] * len(rows)
+                    rewards = self.score_release(rows, batch, none) if release else self.score(batch, none)
+                    for record, reward in zip(out, rewards):
                         record["reward_no_cot"] = reward.item()
             yield from out
+
+    def score_release(self, keys: list[tuple[str, str]], batch: Batch, cots: list[str | None]) -> torch.Tensor:
+        """Score as DeScore's release does: the CoT is read again, inside the user's turn, and [Reward] follows it there.
+        For models that were trained so; costs a second pass. `batch` holds the same videos, encoded."""
+        samples = [self.processor(video, prompt, cot or "") for (video, prompt), cot in zip(keys, cots)]
+        again = replace(self.processor.collate(samples).to(self.device), features=batch.features)
+        return self.score(again, [None] * len(keys))
 
 
 def read_json(path: Path) -> dict:
@@ -520,6 +559,14 @@ class Ranks:
         shares = [None] * self.world
         dist.all_gather_object(shares, mine)
         return [shares[i % self.world][i // self.world] for i in range(sum(map(len, shares)))]
+
+    def gather_all(self, mine: list) -> list:
+        """The lists of all ranks, one after the other."""
+        if self.world == 1:
+            return mine
+        lists = [None] * self.world
+        dist.all_gather_object(lists, mine)
+        return [item for some in lists for item in some]
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Each number added up over all ranks."""

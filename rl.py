@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from coldstart import bt_loss, order, winner_first
-from data import DataError, agreement, follows_format, parse_cot, read_pairs
+from data import Batch, DataError, Skipped, agreement, follows_format, parse_cot, read_pairs
 from infer import evaluate
 from model import DeScore, Ranks, draw_seed, parse_args
 
@@ -34,6 +34,9 @@ class Args:
                                                       "aliases": ["--backbone"]})
     train: str | None = field(default=None, metadata={"help": "pair file to train on; its reference sub-scores are read"})
     test: list[str] = field(default_factory=list, metadata={"help": "pair files to evaluate on"})
+    label: str | None = field(default=None, metadata={"help": "their column of the preference [TA, else Overall]"})
+    root: str | None = field(default=None, metadata={"help": "folder that their paths are relative to [each file's own]"})
+    max_skipped: float = field(default=0.01, metadata={"help": "share of the pairs whose videos may be unreadable"})
     out: str = field(default="runs/rl", metadata={"help": "the run's folder: metrics.jsonl and the model"})
     seed: int = field(default=0, metadata={"help": "order of the data and sampling"})
     # The method (DeScore, Section "Stage 2").
@@ -135,11 +138,16 @@ def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Ten
 # The loop
 
 
+# What is recorded of each rollout and averaged for the log.
+RECORDED = ("reward", "reward_format", "reward_quality", "reward_length", "cot_tokens", "truncated", "entropy",
+            "advantage_spread", "no_signal")
+
+
 @dataclass
 class Rollout:
     """Some pairs' rollouts and all that the update needs of them. B = 2 · pairs, preferred video first."""
 
-    batch: object  # data.Batch, its videos encoded
+    batch: Batch  # its videos encoded
     tokens: torch.Tensor  # (B, G, C)
     mask: torch.Tensor  # (B, G, C)
     old_logps: torch.Tensor  # (B, G, C)
@@ -163,11 +171,14 @@ def main() -> None:
     parameters = model.trainable()
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=args.weight_decay)
 
-    pairs = read_pairs(args.train)
+    pairs = read_pairs(args.train, args.label, args.root)
+    skipped = Skipped(out / "skipped.jsonl", pairs, args.max_skipped, write=ranks.first)
+    if ranks.first:
+        print(pairs.summary())
     for pair in pairs:
         if pair.scores_a is None or pair.scores_b is None:
             raise DataError(f"{args.train}: the pair of {pair.video_a} has no reference sub-scores (scores_a, scores_b)")
-    tests = {Path(path).stem: read_pairs(path) for path in args.test}
+    tests = {Path(path).stem: read_pairs(path, args.label, args.root) for path in args.test}
     metrics = (out / "metrics.jsonl").open("w") if ranks.first else None
     G = args.group_size
 
@@ -191,13 +202,14 @@ def main() -> None:
               for step in range(args.steps)]
     micros = [[share[start : start + args.micro_batch] for start in range(0, len(share), args.micro_batch)]
               for share in shares]
-    batches = model.processor.batches([[key for _, row in micro for key in winner_first(pairs[row], True)[0]]
+    batches = model.processor.batches([[winner_first(pairs[row], True)[0] for _, row in micro]
                                        for step in micros for micro in step], args.workers)
 
-    def roll_out(micro: list[tuple[int, int]], step: int) -> tuple[Rollout, list[dict]]:
-        """Let the policy think about the videos of some pairs, reward what it wrote. One record a rollout for the log."""
+    def roll_out(micro: list[tuple[int, int]], batch: Batch, step: int) -> tuple[Rollout, list[dict]]:
+        """Let the policy think about the videos of some pairs (place in the step, row in the file), reward what it wrote.
+        One record a rollout for the log."""
         rows = [pairs[row] for _, row in micro]
-        batch = model.encode(next(batches))
+        batch = model.encode(batch)
         seeds = [draw_seed(args.seed, step, place, side) for place, _ in micro for side in (0, 1)]
         thoughts = model.think(batch, G, args.max_new_tokens, args.temperature, args.top_p, seeds)
         cut = model.truncated(thoughts)
@@ -231,7 +243,9 @@ def main() -> None:
     progress = tqdm(range(1, args.steps + 1), "rl", disable=not ranks.first)
     for step in progress:
         started = time.time()
-        rolled = [roll_out(micro, step) for micro in micros[step - 1]]
+        ready = [(micro, *next(batches)) for micro in micros[step - 1]]
+        skipped.add(ranks.gather_all([record for _, _, _, bad in ready for record in bad]))
+        rolled = [roll_out([micro[i] for i in kept], batch, step) for micro, batch, kept, _ in ready if kept]
         records = [record for _, some in rolled for record in some]
         thought = time.time()
         figures = {"loss": 0.0, "bt_loss": 0.0, "bt_accuracy": 0.0, "clip_fraction": 0.0, "kl": 0.0, "grad_norm": 0.0}
@@ -260,9 +274,9 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             figures["grad_norm"] += norm.item() / ranks.world / args.updates
-        sums = ranks.sum([len(records), *(sum(record[name] for record in records) for name in records[0])])
+        sums = ranks.sum([float(len(records)), *(sum(record[name] for record in records) for name in RECORDED)])
         figures = dict(zip(figures, ranks.sum(list(figures.values()))))
-        figures |= {name: total / sums[0] for name, total in zip(records[0], sums[1:])}
+        figures |= {name: total / max(sums[0], 1) for name, total in zip(RECORDED, sums[1:])}
         log({"step": step, **figures, "seconds_thinking": thought - started, "seconds": time.time() - started})
         progress.set_postfix(R=f"{figures['reward']:.3f}", R_q=f"{figures['reward_quality']:.3f}",
                              kl=f"{figures['kl']:.4f}", bt=f"{figures['bt_loss']:.3f}")

@@ -223,3 +223,50 @@ def test_loading_says_what_is_wrong(tmp_path):
     (tmp_path / "descore.json").write_text("{")
     with pytest.raises(DataError, match=r"descore\.json: not JSON"):
         DeScore.load(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of the authors' release
+
+
+@pytest.fixture
+def release(model, tmp_path):
+    """A checkpoint in the release's layout: a <Reward> row in the embedding, rm_head.pth beside the weights."""
+    model.processor.tokenizer.add_tokens(["<Reward>"], special_tokens=True)
+    model.qwen.resize_token_embeddings(len(model.processor.tokenizer))
+    model.qwen.get_input_embeddings().weight.data[-1] = torch.randn_like(model.query)
+    model.qwen.save_pretrained(tmp_path)
+    model.processor.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "descore.json").write_text((ROOT / "toy/backbone/descore.json").read_text())  # the toy's video settings
+    return tmp_path
+
+
+@pytest.mark.parametrize("key", ["rm_head.weight", "weight"])
+def test_a_release_is_read_and_scores_in_its_own_layout(release, keys, key):
+    head = torch.randn(1, 192, dtype=torch.float64)
+    torch.save({key: head}, release / "rm_head.pth")
+    model = DeScore.load(release, dtype=torch.float64, device="cpu").double()
+    torch.testing.assert_close(model.head.weight.double(), head, rtol=1e-6, atol=0)  # made in float32
+    torch.testing.assert_close(model.query.double(), model.qwen.get_input_embeddings().weight[-1], rtol=1e-6, atol=0)
+    (record,) = model.judge(keys[:1], max_new_tokens=5)
+    sample = model.processor(*keys[0], record["cot"])
+    text = model.processor.tokenizer.decode(sample.input_ids)
+    assert text.endswith("overall_score lies between 1 and 5." + record["cot"]) and text.count("<|im_start|>") == 1
+    assert abs(record["reward"] - plain(model, sample, [])[1].item()) < 1e-5
+    ours = DeScore.load(release, dtype=torch.float64, device="cpu").double()
+    ours.info["scoring_layout"] = "ours"
+    assert abs(next(ours.judge(keys[:1], max_new_tokens=5))["reward"] - record["reward"]) > 1e-3
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("owned", "w"))
+
+
+@pytest.mark.parametrize("content", [{"weight": Hostile()}, {"other": torch.ones(1, 192)}, {"weight": torch.ones(7)}])
+def test_a_hostile_or_wrong_head_is_refused(release, content, monkeypatch):
+    monkeypatch.chdir(release)
+    torch.save(content, release / "rm_head.pth")
+    with pytest.raises(DataError, match=r"rm_head\.pth: holds no head"):
+        DeScore.load(release)
+    assert not (release / "owned").exists()

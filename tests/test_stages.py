@@ -205,3 +205,72 @@ def test_stage_1_needs_cots_and_stage_2_reference_scores(world_dir, tmp_path):
         done = run(script, "--backbone", "toy/backbone", "--train", tmp_path / "bare.jsonl", "--out", tmp_path / "out",
                    check=False)
         assert done.returncode == 1 and message in done.stderr
+
+
+@pytest.fixture
+def one_broken(world_dir, tmp_path):
+    """The training pairs, one of them with a video that is none."""
+    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
+    lines = []
+    for i, line in enumerate((world_dir / "train_cots.jsonl").read_text().splitlines()):
+        pair = json.loads(line) | {"preference": "A"}
+        pair |= {key: str(world_dir / pair[key]) for key in ("video_a", "video_b")}
+        lines.append(json.dumps(pair | ({"video_b": "broken.mp4"} if i == 5 else {})) + "\n")
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    return tmp_path / "pairs.jsonl"
+
+
+@pytest.mark.parametrize("script", ["coldstart.py", "rl.py"])
+def test_a_broken_clip_drops_its_pair_up_to_a_limit(script, one_broken, tmp_path):
+    command = [script, "--backbone", "toy/backbone", "--train", one_broken, "--out", tmp_path / "out", "--batch-size", 6,
+               "--micro-batch", 3, "--max-new-tokens", 8, *QUICK]
+    command += ["--epochs", 1] if script == "coldstart.py" else ["--steps", 2, "--group-size", 2]
+    stopped = run(*command, check=False)
+    assert stopped.returncode == 1 and "1 of 12 pairs have videos that cannot be read" in stopped.stderr
+    assert "broken.mp4: not a video" in stopped.stderr and "Traceback" not in stopped.stderr
+    run(*command, "--max-skipped", 0.1)
+    (record,) = map(json.loads, (tmp_path / "out/skipped.jsonl").read_text().splitlines())
+    assert any(video.endswith("broken.mp4") for video in record["videos"])
+    assert (tmp_path / "out/model/descore.json").is_file()
+
+
+def test_evaluation_is_resumed_reported_and_the_same(world_dir, stage2, tmp_path):
+    command = ["infer.py", "--pairs", world_dir / "test_id.jsonl", "--model", stage2, "--out", tmp_path / "p.jsonl",
+               "--max-new-tokens", 160, "--batch-size", 2, "--json"]
+    whole = json.loads(run(*command).stdout)
+    lines = (tmp_path / "p.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 8
+    (tmp_path / "p.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed in the middle of the fourth
+    again = run(*command)
+    assert "2 of 8 videos are judged already" in again.stderr
+    assert json.loads(again.stdout) == whole and (tmp_path / "p.jsonl").read_text() == "".join(lines)
+    assert whole["pairs"] == 4 and set(whole["intervals"]) == {"accuracy", "accuracy_ties", "accuracy_no_cot",
+                                                               "accuracy_ties_no_cot"}
+    for name, (low, high) in whole["intervals"].items():
+        assert 0 <= low <= whole[name] <= high <= 1
+    assert sum(row["pairs"] for row in whole["generators"].values()) == 4
+    other = run(*command[:2], world_dir / "test_ood.jsonl", *command[3:], check=False)
+    assert other.returncode == 1 and "holds judgements of other videos" in other.stderr
+
+
+def test_scoring_without_a_cot_and_with_several(world_dir, stage2):
+    pair = read_pairs(world_dir / "test_id.jsonl")[0]
+    command = ["infer.py", pair.video_a, pair.prompt, "--model", stage2, "--max-new-tokens", 160, "--json"]
+    off = json.loads(run(*command, "--cot", "off").stdout)
+    assert off["cot"] is None and isinstance(off["reward"], float)
+    several = json.loads(run(*command, "--samples", 4).stdout)
+    assert several["reward_std"] > 0
+    torch.manual_seed(0)
+    text = run(*command[:-1], "--samples", 4).stdout
+    assert f"{several['reward']:+.4f} ± {several['reward_std']:.4f}" in text
+
+
+def test_an_instruction_of_ones_own(world_dir, stage2, tmp_path):
+    pair = read_pairs(world_dir / "test_id.jsonl")[0]
+    command = ["infer.py", pair.video_a, pair.prompt, "--model", stage2, "--max-new-tokens", 5, "--json"]
+    (tmp_path / "mine.txt").write_text("Watch <video>. It should show: <prompt>")
+    mine = json.loads(run(*command, "--instruction", tmp_path / "mine.txt").stdout)
+    assert mine["reward"] != json.loads(run(*command).stdout)["reward"]
+    (tmp_path / "mine.txt").write_text("Watch it.")
+    bad = run(*command, "--instruction", tmp_path / "mine.txt", check=False)
+    assert bad.returncode == 1 and "must hold <video> exactly once" in bad.stderr

@@ -2,11 +2,10 @@
 
     python toy/pretrain.py --out toy/backbone
 
-Two lessons, as a foundation model would have had them. First it describes clips (the prompt is just "Describe the
-video."), so that it learns to look: with a prompt to copy from, it would copy. Then it also judges clips against
-prompts, in the CoT format of data.py, imitating a judge with two bad habits (`habits`): lenient with what is partly
-met, and unable to leave camera and style alone when the prompt does not ask for them. These leave something to be
-learnt by reinforcement.
+Three lessons. First it describes clips (the prompt is just "Describe the video."), so that it learns to look: with a
+prompt to copy from, it would copy. Then it also judges clips against prompts, in the CoT format of data.py. Last, in a
+short lesson, it imitates a judge with bad habits (`habits`): lenient with what is partly met, and unable to leave camera
+and style alone when the prompt does not ask for them. These leave something to be learnt by reinforcement.
 
 Clips come straight from the renderer, every combination of attributes and every signature, and signatures say nothing
 about quality here: whatever shortcut the later stages take is their own.
@@ -77,13 +76,14 @@ def write_cot(asked: world.Scene, shown: world.Scene, scores: dict) -> str:
 
 
 def draw_example(task: str, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
-    """One lesson: frames, prompt, and the text to write."""
+    """One exercise of a lesson: frames, prompt, and the text to write."""
     asked = world.draw_request(rng, novel=bool(rng.random() < 0.3))
     shown = world.draw_clip(asked, rng.choice([0.1, 0.4, 0.8]), rng)
     clip = world.render(shown, str(rng.choice(world.SIGNATURES)), rng, SAMPLED)
     if task == "describe":
         return clip, "", write_caption(shown)
-    return clip, world.write_prompt(asked, rng), write_cot(asked, shown, habits(world.sub_scores(asked, shown), rng))
+    scores = world.sub_scores(asked, shown)
+    return clip, world.write_prompt(asked, rng), write_cot(asked, shown, habits(scores, rng) if task == "imitate" else scores)
 
 
 class Lessons(torch.utils.data.Dataset):
@@ -91,8 +91,7 @@ class Lessons(torch.utils.data.Dataset):
     and the positions in it to learn from."""
 
     def __init__(self, tokenizer, lesson: str, steps: range, seed: int, batch_size: int):
-        self.processors = {"describe": Processor(tokenizer, SETTINGS, DESCRIBE),
-                           "judge": Processor(tokenizer, SETTINGS, INSTRUCTION)}
+        self.describing, self.judging = (Processor(tokenizer, SETTINGS, text) for text in (DESCRIBE, INSTRUCTION))
         self.lesson, self.steps, self.seed, self.batch_size = lesson, steps, seed, batch_size
 
     def __len__(self) -> int:
@@ -100,8 +99,8 @@ class Lessons(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Batch, torch.Tensor]:
         step = self.steps[index]
-        task = "judge" if self.lesson == "judge" and step % 4 else "describe"  # describing is not forgotten
-        processor, samples, learn = self.processors[task], [], []
+        task = self.lesson if step % 4 else "describe"  # what was learnt first is not forgotten
+        processor, samples, learn = self.describing if task == "describe" else self.judging, [], []
         for row in range(self.batch_size):
             clip, prompt, text = draw_example(task, np.random.default_rng((self.seed, step, row)))
             sample = processor.sample(torch.from_numpy(clip).permute(0, 3, 1, 2), (SAMPLED / world.FPS).tolist(), prompt)
@@ -156,15 +155,18 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGener
         tie_word_embeddings=True))
 
 
-def loss_and_accuracy(model, batch: Batch, learn: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Next-token cross-entropy over the positions to learn from, and the share guessed right. Padding stands on the right,
+def loss_and_accuracy(model, batch: Batch, learn: torch.Tensor, score_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Next-token cross-entropy over the positions to learn from, and the share guessed right. Scores (`score_ids`) weigh
+    four times: they are few among many tokens, and judging is what they say. Padding stands on the right,
     where nothing that counts can see it: no mask is needed."""
     hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids,
                          pixel_values_videos=batch.patches.float() / 127.5 - 1,
                          video_grid_thw=batch.grid).last_hidden_state
     logits = model.lm_head(hidden[:, :-1][learn[:, 1:]]).float()
     target = batch.input_ids[learn]
-    return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean().item()
+    weight = 1.0 + 3.0 * torch.isin(target, score_ids)
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    return loss, (logits.argmax(-1) == target).float().mean().item()
 
 
 @torch.no_grad()
@@ -197,11 +199,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("toy/backbone"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--describe-steps", type=int, default=1800, help="steps of describing clips")
-    parser.add_argument("--judge-steps", type=int, default=600, help="steps of judging clips as well (three in four)")
+    parser.add_argument("--judge-steps", type=int, default=700, help="steps of judging clips as well (three in four)")
+    parser.add_argument("--imitate-steps", type=int, default=120, help="steps of judging with bad habits")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--vocab-size", type=int, default=640)
-    parser.add_argument("--described", help="skip the first lesson: start from these weights, as it leaves them in --out")
+    parser.add_argument("--described", help="skip the first lesson: start from the weights that it left in OUT/describe")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -211,8 +214,11 @@ def main() -> None:
         model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(args.described).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     started, first = time.time(), 0
+    score_ids = torch.tensor(tokenizer.convert_tokens_to_ids(["0", "1", "2", "N", "ĠN"]))
     # How far down its cosine the rate of a lesson goes: the first leaves off where the second can take over.
-    for lesson, steps, reach in (("describe", args.describe_steps, 0.72), ("judge", args.judge_steps, 1.0)):
+    for lesson, steps, rate, reach in (("describe", args.describe_steps, args.lr, 0.72),
+                                       ("judge", args.judge_steps, args.lr, 0.9),
+                                       ("imitate", args.imitate_steps, args.lr / 5, 0.9)):
         lessons = Lessons(tokenizer, lesson, range(first, first + steps), args.seed, args.batch_size)
         first += steps
         if lesson == "describe" and args.described:
@@ -221,13 +227,13 @@ def main() -> None:
         decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
         rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
         optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-                                      lr=args.lr, betas=(0.9, 0.98))
+                                      lr=rate, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step, steps=steps, reach=reach: min(
-                (step + 1) / 100, 0.02 + 0.49 * (1 + math.cos(math.pi * reach * step / steps))))
+                (step + 1) / min(100, steps / 4), 0.02 + 0.49 * (1 + math.cos(math.pi * reach * step / steps))))
         loader = torch.utils.data.DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=8)
         for step, (batch, learn) in enumerate(loader, 1):
-            loss, accuracy = loss_and_accuracy(model, batch, learn)
+            loss, accuracy = loss_and_accuracy(model, batch, learn, score_ids)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -238,7 +244,7 @@ def main() -> None:
                       f"{time.time() - started:6.0f} s", flush=True)
             if step % 300 == 0 or step == steps:
                 print(" ", attributes_seen(model, tokenizer, args.seed), flush=True)
-        model.save_pretrained(args.out)
+        model.save_pretrained(args.out / lesson)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     recipe = {key: value for key, value in vars(args).items() if key not in ("out", "described")} | {"seconds": round(time.time() - started)}

@@ -1,0 +1,51 @@
+"""What each stage does to the embedded default, over several seeds, and what the auxiliary loss is for.
+
+    python bench/seeds.py               # three seeds, a run of each stage and one with λ = 0: about half an hour
+
+Prints the README's table: held-out figures of the backbone, after stage 1, after stage 2, and after stage 2 without the
+auxiliary Bradley-Terry loss, means over the seeds (standard deviation). Runs that are there already are not repeated.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "toy"))
+from demo import COLUMNS, figures
+
+
+def run(script: str, out: str, *arguments: str) -> None:
+    """Run a stage unless its folder already holds what it ended with."""
+    if not (ROOT / out / "model/descore.json").is_file():
+        print(f"$ python {script} --out {out} {' '.join(arguments)}", flush=True)
+        subprocess.run([sys.executable, script, "--out", out, *arguments], cwd=ROOT, check=True, stdout=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    found: dict[str, list[dict]] = {"backbone": [], "coldstart": [], "rl": [], "rl, λ = 0": []}
+    for seed in map(str, range(args.seeds)):
+        one, two, without = (f"runs/seeds/{seed}/{name}" for name in ("coldstart", "rl", "rl_no_bt"))
+        run("coldstart.py", one, "--seed", seed)
+        run("rl.py", two, "--seed", seed, "--model", one)
+        run("rl.py", without, "--seed", seed, "--model", one, "--bt-weight", "0")
+        backbone = {key: value for key, value in figures(one, 0).items() if not key.startswith("accuracy")}
+        for stage, record in zip(found, (backbone, figures(one, -1), figures(two, -1), figures(without, -1))):
+            found[stage].append(record)
+    print("| | " + " | ".join(COLUMNS) + " |\n| --- |" + " ---: |" * len(COLUMNS))
+    for stage, records in found.items():
+        cells = []
+        for name in COLUMNS:
+            values = [record[name] for record in records if name in record]
+            spread = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.3f}{spread}" if values else "–")
+        print(f"| {stage} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
