@@ -181,7 +181,7 @@ class Processor:
     def __init__(self, tokenizer, settings: VideoSettings = VideoSettings(), instruction: str | None = INSTRUCTION):
         """instruction: a text with <video> and <prompt> in it; None where each prompt is itself a whole instruction, the
         video at its <video>, else before it."""
-        if instruction is not None and (instruction.count("<video>") != 1 or "<prompt>" not in instruction):
+        if instruction is not None and instruction.count("<video>") != 1:
             raise DataError("the instruction must hold <video> exactly once, and <prompt> where the prompt belongs")
         self.tokenizer, self.settings, self.instruction = tokenizer, settings, instruction
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")

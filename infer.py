@@ -73,12 +73,12 @@ def measure(pairs: list[Pair], judged: dict[tuple[str, str], dict]) -> dict[str,
     return figures
 
 
-def evaluate(model: DeScore, pairs: list[Pair], ranks: Ranks, max_new_tokens: int, batch_size: int,
+def evaluate(model: DeScore, pairs: list[Pair], ranks: Ranks, max_new_tokens: int, temperature: float, batch_size: int,
              workers: int = 0) -> dict[str, float]:
-    """Judge every video of the pairs once, with a greedy CoT and without one, split over ranks, and measure."""
+    """Judge every video of the pairs once, with a CoT and without one, split over ranks, and measure."""
     keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
     mine = ranks.share(keys)
-    judged = model.judge(mine, max_new_tokens, batch_size=batch_size, without_cot=True, workers=workers)
+    judged = model.judge(mine, max_new_tokens, temperature, batch_size=batch_size, without_cot=True, workers=workers)
     judged = ranks.gather(list(tqdm(judged, "evaluate", total=len(mine), disable=not ranks.first, leave=False)))
     return measure(pairs, dict(zip(keys, judged)))
 

@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -73,7 +74,7 @@ class GroupCache:
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
         if layer not in self.prompt:  # prefill: (B, kv heads, P, d)
-            self.prompt[layer] = (keys, values)
+            self.prompt[layer] = (keys.contiguous(), values.contiguous())
             B, heads, _, d = keys.shape
             self.own[layer] = (keys.new_empty(B, self.n, heads, self.max_new, d),
                                values.new_empty(B, self.n, heads, self.max_new, d))
@@ -82,6 +83,13 @@ class GroupCache:
             buffer[:, :, :, self.step] = new.view(*buffer.shape[:3], -1)
         own_keys, own_values = (buffer[:, :, :, : self.step + 1] for buffer in self.own[layer])
         return (self.prompt[layer][0], own_keys, self.bias), (self.prompt[layer][1], own_values)
+
+    def keep(self, videos: torch.Tensor, columns: torch.Tensor) -> None:
+        """Go on with some videos (b,) and for each with some of its rollouts (b, n')."""
+        self.n, self.bias = columns.shape[1], self.bias[videos]
+        for layer in self.prompt:
+            self.prompt[layer] = tuple(part[videos] for part in self.prompt[layer])
+            self.own[layer] = tuple(buffer[videos[:, None], columns] for buffer in self.own[layer])
 
 
 def group_attention(module, query, key, value, attention_mask, scaling, **kwargs):
@@ -115,9 +123,8 @@ class Thoughts(NamedTuple):
     rewards: torch.Tensor  # (B, n)
 
 
-def draw(logits: torch.Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> torch.Tensor:
-    """Sample a token for each of (B, n, V) logits; temperature 0 takes the likeliest. Each video has a generator of
-    its own, so that what is drawn for it does not depend on its neighbours in the batch."""
+def draw(logits: torch.Tensor, temperature: float, top_p: float, noise: torch.Tensor | None) -> torch.Tensor:
+    """Sample a token for each of (…, V) logits; temperature 0 takes the likeliest. noise (…, V): exponential(1)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
@@ -125,7 +132,6 @@ def draw(logits: torch.Tensor, temperature: float, top_p: float, generators: lis
         ordered, index = probs.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the smallest set whose mass reaches top_p stays
         probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
-    noise = torch.stack([torch.empty_like(probs[0]).exponential_(generator=g) for g in generators])
     return (probs / noise).argmax(-1)  # the first of V exponential clocks to ring is a sample from probs
 
 
@@ -185,7 +191,7 @@ class DeScore(nn.Module):
 
     def reward(self, hidden: torch.Tensor) -> torch.Tensor:
         """r = w · h([Reward]), in float32: (..., H) → (...)."""
-        return self.head(hidden.float()).squeeze(-1)
+        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
 
     # -- think, then score --------------------------------------------------------------------------------------------
 
@@ -199,43 +205,60 @@ class DeScore(nn.Module):
         was_training = self.training
         self.eval()
         batch = self.encode(batch)
-        B, eos, qwen = len(batch), self.processor.eos_id, self.qwen
+        B, eos, lm_head = len(batch), self.processor.eos_id, self.qwen.lm_head
         seeds = torch.randint(2**62, (B,)).tolist() if seeds is None else seeds
+        # Each video has a generator of its own, so that what is drawn for it does not depend on its company.
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         cache = GroupCache(batch.mask, n, max_new_tokens + 1)
         hidden = self.read(batch, batch.input_ids, batch.position_ids, batch.mask, past_key_values=cache)
-        length = batch.mask.sum(1)  # (B,)
-        hidden = hidden[torch.arange(B), length - 1][:, None].expand(-1, n, -1)  # (B, n, H)
-        position = (batch.position_ids.amax((0, 2)) + 1).repeat_interleave(n)[:, None]  # (B · n, 1)
-        tokens, logps = [], []
-        done = torch.zeros(B, n, dtype=torch.bool, device=self.device)
-        rewards = torch.zeros(B, n, device=self.device)
+        hidden = hidden[torch.arange(B), batch.mask.sum(1) - 1][:, None].expand(-1, n, -1)  # (B, n, H)
+        start = batch.position_ids.amax((0, 2)) + 1  # (B,) where the CoTs' positions begin
+        tokens = torch.full((B * n, max_new_tokens), eos, device=self.device)
+        logps = torch.zeros(B * n, max_new_tokens, device=self.device)
+        rewards = torch.zeros(B * n, device=self.device)
+        done = torch.zeros(B * n, dtype=torch.bool, device=self.device)
+        rows = torch.arange(B * n, device=self.device).view(B, n)  # the rollouts that are still computed
         for step in range(max_new_tokens):
-            logits = qwen.lm_head(hidden).float()
-            token = draw(logits, temperature, top_p, generators)
-            logps.append((logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)).masked_fill(done, 0))
-            tokens.append(token.masked_fill(done, eos))
-            ends = ~done & (token == eos)
-            hidden = self.decode_step(cache, tokens[-1], ends, position + step)
-            rewards = torch.where(ends, self.reward(hidden), rewards)
-            done = done | ends
-            if step % 8 == 7 and done.all():  # asking costs a wait for the device
-                break
-        if not done.all():  # [Reward] after what never ended
-            hidden = self.decode_step(cache, tokens[-1], ~done, position + len(tokens))
-            rewards = torch.where(done, rewards, self.reward(hidden))
+            logits, over = lm_head(hidden).float(), done[rows]
+            noise = None
+            if temperature:
+                noise = torch.stack([torch.empty(n, logits.shape[-1], device=self.device).exponential_(generator=g)
+                                     for g in generators])[torch.arange(len(rows))[:, None], rows % n]
+            token = draw(logits, temperature, top_p, noise).masked_fill(over, eos)
+            logp = logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)
+            tokens[rows, step], logps[rows, step] = token, logp.masked_fill(over, 0)
+            ends = ~over & (token == eos)
+            hidden = self.decode_step(cache, token, ends, start[:, None] + step)
+            rewards[rows] = torch.where(ends, self.reward(hidden), rewards[rows])
+            done[rows] = over | ends
+            if step % 16 == 15:  # asking costs a wait for the device, so not every step
+                live = ~done[rows]
+                videos, width = live.any(1).nonzero()[:, 0], int(live.sum(1).max())
+                if width == 0:
+                    break
+                if len(videos) * width <= 7 / 8 * rows.numel():  # finished rollouts leave the batch
+                    columns = live[videos].long().argsort(dim=1, descending=True, stable=True)[:, :width]
+                    cache.keep(videos, columns)
+                    rows, hidden = (x[videos[:, None], columns] for x in (rows, hidden))
+                    start, generators = start[videos], [generators[i] for i in videos.tolist()]
+        open_ended = ~done[rows]
+        if open_ended.any():  # [Reward] after what never ended
+            hidden = self.decode_step(cache, tokens[rows, -1], open_ended, start[:, None] + max_new_tokens)
+            rewards[rows] = torch.where(open_ended, self.reward(hidden), rewards[rows])
         self.train(was_training)
-        tokens, logps = torch.stack(tokens, -1), torch.stack(logps, -1)
-        mask = (tokens == eos).int().cumsum(-1) - (tokens == eos).int() == 0  # up to the first end token
-        longest = int(mask.any(1).any(0).sum())
-        return Thoughts(tokens[..., :longest], mask[..., :longest], logps[..., :longest], rewards)
+        ended = tokens == eos
+        mask = ended.cumsum(-1) - ended.long() == 0  # up to the first end token
+        C = int(mask.any(0).sum())
+        return Thoughts(*(x[:, :C].view(B, n, C) for x in (tokens, mask, logps)), rewards.view(B, n))
 
     def decode_step(self, cache: GroupCache, token, is_reward, position) -> torch.Tensor:
-        """One token a rollout, (B, n), or [Reward] in its place. Returns the last hidden states (B, n, H)."""
+        """Read one token a rollout (B, n), or [Reward] in its place, at a video's position (B, 1). Returns the last
+        hidden states (B, n, H)."""
         embeds = self.qwen.get_input_embeddings()(token)
         embeds = torch.where(is_reward[..., None], self.query.to(embeds.dtype), embeds).flatten(0, 1)[:, None]
-        out = self.qwen.model.language_model(inputs_embeds=embeds, position_ids=position.expand(3, -1, -1),
-                                             past_key_values=cache, use_cache=False)
+        positions = position.expand_as(token).reshape(1, -1, 1).expand(3, -1, -1)
+        out = self.qwen.model.language_model(inputs_embeds=embeds, position_ids=positions, past_key_values=cache,
+                                             use_cache=False)
         cache.step += 1
         return out.last_hidden_state.view(*token.shape, -1)
 
@@ -377,19 +400,21 @@ class DeScore(nn.Module):
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         saved = read_json(directory / "descore.json") if (directory / "descore.json").is_file() else {}
         backbone = saved.get("backbone", source)  # an adapter names its backbone; full weights are one
-        if (directory / backbone).is_dir():
-            backbone = os.path.normpath(directory / backbone)
-        elif directory.is_dir() and not saved and not (directory / "config.json").is_file():
+        if directory.is_dir() and not saved and not (directory / "config.json").is_file():
             raise DataError(f"{source}: neither descore.json (a saved DeScore) nor config.json (a Qwen3-VL, or with "
                             "rm_head.pth a release of DeScore) is in it")
+        if (directory / backbone).is_dir():
+            backbone = os.path.normpath(directory / backbone)
         try:
             config = AutoConfig.from_pretrained(backbone)
-            if config.model_type != "qwen3_vl":
-                raise DataError(f"{backbone}: a {config.model_type} model, not a qwen3_vl")
-            qwen = Qwen3VLForConditionalGeneration.from_pretrained(backbone, dtype=dtype, use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(backbone)
-        except OSError as error:
-            raise DataError(f"{backbone}: no Qwen3-VL can be loaded from this directory or hub id ({error})") from error
+            wrong = None if config.model_type == "qwen3_vl" else f"it is a {config.model_type}"
+            if not wrong:
+                qwen = Qwen3VLForConditionalGeneration.from_pretrained(backbone, dtype=dtype, use_safetensors=True)
+                tokenizer = AutoTokenizer.from_pretrained(backbone)
+        except (OSError, ValueError, SafetensorError) as error:
+            wrong = str(error)
+        if wrong:
+            raise DataError(f"{backbone}: no Qwen3-VL can be loaded from this directory or hub id: {wrong}")
         vision = config.vision_config
         settings = VideoSettings(**saved.get("video", {}) | (video or {}) | {
             key: getattr(vision, key) for key in ("patch_size", "temporal_patch_size")}

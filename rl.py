@@ -72,6 +72,7 @@ class Args:
     workers: int = field(default=2, metadata={"help": "processes that decode videos ahead"})
     eval_every: int = field(default=0, metadata={"help": "evaluate every so many steps too [before and after only]"})
     eval_batch: int = field(default=16, metadata={"help": "videos at a time in evaluation"})
+    eval_temperature: float = field(default=1.0, metadata={"help": "of the CoTs in evaluation; 1 is the policy itself"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +192,8 @@ def main() -> None:
         figures = {}
         for name, held_out in tests.items():
             figures |= {f"{name}/{key}": value for key, value in evaluate(
-                model, held_out, ranks, args.max_new_tokens, args.eval_batch, args.workers).items()}
+                model, held_out, ranks, args.max_new_tokens, args.eval_temperature, args.eval_batch,
+                args.workers).items()}
         log({"step": step, **figures})
         return figures
 

@@ -38,7 +38,7 @@ def main() -> None:
                         if f"test_{split}/quality" in record:
                             points.setdefault(record["step"], []).append(record[f"test_{split}/quality"])
                 axis.plot(list(points), [np.mean(values) for values in points.values()], "o-", color=colour, markersize=4,
-                          label=f"held out, {split} (greedy)")
+                          label=f"held out, {split} ")
             axis.legend(fontsize=7)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)

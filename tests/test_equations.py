@@ -171,16 +171,16 @@ def test_accuracy_with_ties_is_the_best_over_all_thresholds(seed):
 
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    generators = [torch.Generator().manual_seed(0)]
+    noise = torch.empty(40000, 4).exponential_(generator=torch.Generator().manual_seed(0))
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.7)):
-        drawn = draw(logits.expand(1, 40000, 4), temperature, top_p, generators)[0]
+        drawn = draw(logits.expand(40000, 4), temperature, top_p, noise)
         probs = (logits / temperature).softmax(-1)
         if top_p < 1:
             probs = torch.where(torch.tensor([True, True, False, False]), probs, 0.0)  # 0.64 + 0.24 ≥ 0.7
             probs = probs / probs.sum()
         share = torch.bincount(drawn, minlength=4) / 40000
         assert ((share - probs).abs() <= 5 * (probs * (1 - probs) / 40000).sqrt()).all()  # five standard errors
-    assert (draw(logits.expand(1, 5, 4), 0.0, 1.0, generators) == 0).all()
+    assert (draw(logits.expand(5, 4), 0.0, 1.0, None) == 0).all()
 
 
 def test_pairs_are_masked_at_rate_p_and_by_the_seed_alone():

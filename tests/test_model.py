@@ -47,7 +47,7 @@ def plain(model, sample, ids):
                                        deepstack_visual_embeds=tower.deepstack_features).last_hidden_state[0]
     P = len(sample.input_ids)
     logits = qwen.lm_head(hidden[P - 1:P - 1 + len(ids)])
-    return logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)], hidden[-1] @ model.head.weight[0]
+    return logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.long)], hidden[-1] @ model.head.weight[0]
 
 
 @pytest.fixture(params=["whole", "lora"])
@@ -199,7 +199,7 @@ def test_the_reference_is_the_policy_as_it_was(model, keys):
     with torch.no_grad(), model.as_reference():
         reference, _ = model.group(make_batch(model, keys[:2]), tokens, mask)
     after, _ = model.group(make_batch(model, keys[:2]), tokens, mask)
-    torch.testing.assert_close(reference, before.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(reference, before.detach(), rtol=0, atol=5e-6)  # float32 of about 10
     assert (after - before).abs().max() > 1e-3
     assert set(model.trainable()) == trains and not any("reference" in name for name in trains)
 
@@ -217,8 +217,8 @@ def test_only_what_is_asked_for_trains(model):
 def test_loading_says_what_is_wrong(tmp_path):
     with pytest.raises(DataError, match=r"neither descore\.json .* nor config\.json"):
         DeScore.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(DataError, match="a bert model, not a qwen3_vl"):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(DataError, match="no Qwen3-VL can be loaded.*it is a llama"):
         DeScore.load(tmp_path)
     (tmp_path / "descore.json").write_text("{")
     with pytest.raises(DataError, match=r"descore\.json: not JSON"):

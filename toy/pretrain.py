@@ -2,10 +2,10 @@
 
     python toy/pretrain.py --out toy/backbone
 
-Three lessons. First it describes clips (the prompt is just "Describe the video."), so that it learns to look: with a
-prompt to copy from, it would copy. Then it also judges clips against prompts, in the CoT format of data.py. Last, in a
-short lesson, it imitates a judge with bad habits (`habits`): lenient with what is partly met, and unable to leave camera
-and style alone when the prompt does not ask for them. These leave something to be learnt by reinforcement.
+First it describes clips (the prompt is just "Describe the video."), so that it learns to look: with a prompt to copy
+from, it would copy. Then it also judges clips against prompts, in the CoT format of data.py, and practises that. Last,
+in a short lesson, it imitates a judge with bad habits (`habits`): lenient with what is partly met, and unable to leave
+camera and style alone when the prompt does not ask for them. These leave something to be learnt by reinforcement.
 
 Clips come straight from the renderer, every combination of attributes and every signature, and signatures say nothing
 about quality here: whatever shortcut the later stages take is their own.
@@ -200,28 +200,32 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--describe-steps", type=int, default=1800, help="steps of describing clips")
     parser.add_argument("--judge-steps", type=int, default=700, help="steps of judging clips as well (three in four)")
+    parser.add_argument("--practise-steps", type=int, default=500, help="steps of more of the same, the rate fresh")
     parser.add_argument("--imitate-steps", type=int, default=120, help="steps of judging with bad habits")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--vocab-size", type=int, default=640)
-    parser.add_argument("--described", help="skip the first lesson: start from the weights that it left in OUT/describe")
+    parser.add_argument("--after", choices=("describe", "judge", "practise"),
+                        help="skip the lessons up to this one: start from the weights that it left in OUT/LESSON")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(args.vocab_size, args.seed)
     model = make_model(tokenizer)
-    if args.described:
-        model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(args.described).state_dict())
+    if args.after:
+        model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(args.out / args.after).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    started, first = time.time(), 0
+    started, first, skipping = time.time(), 0, args.after is not None
     score_ids = torch.tensor(tokenizer.convert_tokens_to_ids(["0", "1", "2", "N", "ĠN"]))
     # How far down its cosine the rate of a lesson goes: the first leaves off where the second can take over.
     for lesson, steps, rate, reach in (("describe", args.describe_steps, args.lr, 0.72),
                                        ("judge", args.judge_steps, args.lr, 0.9),
+                                       ("practise", args.practise_steps, args.lr * 2 / 3, 0.95),
                                        ("imitate", args.imitate_steps, args.lr / 5, 0.9)):
         lessons = Lessons(tokenizer, lesson, range(first, first + steps), args.seed, args.batch_size)
         first += steps
-        if lesson == "describe" and args.described:
+        if skipping:
+            skipping = lesson != args.after
             continue
         model.model.visual.requires_grad_(lesson == "describe")  # it has learnt to see; half the time is saved
         decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
@@ -247,7 +251,7 @@ def main() -> None:
         model.save_pretrained(args.out / lesson)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    recipe = {key: value for key, value in vars(args).items() if key not in ("out", "described")} | {"seconds": round(time.time() - started)}
+    recipe = {key: value for key, value in vars(args).items() if key not in ("out", "after")} | {"seconds": round(time.time() - started)}
     (args.out / "descore.json").write_text(json.dumps({"video": asdict(SETTINGS), "pretrained": recipe}, indent=1) + "\n")
 
 
