@@ -47,7 +47,7 @@ class Args:
     lora_rank: int = field(default=64, metadata={"help": "adapters on the language model; 0 trains all of it"})
     train_merger: bool = field(default=True, metadata={"help": "train the vision tower's mergers"})
     train_vision: bool = field(default=False, metadata={"help": "train the rest of the vision tower"})
-    max_length: int = field(default=6144, metadata={"help": "tokens of a prompt and its CoT; longer pairs are left out"})
+    max_prompt: int = field(default=6144, metadata={"help": "tokens of a prompt; pairs with longer ones are left out"})
     # Videos.
     fps: float = field(default=2.0, metadata={"help": "frames sampled a second"})
     min_pixels: int = field(default=128 * 32 * 32, metadata={"help": "pixels a frame, at least"})
@@ -88,12 +88,19 @@ def winner_first(pair: Pair, masked: bool) -> tuple[list[tuple[str, str]], list[
     return keys, [None, None] if masked else cots
 
 
+def chunks(items: list, size: int) -> list[list]:
+    """A list cut into lists of the given size, the last one shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 def main() -> None:
     ranks = Ranks.start()
     args = parse_args(Args, "toy/coldstart.json", ranks)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
+    if args.backbone is None:
+        raise DataError("--train needs --backbone, a Qwen3-VL directory or hub id")
     torch.manual_seed(args.seed)
     video = {"fps": args.fps, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     model = DeScore.load(args.backbone, video=video)
@@ -115,7 +122,7 @@ def main() -> None:
         if pair.cot_a is None or pair.cot_b is None:
             raise DataError(f"{args.train}: the pair of {pair.video_a} has no CoTs; `python data.py annotate` writes them")
     seen = order(len(pairs), args.epochs, args.seed)
-    steps = [seen[start : start + args.batch_size] for start in range(0, len(seen), args.batch_size)]
+    steps = chunks(seen, args.batch_size)
     warmup = max(1, round(args.warmup * len(steps)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     tests = {Path(path).stem: read_pairs(path, args.label, args.root) for path in args.test}
@@ -136,18 +143,16 @@ def main() -> None:
         return figures
 
     # What this rank reads: for each step its share of the pairs, in micro-batches, decoded ahead.
-    micros = []  # (step, pairs in the whole step, micro-batch)
-    for step, rows in enumerate(steps):
-        share = ranks.share(list(zip(rows, mask_pairs(len(rows), args.mask_p, args.seed, step))))
-        micros.append([[winner_first(pairs[row], masked) for row, masked in share[start : start + args.micro_batch]]
-                       for start in range(0, len(share), args.micro_batch)])
-    batches = model.processor.batches([[keys for keys, _ in micro] for step in micros for micro in step], args.workers)
+    plan = [chunks([winner_first(pairs[row], masked) for row, masked in ranks.share(list(zip(
+        rows, mask_pairs(len(rows), args.mask_p, args.seed, step))))], args.micro_batch) for step, rows in enumerate(steps)]
+    batches = model.processor.batches([[keys for keys, _ in micro] for micros in plan for micro in micros], args.workers,
+                                      limit=args.max_prompt)
     test(0)
     model.train()
     progress = tqdm(steps, "coldstart", disable=not ranks.first)
     for step, rows in enumerate(progress, 1):
         started, loss_sum, right, margin = time.time(), 0.0, 0.0, 0.0
-        ready = [(micro, *next(batches)) for micro in micros[step - 1]]
+        ready = [(micro, *next(batches)) for micro in plan[step - 1]]
         skipped.add(ranks.gather_all([record for _, _, _, bad in ready for record in bad]))
         (count,) = ranks.sum([float(sum(len(kept) for _, _, kept, _ in ready))])  # pairs in the global batch
         for micro, batch, kept, _ in ready:

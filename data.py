@@ -261,12 +261,12 @@ class Processor:
             grid=torch.tensor([s.grid for s in samples]),
         )
 
-    def batches(self, groups: list[list[list[tuple[str, str]]]], workers: int = 0
+    def batches(self, groups: list[list[list[tuple[str, str]]]], workers: int = 0, limit: int | None = None
                 ) -> Iterator[tuple[Batch | None, list[int], list[dict]]]:
         """One Batch for each group, in order. With workers, other processes decode ahead.
 
         A group is a list of units, such as pairs, and a unit a list of (video, prompt) keys that stand or fall together:
-        if a video cannot be read its unit is left out. Yields the batch (None if nothing is left), which units are in
+        if a video cannot be read, or makes a prompt of more than `limit` tokens, its unit is left out. Yields the batch (None if nothing is left), which units are in
         it, and for each that is not its keys and what was wrong."""
 
         class Groups(torch.utils.data.Dataset):
@@ -277,7 +277,11 @@ class Processor:
                 samples, kept, bad = [], [], []
                 for i, unit in enumerate(groups[index]):
                     try:
-                        samples += [self(video, prompt) for video, prompt in unit]
+                        read = [self(video, prompt) for video, prompt in unit]
+                        for sample, (video, _) in zip(read, unit):
+                            if limit and len(sample.input_ids) > limit:
+                                raise DataError(f"{video}: a prompt of {len(sample.input_ids)} tokens, more than {limit}")
+                        samples += read
                         kept.append(i)
                     except DataError as error:
                         bad.append({"videos": [video for video, _ in unit], "error": str(error)})

@@ -15,6 +15,7 @@ Four things make it fast, and all are in this file:
 <|im_end|>, which is predicted like any other but never read: [Reward] stands in its place, in the same turn.
 """
 
+import copy
 import json
 import logging
 import os
@@ -146,6 +147,7 @@ class DeScore(nn.Module):
         super().__init__()
         self.backbone, self.processor, self.source = backbone, processor, source
         self.info: dict = {}  # what descore.json says beyond backbone and video: training, score_mean, score_std
+        self.dtype = backbone.dtype  # of the frozen weights; what trains is float32
         text = self.qwen.config.text_config
         text._attn_implementation = "descore_group"
         self.query = nn.Parameter(torch.empty(text.hidden_size).normal_(std=text.initializer_range))
@@ -161,6 +163,11 @@ class DeScore(nn.Module):
     def device(self) -> torch.device:
         return self.query.device
 
+    def autocast(self):
+        """Lets float32 weights that train work among frozen ones in bfloat16."""
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
+
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def encode(self, batch: Batch) -> Batch:
@@ -170,8 +177,8 @@ class DeScore(nn.Module):
             return batch
         batch, tower = batch.to(self.device), self.qwen.model.visual
         trains = any(p.requires_grad for p in tower.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            pixels = (batch.patches.float() / 127.5 - 1).to(tower.dtype)  # Qwen3-VL's rescaling and mean = std = 0.5
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()), self.autocast():
+            pixels = (batch.patches.float() / 127.5 - 1).to(self.dtype)  # Qwen3-VL's rescaling and mean = std = 0.5
             out = tower(pixels, grid_thw=batch.grid)
         return replace(batch, features=(out.pooler_output, out.deepstack_features))
 
@@ -185,9 +192,15 @@ class DeScore(nn.Module):
         embeds = embeds.masked_scatter(is_video[..., None], features.to(embeds.dtype))
         if is_reward is not None:
             embeds = torch.where(is_reward[..., None], self.query.to(embeds.dtype), embeds)
-        return self.qwen.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, visual_pos_masks=is_video, deepstack_visual_embeds=deepstack,
-            use_cache=False, **kwargs).last_hidden_state
+        with self.autocast():
+            return self.qwen.model.language_model(
+                inputs_embeds=embeds, position_ids=positions, visual_pos_masks=is_video,
+                deepstack_visual_embeds=deepstack, use_cache=False, **kwargs).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token logits in float32: (..., H) → (..., V)."""
+        with self.autocast():
+            return self.qwen.lm_head(hidden).float()
 
     def reward(self, hidden: torch.Tensor) -> torch.Tensor:
         """r = w · h([Reward]), in float32: (..., H) → (...)."""
@@ -205,7 +218,7 @@ class DeScore(nn.Module):
         was_training = self.training
         self.eval()
         batch = self.encode(batch)
-        B, eos, lm_head = len(batch), self.processor.eos_id, self.qwen.lm_head
+        B, eos = len(batch), self.processor.eos_id
         seeds = torch.randint(2**62, (B,)).tolist() if seeds is None else seeds
         # Each video has a generator of its own, so that what is drawn for it does not depend on its company.
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
@@ -219,7 +232,7 @@ class DeScore(nn.Module):
         done = torch.zeros(B * n, dtype=torch.bool, device=self.device)
         rows = torch.arange(B * n, device=self.device).view(B, n)  # the rollouts that are still computed
         for step in range(max_new_tokens):
-            logits, over = lm_head(hidden).float(), done[rows]
+            logits, over = self.logits(hidden), done[rows]
             noise = None
             if temperature:
                 noise = torch.stack([torch.empty(n, logits.shape[-1], device=self.device).exponential_(generator=g)
@@ -257,8 +270,9 @@ class DeScore(nn.Module):
         embeds = self.qwen.get_input_embeddings()(token)
         embeds = torch.where(is_reward[..., None], self.query.to(embeds.dtype), embeds).flatten(0, 1)[:, None]
         positions = position.expand_as(token).reshape(1, -1, 1).expand(3, -1, -1)
-        out = self.qwen.model.language_model(inputs_embeds=embeds, position_ids=positions, past_key_values=cache,
-                                             use_cache=False)
+        with self.autocast():
+            out = self.qwen.model.language_model(inputs_embeds=embeds, position_ids=positions, past_key_values=cache,
+                                                 use_cache=False)
         cache.step += 1
         return out.last_hidden_state.view(*token.shape, -1)
 
@@ -329,7 +343,7 @@ class DeScore(nn.Module):
         the backward too: it computes them again."""
 
         def logps(h, target):
-            logits = self.qwen.lm_head(h).float()
+            logits = self.logits(h)
             return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
 
         chunks = zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))
@@ -362,9 +376,12 @@ class DeScore(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def keep_reference(self) -> None:
-        """Remember the policy as it is now as the reference π_ref (a frozen second adapter; needs LoRA)."""
-        config = self.backbone.peft_config["default"]
-        self.backbone.add_adapter("reference", config)
+        """Remember the policy as it is now as the reference π_ref: with LoRA as a second, frozen adapter, else as a
+        frozen copy of the backbone."""
+        if not isinstance(self.backbone, PeftModel):
+            self.reference = [copy.deepcopy(self.backbone).requires_grad_(False)]  # in a list: not a part of the model
+            return
+        self.backbone.add_adapter("reference", self.backbone.peft_config["default"])
         weights = dict(self.backbone.named_parameters())
         for name, parameter in weights.items():
             if ".reference." in name:
@@ -375,6 +392,13 @@ class DeScore(nn.Module):
     @contextmanager
     def as_reference(self):
         """Within it the model is the reference policy."""
+        if not isinstance(self.backbone, PeftModel):
+            self.backbone, policy = self.reference[0], self.backbone
+            try:
+                yield
+            finally:
+                self.backbone = policy
+            return
         trains = self.trainable().values()
         self.backbone.base_model.set_adapter("reference", inference_mode=True)
         try:

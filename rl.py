@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from coldstart import bt_loss, order, winner_first
+from coldstart import bt_loss, chunks, order, winner_first
 from data import Batch, DataError, Skipped, agreement, follows_format, parse_cot, read_pairs
 from infer import evaluate
 from model import DeScore, Ranks, draw_seed, parse_args
@@ -66,6 +66,7 @@ class Args:
     fps: float = field(default=2.0, metadata={"help": "frames sampled a second"})
     min_pixels: int = field(default=128 * 32 * 32, metadata={"help": "pixels a frame, at least"})
     max_pixels: int = field(default=307_200, metadata={"help": "pixels a frame, at most"})
+    max_prompt: int = field(default=6200, metadata={"help": "tokens of a prompt; pairs with longer ones are left out"})
     # Running.
     micro_batch: int = field(default=1, metadata={"help": "pairs that think at a time, and pairs a forward"})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "less memory, one more forward"})
@@ -141,7 +142,7 @@ def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Ten
 
 # What is recorded of each rollout and averaged for the log.
 RECORDED = ("reward", "reward_format", "reward_quality", "reward_length", "cot_tokens", "truncated", "entropy",
-            "advantage_spread", "no_signal")
+            "advantage_spread", "reward_range", "no_signal")
 
 
 @dataclass
@@ -164,9 +165,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
-    model = DeScore.load(args.model, video={"fps": args.fps, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels})
+    video = {"fps": args.fps, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    model = DeScore.load(args.model or "runs/coldstart", video=video)
     model.set_trainable(args.lora_rank, args.train_merger)
-    model.keep_reference()
+    if args.beta:
+        model.keep_reference()
     if args.gradient_checkpointing:
         model.qwen.activation_checkpointing_enable()
     parameters = model.trainable()
@@ -197,15 +200,15 @@ def main() -> None:
         log({"step": step, **figures})
         return figures
 
-    # Which pairs each step takes, and this rank's share of them in micro-batches, decoded ahead.
+    # Which pairs each optimiser step of each rollout batch takes, and this rank's share of them in micro-batches.
     epochs = -(-args.steps * args.batch_size // len(pairs))
     seen = order(len(pairs), epochs, args.seed)
-    shares = [ranks.share(list(enumerate(seen[step * args.batch_size : (step + 1) * args.batch_size])))
-              for step in range(args.steps)]
-    micros = [[share[start : start + args.micro_batch] for start in range(0, len(share), args.micro_batch)]
-              for share in shares]
+    steps = [list(enumerate(seen[step * args.batch_size : (step + 1) * args.batch_size])) for step in range(args.steps)]
+    plan = [[chunks(ranks.share(part), args.micro_batch) for part in chunks(rows, -(-len(rows) // args.updates))]
+            for rows in steps]
     batches = model.processor.batches([[winner_first(pairs[row], True)[0] for _, row in micro]
-                                       for step in micros for micro in step], args.workers)
+                                       for parts in plan for micros in parts for micro in micros], args.workers,
+                                      limit=args.max_prompt)
 
     def roll_out(micro: list[tuple[int, int]], batch: Batch, step: int) -> tuple[Rollout, list[dict]]:
         """Let the policy think about the videos of some pairs (place in the step, row in the file), reward what it wrote.
@@ -236,8 +239,11 @@ def main() -> None:
                 ref_logps, _ = model.group(batch, thoughts.tokens, thoughts.mask)
         preferred = torch.tensor([pair.preference != "tie" for pair in rows], device=model.device)
         advantages = group_advantages(rewards)
-        for record, advantage, signal in zip(records, advantages.flatten(), (advantages != 0).any(1).repeat_interleave(G)):
-            record |= {"advantage_spread": advantage.abs().item(), "no_signal": float(not signal)}
+        spread = (rewards.amax(1) - rewards.amin(1)).repeat_interleave(G)
+        for record, advantage, signal, width in zip(records, advantages.flatten(),
+                                                    (advantages != 0).any(1).repeat_interleave(G), spread):
+            record |= {"advantage_spread": advantage.abs().item(), "reward_range": width.item(),
+                       "no_signal": float(not signal)}
         return Rollout(batch, thoughts.tokens, thoughts.mask, thoughts.logps, ref_logps, advantages, preferred), records
 
     test(0)
@@ -245,14 +251,14 @@ def main() -> None:
     progress = tqdm(range(1, args.steps + 1), "rl", disable=not ranks.first)
     for step in progress:
         started = time.time()
-        ready = [(micro, *next(batches)) for micro in micros[step - 1]]
-        skipped.add(ranks.gather_all([record for _, _, _, bad in ready for record in bad]))
-        rolled = [roll_out([micro[i] for i in kept], batch, step) for micro, batch, kept, _ in ready if kept]
-        records = [record for _, some in rolled for record in some]
+        ready = [[(micro, *next(batches)) for micro in micros] for micros in plan[step - 1]]
+        skipped.add(ranks.gather_all([record for part in ready for _, _, _, bad in part for record in bad]))
+        rolled = [[roll_out([micro[i] for i in kept], batch, step) for micro, batch, kept, _ in part if kept]
+                  for part in ready]
+        records = [record for part in rolled for _, some in part for record in some]
         thought = time.time()
         figures = {"loss": 0.0, "bt_loss": 0.0, "bt_accuracy": 0.0, "clip_fraction": 0.0, "kl": 0.0, "grad_norm": 0.0}
-        for update in range(args.updates):
-            part = [rollout for rollout, _ in rolled[update :: args.updates]]
+        for part in [[rollout for rollout, _ in part] for part in rolled]:
             videos, decided = ranks.sum([sum(len(r.tokens) for r in part), sum(int(r.preferred.sum()) for r in part)])
             for r in part:
                 logps, scores = model.group(r.batch, r.tokens, r.mask)
@@ -265,17 +271,17 @@ def main() -> None:
                 if len(r_w):
                     bt, bt_share = bt_loss(r_w, r_l), len(r_w) / decided
                     loss = loss + args.bt_weight * bt * bt_share
-                    figures["bt_loss"] += bt.item() * bt_share / args.updates
-                    figures["bt_accuracy"] += (r_w > r_l).float().mean().item() * bt_share / args.updates
+                    figures["bt_loss"] += bt.item() * bt_share / len(rolled)
+                    figures["bt_accuracy"] += (r_w > r_l).float().mean().item() * bt_share / len(rolled)
                 loss.backward()
-                figures["loss"] += loss.item() / args.updates
+                figures["loss"] += loss.item() / len(rolled)
                 for name, value in found.items():
-                    figures[name] += value * share / args.updates
+                    figures[name] += value * share / len(rolled)
             ranks.sum_gradients(list(parameters.values()))
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            figures["grad_norm"] += norm.item() / ranks.world / args.updates
+            figures["grad_norm"] += norm.item() / ranks.world / len(rolled)
         sums = ranks.sum([float(len(records)), *(sum(record[name] for record in records) for name in RECORDED)])
         figures = dict(zip(figures, ranks.sum(list(figures.values()))))
         figures |= {name: total / max(sums[0], 1) for name, total in zip(RECORDED, sums[1:])}

@@ -204,6 +204,31 @@ def test_the_reference_is_the_policy_as_it_was(model, keys):
     assert set(model.trainable()) == trains and not any("reference" in name for name in trains)
 
 
+def test_the_reference_of_a_whole_model_is_a_copy(model, keys):
+    tokens, mask = random_rollouts(model, 1, 2, 5)
+    model.set_trainable(0)
+    before, _ = model.group(make_batch(model, keys[:1]), tokens, mask)
+    model.keep_reference()
+    model.qwen.lm_head.weight.data.mul_(1.1)
+    with torch.no_grad(), model.as_reference():
+        reference, _ = model.group(make_batch(model, keys[:1]), tokens, mask)
+    torch.testing.assert_close(reference, before.detach(), rtol=0, atol=5e-6)
+    assert (model.group(make_batch(model, keys[:1]), tokens, mask)[0] - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_bfloat16_trains_in_float32(rank, keys):
+    model = DeScore.load(ROOT / "toy/backbone", dtype=torch.bfloat16, device="cpu")
+    model.set_trainable(rank, train_merger=True)
+    assert {p.dtype for p in model.trainable().values()} == {torch.float32}
+    model.score(make_batch(model, keys), ["a red circle", None, ""]).sum().backward()
+    assert all(p.grad is not None for name, p in model.trainable().items() if "merger" in name or name == "query")
+    thoughts = model.think(make_batch(model, keys), n=2, max_new_tokens=5, seeds=[1, 2, 3])
+    logps, rewards = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask)
+    torch.testing.assert_close(logps, thoughts.logps, rtol=0.1, atol=0.3)  # 8 bits of mantissa, two orders of adding
+    torch.testing.assert_close(rewards, thoughts.rewards, rtol=0.1, atol=0.1)
+
+
 def test_only_what_is_asked_for_trains(model):
     model.set_trainable(4, train_merger=True)
     names = set(model.trainable())
