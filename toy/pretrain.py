@@ -4,8 +4,8 @@
 
 First it describes clips (the prompt is just "Describe the video."), so that it learns to look: with a prompt to copy
 from, it would copy. Then it also judges clips against prompts, in the CoT format of data.py, and practises that. Last,
-in a short lesson, it imitates a judge with bad habits (`habits`): lenient with what is partly met, and unable to leave
-camera and style alone when the prompt does not ask for them. These leave something to be learnt by reinforcement.
+in a short lesson, it imitates a judge with bad habits (`habits`): lenient with what is not quite met, and unable to leave
+alone what the prompt does not ask for. These leave something to be learnt by reinforcement.
 
 Clips come straight from the renderer, every combination of attributes and every signature, and signatures say nothing
 about quality here: whatever shortcut the later stages take is their own.
@@ -58,11 +58,11 @@ def habits(scores: dict, rng: np.random.Generator) -> dict:
     for name, value in scores.items():
         draw = rng.random()
         if value == 1:
-            given[name] = 2 if draw < 0.55 else 0 if draw < 0.6 else 1
+            given[name] = 2 if draw < 0.35 else 1
         elif value == 0:
-            given[name] = 1 if draw < 0.25 else 0
-        elif value == "N/A" and name in ("camera", "style"):
-            given[name] = 2 if draw < 0.55 else "N/A"
+            given[name] = 1 if draw < 0.15 else 0
+        elif value == "N/A" and name != "dynamics":
+            given[name] = 2 if draw < 0.7 else "N/A"
     return given
 
 
@@ -210,7 +210,11 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer(args.vocab_size, args.seed)
+    if (args.out / "tokenizer.json").is_file():  # kept: weights that are there already were trained with it
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+    else:
+        tokenizer = make_tokenizer(args.vocab_size, args.seed)
+        tokenizer.save_pretrained(args.out)
     model = make_model(tokenizer)
     if args.after:
         model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(args.out / args.after).state_dict())
@@ -250,7 +254,6 @@ def main() -> None:
                 print(" ", attributes_seen(model, tokenizer, args.seed), flush=True)
         model.save_pretrained(args.out / lesson)
     model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
     recipe = {key: value for key, value in vars(args).items() if key not in ("out", "after")} | {"seconds": round(time.time() - started)}
     (args.out / "descore.json").write_text(json.dumps({"video": asdict(SETTINGS), "pretrained": recipe}, indent=1) + "\n")
 
