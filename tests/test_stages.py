@@ -189,7 +189,7 @@ def test_filter_says_what_it_kept(world_dir, tmp_path):
     (["infer.py", "README.md", "a cat", "--model", "toy/backbone"], "README.md: not a video"),
     (["infer.py", "a.mp4", "a cat", "--model", "toy"], "toy: neither descore.json"),
     (["coldstart.py", "--backbone", "toy/backbone", "--train", "missing.jsonl"], "missing.jsonl: no such file"),
-    (["rl.py", "--model", "toy/backbone", "--train", "README.md"], "README.md, row 1: not JSON"),
+    (["rl.py", "--model", "toy/backbone", "--train", "requirements.txt"], "requirements.txt, row 1: not JSON"),
     (["data.py", "filter", "missing.jsonl", "out.jsonl"], "missing.jsonl: no such file"),
 ])
 def test_errors_are_one_clear_line(command, message, tmp_path):
