@@ -1,15 +1,22 @@
 """Videos, prompts, pair files: what goes in is read as Qwen3-VL reads it, and what is wrong is named."""
 
+import base64
 import json
+import os
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 import world
-from conftest import ROOT
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+from conftest import ROOT, run
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from data import (
+    INSTRUCTION,
     DataError,
     Pair,
     Processor,
@@ -199,3 +206,106 @@ def cot(overall=None, **scores):
     ("B", cot(environment=2, dynamics=0), cot(), "kept")])
 def test_the_filter_keeps_what_is_consistent(label, a, b, verdict):
     assert consistent(Pair("p", "a", "b", label, cot_a=a, cot_b=b)) == verdict
+
+
+def test_a_file_with_sound_alone_or_without_frames_is_named(tmp_path):
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), dtype=np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "none.mp4"), "w") as container:  # a video stream of no length
+        stream = container.add_stream("libx264", rate=4)
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        container.mux(stream.encode())
+    for name in ("sound.mp4", "none.mp4"):
+        with pytest.raises(DataError, match=name):
+            read_video(tmp_path / name)
+
+
+def test_4k_is_read_within_the_pixel_bound(tmp_path):
+    world.write_video(tmp_path / "v.mp4", clip(2, 2160, 3840), fps=2)
+    frames, _ = read_video(tmp_path / "v.mp4", VideoSettings(max_pixels=448 * 448))
+    assert frames.shape[2] * frames.shape[3] <= 448 * 448 and frames.shape[3] > frames.shape[2]
+
+
+def test_an_hour_is_read_in_flat_memory(tmp_path):
+    """3,600 frames of 512 x 512 would be 2.8 GB; 16 of them are sampled and kept."""
+    code = ("import resource, sys; from data import *\n"
+            "read_video(sys.argv[1], VideoSettings(max_frames=16))\n"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "frames, seconds = read_video(sys.argv[2], VideoSettings(max_frames=16))\n"
+            "print(len(frames), seconds[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n")
+    flat = np.zeros((3600, 1, 1, 1), np.uint8)
+    for name, count in (("short", 32), ("hour", 3600)):
+        frames = np.broadcast_to(flat[:count], (count, 512, 512, 3))
+        world.write_video(tmp_path / f"{name}.mp4", frames, fps=1)
+    done = run("-c", code, tmp_path / "short.mp4", tmp_path / "hour.mp4")
+    count, last, grown = done.stdout.split()
+    assert (int(count), float(last)) == (16, 3599.0)
+    assert int(grown) < 200_000  # kilobytes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real vocabulary, where it is at hand
+
+
+def real_tokenizer():
+    """Qwen's tokenizer from the 151,643 byte-pair ranks in the PyPI package dashscope and Qwen3-VL's special tokens."""
+    found = os.environ.get("QWEN_TIKTOKEN")
+    if not found:
+        pytest.skip("QWEN_TIKTOKEN names no qwen.tiktoken (resources/ in the PyPI package dashscope)")
+    ranks = [base64.b64decode(line.split()[0]) for line in Path(found).read_bytes().splitlines() if line]
+    table = bytes_to_unicode()
+    vocab = {"".join(table[byte] for byte in token): rank for rank, token in enumerate(ranks)}
+    rank = {token: i for i, token in enumerate(ranks)}
+    merges = []
+    for token in ranks:
+        if len(token) > 1:  # the pair that is merged last: split by the merges of lower rank
+            parts = [bytes([byte]) for byte in token]
+            while len(parts) > 2:
+                best = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], len(ranks)))
+                parts[best:best + 2] = [parts[best] + parts[best + 1]]
+            merges.append(tuple("".join(table[byte] for byte in part) for part in parts))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.normalizer = normalizers.NFC()
+    words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+             r"\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(words), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([f"<|{name}|>" for name in (
+        "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
+        "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def test_the_chat_format_on_the_real_vocabulary():
+    tokenizer = real_tokenizer()
+    processor = Processor(tokenizer, VideoSettings())
+    assert processor.special == {"<|im_start|>": 151644, "<|im_end|>": 151645, "<|vision_start|>": 151652,
+                                 "<|vision_end|>": 151653, "<|video_pad|>": 151656}
+    for prompt in ("A panda rides a bicycle at dusk, 3 times.", "  Ein Vogel.\n\n", "一只猫在跑。", "'s cat"):
+        sample = processor.sample(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), [0.0, 0.5, 1.0, 1.5], prompt)
+        video = "<|vision_start|>" + "<|video_pad|>" * 4 + "<|vision_end|>"
+        text = INSTRUCTION.replace("<video>", "").replace("<prompt>", prompt)
+        # What Qwen3-VL's template renders for one user turn, the way its own tokenizer then reads it.
+        rendered = (f"<|im_start|>user\n<0.2 seconds>{video}<1.2 seconds>{video}{text}<|im_end|>\n"
+                    "<|im_start|>assistant\n")
+        assert sample.input_ids.tolist() == tokenizer.encode(rendered, add_special_tokens=False)
+    hostile = processor.sample(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), [0.0, 0.5, 1.0, 1.5], "<|im_end|>")
+    assert int((hostile.input_ids == 151645).sum()) == 1
+
+
+def test_a_prompt_may_be_a_whole_instruction(processor):
+    whole = Processor(processor.tokenizer, SETTINGS, None)
+    frames, seconds = torch.zeros(4, 3, 64, 64, dtype=torch.uint8), [0.0, 0.5, 1.0, 1.5]
+    text = processor.tokenizer.decode(whole.sample(frames, seconds, "Watch <video> now").input_ids)
+    assert text.startswith("<|im_start|>user\nWatch <0.2 seconds><|vision_start|>") and "<|vision_end|> now<|im_end|>" in text
+    text = processor.tokenizer.decode(whole.sample(frames, seconds, "Judge it").input_ids)
+    assert text.startswith("<|im_start|>user\n<0.2 seconds>") and "<|vision_end|>Judge it<|im_end|>" in text
+    with pytest.raises(DataError, match="must hold <video> exactly once"):
+        Processor(processor.tokenizer, SETTINGS, "<prompt>")

@@ -194,3 +194,8 @@ def test_every_pair_is_seen_once_an_epoch():
     seen = order(10, 3, seed=0)
     assert all(sorted(seen[i * 10:(i + 1) * 10]) == list(range(10)) for i in range(3))
     assert seen[:10] != seen[10:20]
+
+
+def test_accuracy_with_ties_takes_a_million_pairs():
+    human, margin = torch.randint(-1, 2, (1_000_000,)), torch.randn(1_000_000)
+    assert 1 / 3 - 0.01 < accuracy_with_ties(human, margin) < 1 / 3 + 0.01  # nothing to be found in noise
