@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import statistics
 import struct
 import time
 import urllib.error
@@ -727,29 +728,33 @@ def consistent(pair: Pair) -> str:
     return "the CoTs imply a tie" if implied == 0 else "the label is a tie" if pair.human == 0 else "the CoTs imply the other"
 
 
-def check(pairs_file: Path, settings: VideoSettings, label: str | None, root: Path | None) -> bool:
-    """Read a pair file whole, decode what would be sampled of every video, print a summary. False if any is broken."""
+def check(pairs_file: Path, settings: VideoSettings, label: str | None, root: Path | None, tokenizer: str) -> bool:
+    """Read a pair file whole, read each video with its prompt as a model would, print a summary. False if any is broken
+    or missing. `tokenizer`: directory or hub id of the one that counts tokens."""
+    from transformers import AutoTokenizer  # slow to import, and nothing else here needs it
+
+    processor = Processor(AutoTokenizer.from_pretrained(tokenizer), settings)
     pairs = read_pairs(pairs_file, label, root)
     print(pairs.summary())
     print("labels: " + ", ".join(f"{count} {name}" for name, count in Counter(p.preference for p in pairs).most_common()))
-    broken, tokens, seconds, sizes = [], [], [], Counter()
-    for video in tqdm(sorted({video for pair in pairs for video, _ in pair.videos()}), "check", unit="video"):
+    broken, tokens, video_tokens, seconds, sizes = [], [], [], [], Counter()
+    prompts = dict(key for pair in pairs for key in pair.videos())  # video → one of its prompts
+    for video, prompt in tqdm(sorted(prompts.items()), "check", unit="video"):
         try:
             frames, times = read_video(video, settings)
         except DataError as error:
             broken.append(str(error))
             continue
-        grid = patchify(frames, settings)[1]
-        tokens.append(math.prod(grid) // settings.merge_size**2)
+        sample = processor.sample(frames, times, prompt)
+        tokens.append(len(sample.input_ids))
+        video_tokens.append(math.prod(sample.grid) // settings.merge_size**2)
         seconds.append(times[-1])
         sizes[f"{frames.shape[3]}x{frames.shape[2]}"] += 1
-    for name, values in (("video tokens", tokens), ("seconds", seconds)):
+    for name, values in (("tokens a sample", tokens), ("video tokens a sample", video_tokens), ("seconds a video", seconds)):
         if values:
-            middle = sorted(values)[len(values) // 2]
-            print(f"{name} a video: {min(values):.0f} to {max(values):.0f}, median {middle:.0f}")
+            print(f"{name}: {min(values):.0f} to {max(values):.0f}, median {statistics.median(values):.0f}")
     print("sizes at the model: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8)))
-    print(f"videos: {len(tokens)} read, {len(broken)} broken")
-    print("\n".join(broken))
+    print("\n".join([f"videos: {len(tokens)} read, {len(broken)} broken", *broken]))
     return not broken and not any(row["reason"] == "missing" for row in pairs.left_out)
 
 
@@ -792,11 +797,13 @@ def main() -> None:
     sub = add("check", "read a pair file whole, open every video, print a summary; exit code 1 if any is broken", out=False)
     add_format(sub)
     add_video(sub, 448 * 448)
+    sub.add_argument("--model", default=str(Path(__file__).parent / "toy/backbone"),
+                     help="whose tokenizer counts the tokens, directory or hub id [the embedded one]")
     args = parser.parse_args()
     try:
         if args.command == "check":
             settings = VideoSettings(fps=args.fps, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-            raise SystemExit(0 if check(args.pairs, settings, args.label, args.root) else 1)
+            raise SystemExit(0 if check(args.pairs, settings, args.label, args.root, args.model) else 1)
         if args.command == "convert":
             pairs = read_pairs(args.pairs, args.label, args.root)
             write_pairs(args.out, pairs)

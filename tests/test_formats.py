@@ -108,7 +108,8 @@ def test_convert_and_check(world_dir, folder):
     assert [(p.preference, p.prompt) for p in read_pairs(folder / "x.jsonl")] == [
         (p.preference, p.prompt) for p in read_pairs(world_dir / "test_id.jsonl")]
     good = run("data.py", "check", folder / "x.jsonl", *TOY_VIDEO)
-    assert "8 read, 0 broken" in good.stdout and "video tokens a video: 16 to 16" in good.stdout
+    assert "8 read, 0 broken" in good.stdout and "video tokens a sample: 16 to 16" in good.stdout
+    assert "tokens a sample: 2" in good.stdout  # 16, four timestamps, and the instruction of some 150
     rows.append([str(folder / "a.mp4"), rows[0][1], "x", "A"])  # not a video
     write_csv(folder / "x.csv", ["path_A", "path_B", "prompt", "Overall"], *rows)
     bad = run("data.py", "check", folder / "x.csv", *TOY_VIDEO, check=False)

@@ -1,6 +1,6 @@
 """Train the embedded backbone from scratch: a tiny Qwen3-VL that sees well and judges only passably.
 
-    python toy/pretrain.py --out toy/backbone
+    python toy/pretrain.py --out toy/backbone       # seed 0, 3,120 steps; 56 minutes on two cores
 
 First it describes clips (the prompt is just "Describe the video."), so that it learns to look: with a prompt to copy
 from, it would copy. Then it also judges clips against prompts, in the CoT format of data.py, and practises that. Last,
@@ -254,7 +254,8 @@ def main() -> None:
                 print(" ", attributes_seen(model, tokenizer, args.seed), flush=True)
         model.save_pretrained(args.out / lesson)
     model.to(torch.bfloat16).save_pretrained(args.out)
-    recipe = {key: value for key, value in vars(args).items() if key not in ("out", "after")} | {"seconds": round(time.time() - started)}
+    recipe = {key: value for key, value in vars(args).items() if key not in ("out", "after")}
+    recipe["seconds"] = round(time.time() - started)
     (args.out / "descore.json").write_text(json.dumps({"video": asdict(SETTINGS), "pretrained": recipe}, indent=1) + "\n")
 
 
