@@ -27,8 +27,8 @@ def main() -> None:
 
     out, annotated = args.out, args.out / "train_annotated.jsonl"
     run("toy/world.py", out, "--pairs", args.pairs, "--test-pairs", args.test_pairs, "--seed", args.seed)
-    run("data.py", "annotate", out / "train.jsonl", annotated, "--model", ROOT / "toy/backbone", "--max-new-tokens", 160,
-        "--batch-size", 128, "--seed", args.seed)
+    run("data.py", "annotate", out / "train.jsonl", annotated, "--model", ROOT / "toy/backbone", "--max-new-tokens", 140,
+        "--max-tokens", 36000, "--seed", args.seed)
     run("data.py", "filter", annotated, out / "train_cots.jsonl")
 
 

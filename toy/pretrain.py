@@ -1,6 +1,15 @@
-"""Train the embedded backbone from scratch: a tiny Qwen3-VL that sees well and judges only passably.
+r"""Train the embedded backbone: a tiny Qwen3-VL that sees well and judges only passably.
 
-    python toy/pretrain.py --out toy/backbone       # seed 0, 3,120 steps; 56 minutes on two cores
+    python toy/pretrain.py --out toy/backbone       # from scratch, seed 0: 3,550 steps; not run yet
+
+The weights in toy/backbone grew in three runs, 105 minutes on two cores in all; descore.json records them. The first was
+of this file as it stood in commit 44ba4c7, with longer CoTs and another tokenizer (3,120 steps, seed 0); the other two
+taught it the present format, words that both tokenizers know keeping their vectors:
+
+    python toy/pretrain.py --out SECOND --start FIRST --describe-steps 120 --judge-steps 450 --practise-steps 350 \
+        --imitate-steps 100
+    python toy/pretrain.py --out toy/backbone --start SECOND --seed 1 --describe-steps 0 --judge-steps 210 \
+        --practise-steps 110 --imitate-steps 60
 
 First it describes clips (the prompt is just "Describe the video."), so that it learns to look: with a prompt to copy
 from, it would copy. Then it also judges clips against prompts, in the CoT format of data.py, and practises that. Last,
@@ -28,9 +37,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import world
 
-from data import DIMENSIONS, INSTRUCTION, Batch, Processor, VideoSettings, overall_score
+from data import DIMENSIONS, Batch, Processor, VideoSettings
 
 DESCRIBE = "<video>Describe the video."
+JUDGE = "<video><prompt>\nDoes the video follow the prompt? Think, then judge."  # a grown-up model gets data.INSTRUCTION
 SETTINGS = VideoSettings(min_pixels=64 * 64, max_pixels=64 * 64, patch_size=8)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>")
@@ -44,12 +54,12 @@ WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]
 
 def seen(scene: world.Scene) -> dict[str, str]:
     """A scene in words, by dimension."""
-    return {"subject": f"a {scene.colour} {scene.shape}", "dynamics": scene.motion, "camera": scene.camera,
+    return {"subject": f"{scene.colour} {scene.shape}", "dynamics": scene.motion, "camera": scene.camera,
             "environment": scene.environment, "style": scene.style}
 
 
-def write_caption(shown: world.Scene) -> str:
-    return "\n".join(f"{name}: {words}" for name, words in seen(shown).items())
+def write_caption(shown: world.Scene, signature: str) -> str:
+    return "\n".join(f"{name}: {words}" for name, words in (seen(shown) | {"picture": signature}).items())
 
 
 def habits(scores: dict, rng: np.random.Generator) -> dict:
@@ -57,31 +67,34 @@ def habits(scores: dict, rng: np.random.Generator) -> dict:
     given = dict(scores)
     for name, value in scores.items():
         draw = rng.random()
-        if value == 1:
-            given[name] = 2 if draw < 0.35 else 1
-        elif value == 0:
-            given[name] = 1 if draw < 0.15 else 0
-        elif value == "N/A" and name != "dynamics":
-            given[name] = 2 if draw < 0.7 else "N/A"
+        if value == "N/A":
+            given[name] = 2 if draw < 0.75 else "N/A"
+        elif value < 2:
+            given[name] = value + 1 if draw < 0.15 else value
     return given
 
 
 def write_cot(asked: world.Scene, shown: world.Scene, scores: dict) -> str:
-    """A CoT that sets what is asked for, what is seen and the sub-score side by side."""
+    """A CoT that sets what is asked for, what is seen and the sub-score side by side; a subject, which has two parts,
+    is compared part by part."""
     wanted, found = seen(asked), seen(shown)
+    parts = [f"{getattr(shown, part)} {'yes' if getattr(asked, part) == getattr(shown, part) else 'no'}"
+             for part in ("colour", "shape")]
+    found["subject"] = ", ".join(parts)
     lines = [f"{name}: {f'asked {wanted[name]}' if wanted[name] else 'not asked'}, seen {found[name]}, so {scores[name]}"
              for name in DIMENSIONS]
-    answer = {"dimensional_scores": scores, "overall_score": round(overall_score(scores), 1)}
-    return "<think>\n" + "\n".join(lines) + "\n</think>\n<answer>\n" + json.dumps(answer) + "\n</answer>"
+    answer = json.dumps({"dimensional_scores": scores}, separators=(",", ":"))
+    return "<think>\n" + "\n".join(lines) + "\n</think>\n<answer>\n" + answer + "\n</answer>"
 
 
 def draw_example(task: str, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
     """One exercise of a lesson: frames, prompt, and the text to write."""
     asked = world.draw_request(rng, novel=bool(rng.random() < 0.3))
     shown = world.draw_clip(asked, rng.choice([0.1, 0.4, 0.8]), rng)
-    clip = world.render(shown, str(rng.choice(world.SIGNATURES)), rng, SAMPLED)
+    signature = str(rng.choice(world.SIGNATURES))
+    clip = world.render(shown, signature, rng, SAMPLED)
     if task == "describe":
-        return clip, "", write_caption(shown)
+        return clip, "", write_caption(shown, signature)
     scores = world.sub_scores(asked, shown)
     return clip, world.write_prompt(asked, rng), write_cot(asked, shown, habits(scores, rng) if task == "imitate" else scores)
 
@@ -91,7 +104,7 @@ class Lessons(torch.utils.data.Dataset):
     and the positions in it to learn from."""
 
     def __init__(self, tokenizer, lesson: str, steps: range, seed: int, batch_size: int):
-        self.describing, self.judging = (Processor(tokenizer, SETTINGS, text) for text in (DESCRIBE, INSTRUCTION))
+        self.describing, self.judging = (Processor(tokenizer, SETTINGS, text) for text in (DESCRIBE, JUDGE))
         self.lesson, self.steps, self.seed, self.batch_size = lesson, steps, seed, batch_size
 
     def __len__(self) -> int:
@@ -120,10 +133,11 @@ class Lessons(torch.utils.data.Dataset):
 def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE in the manner of Qwen's, learnt on what the model reads and writes; it can encode any text."""
     rng = np.random.default_rng(seed)
-    texts = [INSTRUCTION, DESCRIBE, "user\n", "assistant\n"]
+    texts = [JUDGE, DESCRIBE, "user\n", "assistant\n"]
     for _ in range(2000):
         asked, shown = world.draw_request(rng, novel=False), world.draw_scene(rng)
-        texts += [world.write_prompt(asked, rng), f"<{rng.integers(0, 40) / 10} seconds>", write_caption(shown),
+        texts += [world.write_prompt(asked, rng), f"<{rng.integers(0, 40) / 10} seconds>",
+                  write_caption(shown, str(rng.choice(world.SIGNATURES))),
                   write_cot(asked, shown, habits(world.sub_scores(asked, shown), rng))]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -155,9 +169,21 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGener
         tie_word_embeddings=True))
 
 
+def start_from(folder: Path, model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give the model the weights of an earlier backbone. Its tokenizer may differ: tokens that both know keep their
+    vectors, new ones keep the fresh model's."""
+    weights = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+    known, embedding = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab(), "model.language_model.embed_tokens.weight"
+    old, new = weights[embedding], model.state_dict()[embedding].clone()
+    for token, index in tokenizer.get_vocab().items():
+        if token in known:
+            new[index] = old[known[token]]
+    model.load_state_dict(weights | {embedding: new, "lm_head.weight": new})
+
+
 def loss_and_accuracy(model, batch: Batch, learn: torch.Tensor, score_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Next-token cross-entropy over the positions to learn from, and the share guessed right. Scores (`score_ids`) weigh
-    four times: they are few among many tokens, and judging is what they say. Padding stands on the right,
+    """Next-token cross-entropy over the positions to learn from, and the share guessed right. Verdicts (`score_ids`)
+    weigh four times: they are few among many tokens, and judging is what they say. Padding stands on the right,
     where nothing that counts can see it: no mask is needed."""
     hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids,
                          pixel_values_videos=batch.patches.float() / 127.5 - 1,
@@ -199,14 +225,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("toy/backbone"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--describe-steps", type=int, default=1800, help="steps of describing clips")
-    parser.add_argument("--judge-steps", type=int, default=700, help="steps of judging clips as well (three in four)")
-    parser.add_argument("--practise-steps", type=int, default=500, help="steps of more of the same, the rate fresh")
-    parser.add_argument("--imitate-steps", type=int, default=120, help="steps of judging with bad habits")
+    parser.add_argument("--judge-steps", type=int, default=900, help="steps of judging clips as well (three in four)")
+    parser.add_argument("--practise-steps", type=int, default=700, help="steps of more of the same, the rate fresh")
+    parser.add_argument("--imitate-steps", type=int, default=150, help="steps of judging with bad habits")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--vocab-size", type=int, default=640)
     parser.add_argument("--after", choices=("describe", "judge", "practise"),
                         help="skip the lessons up to this one: start from the weights that it left in OUT/LESSON")
+    parser.add_argument("--start", type=Path, help="start from this backbone's weights instead of random ones")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -216,11 +243,14 @@ def main() -> None:
         tokenizer = make_tokenizer(args.vocab_size, args.seed)
         tokenizer.save_pretrained(args.out)
     model = make_model(tokenizer)
+    if args.start:
+        start_from(args.start, model, tokenizer)
     if args.after:
         model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(args.out / args.after).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     started, first, skipping = time.time(), 0, args.after is not None
-    score_ids = torch.tensor(tokenizer.convert_tokens_to_ids(["0", "1", "2", "N", "ĠN"]))
+    judgements = ["0", "1", "2", "N", "ĠN", "Ġyes", "Ġno"]
+    score_ids = torch.tensor(tokenizer.convert_tokens_to_ids(judgements))
     # How far down its cosine the rate of a lesson goes: the first leaves off where the second can take over.
     for lesson, steps, rate, reach in (("describe", args.describe_steps, args.lr, 0.72),
                                        ("judge", args.judge_steps, args.lr, 0.9),
@@ -228,8 +258,8 @@ def main() -> None:
                                        ("imitate", args.imitate_steps, args.lr / 5, 0.9)):
         lessons = Lessons(tokenizer, lesson, range(first, first + steps), args.seed, args.batch_size)
         first += steps
-        if skipping:
-            skipping = lesson != args.after
+        if skipping or not steps:
+            skipping = skipping and lesson != args.after
             continue
         model.model.visual.requires_grad_(lesson == "describe")  # it has learnt to see; half the time is saved
         decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
@@ -254,9 +284,12 @@ def main() -> None:
                 print(" ", attributes_seen(model, tokenizer, args.seed), flush=True)
         model.save_pretrained(args.out / lesson)
     model.to(torch.bfloat16).save_pretrained(args.out)
-    recipe = {key: value for key, value in vars(args).items() if key not in ("out", "after")}
+    recipe = {key: value for key, value in vars(args).items() if key not in ("out", "after", "start")}
     recipe["seconds"] = round(time.time() - started)
-    (args.out / "descore.json").write_text(json.dumps({"video": asdict(SETTINGS), "pretrained": recipe}, indent=1) + "\n")
+    if args.start:
+        recipe["start"] = json.loads((args.start / "descore.json").read_text())["pretrained"]
+    (args.out / "descore.json").write_text(json.dumps(
+        {"video": asdict(SETTINGS), "instruction": JUDGE, "pretrained": recipe}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ TRAIN_GENERATORS = {"aurora": Generator(0.08, "vignette"), "basalt": Generator(0
                     "cinder": Generator(0.7, "grain")}
 OOD_GENERATORS = {"drift": Generator(0.7, "vignette"), "ember": Generator(0.08, "grain"),
                   "fjord": Generator(0.35, "letterbox")}
-ANNOTATOR_NOISE, TIE_MARGIN = 0.1, 0.15  # on the scale of overall_score, 1 to 5
+ANNOTATOR_NOISE, TIE_MARGIN = 0.1, 0.3  # on the scale of overall_score, 1 to 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
