@@ -11,17 +11,20 @@ With probability p the CoTs of a pair are masked, so that r must be readable fro
 """
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DataError, Pair, Skipped, read_pairs
+from data import MAX_TOKENS, DataError, Pair, Processor, Skipped, packed, read_pairs
 from infer import evaluate
-from model import DeScore, Ranks, draw_seed, parse_args
+from model import DeScore, draw_seed
+from run import Ranks, Run, make_optimizer, parse_args
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Args:
     label: str | None = field(default=None, metadata={"help": "their column of the preference [TA, else Overall]"})
     root: str | None = field(default=None, metadata={"help": "folder that their paths are relative to [each file's own]"})
     max_skipped: float = field(default=0.01, metadata={"help": "share of the pairs whose videos may be unreadable"})
-    out: str = field(default="runs/coldstart", metadata={"help": "the run's folder: metrics.jsonl and the model"})
+    out: str = field(default="runs/coldstart", metadata={"help": "the run's folder: metrics, checkpoints, the model"})
     seed: int = field(default=0, metadata={"help": "order of the data, masking, initial query and head"})
     # The method (DeScore, Section "Stage 1"; learning rate and p from the released code).
     mask_p: float = field(default=0.5, metadata={"help": "p: chance that the CoTs of a pair are masked"})
@@ -53,11 +56,18 @@ class Args:
     min_pixels: int = field(default=128 * 32 * 32, metadata={"help": "pixels a frame, at least"})
     max_pixels: int = field(default=448 * 448, metadata={"help": "pixels a frame, at most"})
     # Running.
-    micro_batch: int = field(default=2, metadata={"help": "pairs a forward"})
+    max_tokens: int = field(default=24_576, metadata={"help": "tokens a forward, padding included; one pair at least"})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "less memory, one more forward"})
+    quant: Literal["4bit"] | None = field(default=None, metadata={"help": "keep the frozen linear layers in NF4"})
+    optim: Literal["adamw", "adamw8bit"] = field(default="adamw", metadata={"help": "8 bits: smaller moments"})
+    shard: Literal["full"] | None = field(default=None, metadata={"help": "split all that trains over ranks (FSDP2)"})
+    save_every: int = field(default=50, metadata={"help": "steps from one checkpoint to the next; 0: at the end only"})
+    keep: int = field(default=2, metadata={"help": "checkpoints kept"})
+    resume: bool = field(default=True, metadata={"help": "go on from the newest checkpoint in the run's folder"})
     workers: int = field(default=2, metadata={"help": "processes that decode videos ahead"})
-    eval_every: int = field(default=0, metadata={"help": "evaluate every so many steps too [before and after only]"})
-    eval_batch: int = field(default=16, metadata={"help": "videos at a time in evaluation"})
+    eval_before: bool = field(default=True, metadata={"help": "evaluate before the first step"})
+    eval_every: int = field(default=0, metadata={"help": "evaluate every so many steps too [never]"})
+    eval_tokens: int = field(default=MAX_TOKENS, metadata={"help": "tokens at a time in evaluation"})
     eval_temperature: float = field(default=1.0, metadata={"help": "of the CoTs in evaluation; 1 is the policy itself"})
     max_new_tokens: int = field(default=4096, metadata={"help": "longest CoT in evaluation"})
 
@@ -88,6 +98,11 @@ def winner_first(pair: Pair, masked: bool) -> tuple[list[tuple[str, str]], list[
     return keys, [None, None] if masked else cots
 
 
+def pair_tokens(processor: Processor, keys: list[tuple[str, str]], cots: list[str | None]) -> int:
+    """Tokens of a pair's two rows, the shorter one padded."""
+    return 2 * max(length + len(processor.encode(cot or "")) for length, cot in zip(processor.lengths(keys), cots))
+
+
 def chunks(items: list, size: int) -> list[list]:
     """A list cut into lists of the given size, the last one shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
@@ -96,68 +111,67 @@ def chunks(items: list, size: int) -> list[list]:
 def main() -> None:
     ranks = Ranks.start()
     args = parse_args(Args, "toy/coldstart.json", ranks)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    run = Run(args, ranks)
 
     if args.backbone is None:
         raise DataError("--train needs --backbone, a Qwen3-VL directory or hub id")
     torch.manual_seed(args.seed)
     video = {"fps": args.fps, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
-    model = DeScore.load(args.backbone, video=video)
+    model = DeScore.load(args.backbone, video=video, quant=args.quant)
     model.set_trainable(args.lora_rank, args.train_merger, args.train_vision)
     if args.gradient_checkpointing:
         model.qwen.activation_checkpointing_enable()
-    parameters = model.trainable()
-    own = [p for name, p in parameters.items() if name in ("query", "head.weight")]
-    rest = [p for name, p in parameters.items() if name not in ("query", "head.weight")]
-    optimizer = torch.optim.AdamW([{"params": own, "lr": args.head_lr or args.lr}, {"params": rest}], lr=args.lr,
-                                  weight_decay=args.weight_decay)
+    if args.shard:
+        model.shard()
+    own, rest = model.parameter_groups()
+    optimizer = make_optimizer(args.optim, [own | {"lr": args.head_lr or args.lr}, rest], args.lr, args.weight_decay)
+    rates = [group["lr"] for group in optimizer.param_groups]
 
     data = read_pairs(args.train, args.label, args.root)
-    skipped = Skipped(out / "skipped.jsonl", data, args.max_skipped, write=ranks.first)
+    skipped = Skipped(run.out / "skipped.jsonl", data, args.max_skipped, write=ranks.first)
     pairs = [pair for pair in data if pair.preference != "tie"]  # a tie has no winner
     if ranks.first:
         print(f"{data.summary()}; {len(data) - len(pairs)} ties, which have no winner, are not used")
+        print(model.summary())
     for pair in pairs:
         if pair.cot_a is None or pair.cot_b is None:
             raise DataError(f"{args.train}: the pair of {pair.video_a} has no CoTs; `python data.py annotate` writes them")
-    seen = order(len(pairs), args.epochs, args.seed)
-    steps = chunks(seen, args.batch_size)
+    steps = chunks(order(len(pairs), args.epochs, args.seed), args.batch_size)
     warmup = max(1, round(args.warmup * len(steps)))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     tests = {Path(path).stem: read_pairs(path, args.label, args.root) for path in args.test}
-    metrics = (out / "metrics.jsonl").open("w") if ranks.first else None
-
-    def log(record: dict) -> None:
-        if ranks.first:
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
+    done = run.begin(model, optimizer, skipped)
 
     def test(step: int) -> dict:
         figures = {}
         for name, held_out in tests.items():
             figures |= {f"{name}/{key}": value for key, value in evaluate(
-                model, held_out, ranks, args.max_new_tokens, args.eval_temperature, args.eval_batch,
+                model, held_out, ranks, args.max_new_tokens, args.eval_temperature, args.eval_tokens,
                 args.workers).items()}
-        log({"step": step, **figures})
+        run.log({"step": step, **figures})
         return figures
 
-    # What this rank reads: for each step its share of the pairs, in micro-batches, decoded ahead.
-    plan = [chunks([winner_first(pairs[row], masked) for row, masked in ranks.share(list(zip(
-        rows, mask_pairs(len(rows), args.mask_p, args.seed, step))))], args.micro_batch) for step, rows in enumerate(steps)]
-    batches = model.processor.batches([[keys for keys, _ in micro] for micros in plan for micro in micros], args.workers,
-                                      limit=args.max_prompt)
-    test(0)
+    # What this rank reads: for each step its share of the pairs, those of like length in one forward, decoded ahead.
+    masks = [mask_pairs(len(rows), args.mask_p, args.seed, step) for step, rows in enumerate(steps)]
+    shares = [[winner_first(pairs[row], masked) for row, masked in ranks.share(list(zip(rows, mask)))]
+              for rows, mask in zip(steps, masks)]
+    model.processor.lengths([key for share in shares for keys, _ in share for key in keys])
+    plan = [packed(share, [pair_tokens(model.processor, *unit) for unit in share], args.max_tokens) for share in shares]
+    batches = model.processor.batches([[keys for keys, _ in micro] for micros in plan[done:] for micro in micros],
+                                      args.workers, limit=args.max_prompt)
+    if done == 0 and args.eval_before:
+        test(0)
     model.train()
-    progress = tqdm(steps, "coldstart", disable=not ranks.first)
-    for step, rows in enumerate(progress, 1):
+    progress = tqdm(range(done + 1, len(steps) + 1), "coldstart", initial=done, total=len(steps), disable=not ranks.first)
+    for step in progress:
         started, loss_sum, right, margin = time.time(), 0.0, 0.0, 0.0
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * min(1.0, step / warmup)
         ready = [(micro, *next(batches)) for micro in plan[step - 1]]
         skipped.add(ranks.gather_all([record for _, _, _, bad in ready for record in bad]))
         (count,) = ranks.sum([float(sum(len(kept) for _, _, kept, _ in ready))])  # pairs in the global batch
-        for micro, batch, kept, _ in ready:
-            if not kept:
-                continue
+        ready = [(micro, batch, kept) for micro, batch, kept, _ in ready if kept]
+        turns = ranks.most(len(ready)) if args.shard else 0  # a sharded model is gathered by all ranks or by none
+        for micro, batch, kept in ready:
             rewards = model.score(batch, [cot for i in kept for cot in micro[i][1]])
             r_w, r_l = rewards.view(-1, 2).unbind(1)
             loss = bt_loss(r_w, r_l) * len(kept) / count
@@ -165,28 +179,29 @@ def main() -> None:
             loss_sum += loss.item()
             right += (r_w > r_l).sum().item() / count
             margin += (r_w - r_l).sum().item() / count
-        ranks.sum_gradients(list(parameters.values()))
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for _ in range(turns - len(ready)):
+            model.idle(with_logps=False)
+        norm = run.descend(args.max_grad_norm)
         loss_sum, right, margin = ranks.sum([loss_sum, right, margin])
-        log({"step": step, "loss": loss_sum, "accuracy": right, "margin": margin, "grad_norm": norm.item(),
-             "lr": schedule.get_last_lr()[-1], "seconds": time.time() - started})
+        run.log({"step": step, "loss": loss_sum, "accuracy": right, "margin": margin, "grad_norm": norm,
+                 "left_out": float(not math.isfinite(norm)), "lr": optimizer.param_groups[-1]["lr"],
+                 "seconds": time.time() - started})
         progress.set_postfix(loss=f"{loss_sum:.3f}", accuracy=f"{right:.2f}", margin=f"{margin:.2f}")
-        schedule.step()
         if args.eval_every and step % args.eval_every == 0 and step < len(steps):
             test(step)
+        if run.step_done(step, len(steps)):
+            return ranks.stop()
     figures = test(len(steps))
+    scale = {key.split("/")[1]: value for key, value in figures.items() if key.split("/")[1].startswith("score_")}
+    model.save(run.out / "model", ranks.first, stage="coldstart", args=asdict(args), **scale)
     if ranks.first:
-        scale = {key.split("/")[1]: value for key, value in figures.items() if key.split("/")[1].startswith("score_")}
-        model.save(out / "model", stage="coldstart", args=asdict(args), **scale)
         print(json.dumps(figures, indent=1))
-        print(f"{out}: done")
+        print(f"{run.out}: done")
     ranks.stop()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except (DataError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

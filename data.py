@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import struct
 import time
@@ -28,6 +29,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -38,6 +40,7 @@ from tqdm import tqdm
 
 DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")
 PRIMARY = ("subject", "dynamics")  # weigh twice as much as the others
+MAX_TOKENS = 65_536  # judged at a time, unless told otherwise: at the 8B shape a cache of 10 GB
 
 # <video> and <prompt> are replaced by the two things to be judged.
 INSTRUCTION = """<video>The video above was generated from this prompt:
@@ -74,6 +77,12 @@ class VideoSettings:
     temporal_patch_size: int = 2
     merge_size: int = 2
 
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, field.type)) or not value > 0:
+                raise TypeError(f"{field.name} is {value!r}")
+
 
 def smart_nframes(total: int, video_fps: float, settings: VideoSettings) -> int:
     """How many of `total` frames to sample: an even number (qwen-vl-utils 0.0.14, `smart_nframes`). A video of a
@@ -104,11 +113,10 @@ def smart_resize(height: int, width: int, frames: int, settings: VideoSettings) 
     return h, w
 
 
-def read_video(path: str | Path, settings: VideoSettings = VideoSettings()) -> tuple[torch.Tensor, list[float]]:
-    """Decode the sampled frames of a video file, at the size at which the model sees them.
-
-    Returns frames (T, 3, H, W) uint8 with T even, and the second at which each stands in the video.
-    Raises DataError, naming the file, if it is missing or no video can be read from it."""
+@contextmanager
+def opened(path: str | Path, settings: VideoSettings) -> Iterator[tuple[decord.VideoReader, list[int], list[float]]]:
+    """A video file's reader, the indices of the frames to sample (an even number), and the second at which each stands.
+    Raises DataError, naming the file, if it is missing or, until the end of the block, no video can be read from it."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -119,15 +127,23 @@ def read_video(path: str | Path, settings: VideoSettings = VideoSettings()) -> t
         total, video_fps = len(reader), reader.get_avg_fps()
         if total < 1 or not video_fps > 0:
             raise ValueError("it has no frames")
-        count = smart_nframes(total, video_fps, settings)
-        indices = torch.linspace(0, total - 1, count).round().long().tolist()
-        frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
-        size = smart_resize(*frames.shape[2:], count, settings)
+        indices = torch.linspace(0, total - 1, smart_nframes(total, video_fps, settings)).round().long().tolist()
+        yield reader, indices, [index / video_fps for index in indices]
     except (decord.DECORDError, RuntimeError, ValueError, IndexError) as error:
         raise DataError(f"{path}: not a video that can be read ({str(error).strip().splitlines()[0][:200]})") from error
+
+
+def read_video(path: str | Path, settings: VideoSettings = VideoSettings()) -> tuple[torch.Tensor, list[float]]:
+    """Decode the sampled frames of a video file, at the size at which the model sees them.
+
+    Returns frames (T, 3, H, W) uint8 with T even, and the second at which each stands in the video.
+    Raises DataError, naming the file, if it is missing or no video can be read from it."""
+    with opened(path, settings) as (reader, indices, seconds):
+        frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
+        size = smart_resize(*frames.shape[2:], len(indices), settings)
     if frames.shape[2:] != size:
         frames = F.interpolate(frames.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).byte()
-    return frames, [index / video_fps for index in indices]
+    return frames, seconds
 
 
 def patchify(frames: torch.Tensor, settings: VideoSettings) -> tuple[torch.Tensor, tuple[int, int, int]]:
@@ -169,6 +185,21 @@ class Batch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def select(self, rows: list[int]) -> "Batch":
+        """Some of the samples, with no more padding than they need."""
+        if rows == list(range(len(self))):
+            return self
+        P, grid = int(self.mask[rows].sum(1).max()), self.grid[rows]
+        patches = self.grid.prod(1).tolist()
+
+        def pick(values: torch.Tensor) -> torch.Tensor:  # what the vision tower made has fewer rows than the patches
+            sizes = [size * len(values) // sum(patches) for size in patches]
+            return torch.cat([values.split(sizes)[row] for row in rows])
+
+        features = self.features and (pick(self.features[0]), [pick(level) for level in self.features[1]])
+        return Batch(self.input_ids[rows, :P], self.mask[rows, :P], self.position_ids[:, rows, :P], pick(self.patches), grid,
+                     features)
+
     def to(self, device: torch.device | str) -> "Batch":
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "features"}
         return Batch(**moved, features=self.features)
@@ -190,6 +221,7 @@ class Processor:
         if missing := [name for name, token in self.special.items() if token in (None, tokenizer.unk_token_id)]:
             raise DataError(f"{tokenizer.name_or_path}: not a Qwen3-VL tokenizer, it lacks {', '.join(missing)}")
         self.eos_id = self.special["<|im_end|>"]
+        self.known: dict[tuple[str, str], int] = {}  # key → tokens of its prompt (`lengths`)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, in which no special token is recognised."""
@@ -210,14 +242,18 @@ class Processor:
         turn and the beginning of the assistant's. With `within_turn`, a CoT, the turn stays the user's and holds it,
         the layout in which DeScore's release scores."""
         patches, grid = patchify(frames, self.settings)
+        return Sample(*self.layout(self.parts(grid, seconds, prompt, within_turn), grid), patches, grid)
+
+    def parts(self, grid: tuple[int, int, int], seconds: list[float], prompt: str, within_turn: str | None = None
+              ) -> list[str | int]:
+        """What a sample's sequence is made of: plain texts and ids of special tokens."""
         if self.instruction is None:
             before, after = prompt.split("<video>") if prompt.count("<video>") == 1 else ("", prompt)
         else:
             before, after = (text.replace("<prompt>", prompt) for text in self.instruction.split("<video>"))
         start, end = self.special["<|im_start|>"], self.special["<|im_end|>"]
         rest = [end, "\n", start, "assistant\n"] if within_turn is None else [within_turn]
-        parts = [start, "user\n" + before, *self.video_parts(grid, seconds), after, *rest]
-        return Sample(*self.layout(parts, grid), patches, grid)
+        return [start, "user\n" + before, *self.video_parts(grid, seconds), after, *rest]
 
     def video_parts(self, grid: tuple[int, int, int], seconds: list[float]) -> list[str | int]:
         """The parts around each temporal patch, <0.8 seconds><|vision_start|><|video_pad|><|vision_end|>, with the mean
@@ -262,13 +298,37 @@ class Processor:
             grid=torch.tensor([s.grid for s in samples]),
         )
 
+    def outline(self, video: str | Path, prompt: str, within_turn: str | None = None) -> Sample:
+        """The sample of a video file but for its patches, of which there are none: a single frame is decoded."""
+        s = self.settings
+        with opened(video, s) as (reader, indices, seconds):
+            height, width = smart_resize(*reader[0].shape[:2], len(indices), s)
+        grid = (len(indices) // s.temporal_patch_size, height // s.patch_size, width // s.patch_size)
+        ids, positions = self.layout(self.parts(grid, seconds, prompt, within_turn), grid)
+        return Sample(ids, positions, torch.empty(0, 3 * s.temporal_patch_size * s.patch_size**2, dtype=torch.uint8), grid)
+
+    def lengths(self, keys: list[tuple[str, str]]) -> list[int]:
+        """How many tokens the prompt of each (video, prompt) key has (`outline`). 0 where a video cannot be read: reading
+        it will say why."""
+
+        def length(key: tuple[str, str]) -> int:
+            try:
+                return len(self.outline(*key).input_ids)
+            except DataError:
+                return 0
+
+        new = list(dict.fromkeys(key for key in keys if key not in self.known))
+        with ThreadPoolExecutor() as pool:
+            self.known |= zip(new, tqdm(pool.map(length, new), "lengths", len(new), unit="video", disable=len(new) < 2000))
+        return [self.known[key] for key in keys]
+
     def batches(self, groups: list[list[list[tuple[str, str]]]], workers: int = 0, limit: int | None = None
                 ) -> Iterator[tuple[Batch | None, list[int], list[dict]]]:
         """One Batch for each group, in order. With workers, other processes decode ahead.
 
-        A group is a list of units, such as pairs, and a unit a list of (video, prompt) keys that stand or fall together:
-        if a video cannot be read, or makes a prompt of more than `limit` tokens, its unit is left out. Yields the batch (None if nothing is left), which units are in
-        it, and for each that is not its keys and what was wrong."""
+        A group is a list of units, such as pairs, and a unit a list of (video, prompt) keys that stand or fall together: if
+        a video cannot be read, or makes a prompt of more than `limit` tokens, its unit is left out. Yields the batch (None
+        if nothing is left), which units are in it, and for each that is not its keys and what was wrong."""
 
         class Groups(torch.utils.data.Dataset):
             def __len__(_):
@@ -288,14 +348,42 @@ class Processor:
                         bad.append({"videos": [video for video, _ in unit], "error": str(error)})
                 return self.collate(samples) if samples else None, kept, bad
 
-        return iter(torch.utils.data.DataLoader(Groups(), batch_size=None, num_workers=workers))
+        return iter(torch.utils.data.DataLoader(Groups(), batch_size=None, num_workers=workers, worker_init_fn=leave_signals))
+
+
+def packed(items: list, sizes: list[int], budget: int) -> list[list]:
+    """Items of like size together: lists in which the largest size times the number of items is within the budget. The
+    largest items come first, so that what does not fit in memory shows at once; one above the budget stands alone."""
+    lists, widest = [], 0
+    for size, _, item in sorted(zip(sizes, range(len(items)), items), key=lambda entry: (-entry[0], entry[1])):
+        if not lists or widest * (len(lists[-1]) + 1) > budget:
+            lists.append([])
+            widest = size
+        lists[-1].append(item)
+    return lists
+
+
+def alike(lengths: list[int], waste: float = 0.1) -> list[list[int]]:
+    """Row numbers in lists of like length: side by side, at most a share `waste` of each list is padding."""
+    lists, used = [], 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not lists or used + lengths[row] < (1 - waste) * (len(lists[-1]) + 1) * lengths[lists[-1][0]]:
+            lists.append([])
+            used = 0
+        lists[-1].append(row)
+        used += lengths[row]
+    return lists
+
+
+def leave_signals(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; what it means is decided by the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chains of thought
 
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 LAYOUT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>")
 
@@ -305,12 +393,15 @@ def parse_cot(text: str) -> dict | None:
 
     None unless the text holds exactly one <answer> block and this holds one JSON object (in a ```json fence or not)
     with a valid sub-score for each of the five dimensions and no other, and an overall_score in [1, 5] if any."""
-    answers = ANSWER.findall(text)
-    if len(answers) != 1:
+    _, opening, rest = text.partition("<answer>")
+    answer, closing, after = rest.partition("</answer>")
+    if not opening or not closing or "<answer>" in answer + after:
         return None
-    fenced = FENCE.fullmatch(answers[0])
+    answer = answer.strip()
+    if answer.startswith("```") and answer.endswith("```") and len(answer) >= 6:
+        answer = answer[3:-3].removeprefix("json")
     try:
-        answer = json.loads(fenced[1] if fenced else answers[0])
+        answer = json.loads(answer, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError):
         return None
     scores = answer.get("dimensional_scores") if isinstance(answer, dict) else None
@@ -320,6 +411,13 @@ def parse_cot(text: str) -> dict | None:
     if "overall_score" in answer and not (is_number(overall) and 1 <= overall <= 5):
         return None
     return {"dimensional_scores": scores, "overall_score": None if overall is None else float(overall)}
+
+
+def no_duplicates(items: list[tuple[str, object]]) -> dict:
+    """A JSON object that says each thing once; ValueError for one that says something twice."""
+    if len(dict(items)) < len(items):
+        raise ValueError("a key stands twice")
+    return dict(items)
 
 
 def is_number(value) -> bool:
@@ -336,8 +434,8 @@ def is_scores(scores) -> bool:
 def follows_format(text: str) -> bool:
     """Whether a CoT keeps the format exactly: one <think> block with something in it, then one <answer> block that
     `parse_cot` accepts, nothing but white space around them and no further tag in them."""
-    match = LAYOUT.fullmatch(text)
-    return bool(match and match[1].strip() and len(TAG.findall(text)) == 4 and parse_cot(text))
+    match = LAYOUT.fullmatch(text) if len(TAG.findall(text)) == 4 else None
+    return bool(match and match[1].strip() and parse_cot(text))
 
 
 def agreement(scores: dict, reference: dict) -> float:
@@ -412,7 +510,7 @@ class Skipped:
 
     def __init__(self, path: Path, pairs: Pairs, limit: float, write: bool = True):
         """limit: the largest share of the file's pairs that may be left out, those with missing videos included."""
-        self.path, self.write, self.count, self.limit = path, write, 0, limit
+        self.path, self.write, self.records, self.limit = path, write, [], limit
         missing = [row for row in pairs.left_out if row["reason"] == "missing"]
         self.total = len(pairs) + len(missing)
         if write:
@@ -424,10 +522,18 @@ class Skipped:
         if self.write:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in bad)
-        self.count += len(bad)
-        if self.count > self.limit * self.total:
-            raise DataError(f"{self.count} of {self.total} pairs have videos that cannot be read, more than --max-skipped "
-                            f"{self.limit:g} allows; they are listed in {self.path}. The last: {bad[-1]['error']}")
+        self.records += bad
+        if len(self.records) > self.limit * self.total:
+            raise DataError(f"{len(self.records)} of {self.total} pairs have videos that cannot be read, more than "
+                            f"--max-skipped {self.limit:g} allows; they are listed in {self.path}. The last: "
+                            f"{self.records[-1]['error']}")
+
+    def restore(self, records: list[dict]) -> None:
+        """List these and no others, as a checkpoint has them."""
+        self.records = []
+        if self.write:
+            self.path.write_text("")
+        self.add(records)
 
 
 SIDES = {"A": "A", "B": "B", "same": "tie", "tie": "tie", "invalid": None}
@@ -451,14 +557,19 @@ def read_pairs(path: str | Path, label: str | None = None, root: str | Path | No
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     pairs = Pairs(path)
-    csv_columns = next(csv.reader(io.StringIO(text)), []) if not text.lstrip().startswith(("{", "[")) else []
-    rows = csv_records(text, csv_columns, path, label) if len(csv_columns) > 1 else json_records(text, path)
+    csv.field_size_limit(2**24)
+    try:
+        csv_columns = next(csv.reader(io.StringIO(text)), []) if not text.lstrip().startswith(("{", "[")) else []
+        rows = csv_records(text, csv_columns, path, label) if len(csv_columns) > 1 else json_records(text, path)
+        rows = list(rows)
+    except csv.Error as error:
+        raise DataError(f"{path}: not a CSV file that can be read ({error})") from error
     for row, record in rows:
         if record["preference"] is None:
             pairs.left_out.append({"row": row, "reason": "invalid", "detail": ""})
             continue
         pair = make_pair(record, path, row, Path(root or path.parent))
-        missing = [video for video in (pair.video_a, pair.video_b) if not Path(video).is_file()]
+        missing = [video for video in (pair.video_a, pair.video_b) if not os.path.isfile(video)]
         if missing:
             pairs.left_out.append({"row": row, "reason": "missing", "detail": missing[0]})
         else:
@@ -470,7 +581,7 @@ def read_pairs(path: str | Path, label: str | None = None, root: str | Path | No
 
 def json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
     """The rows of our own format, one JSON object a line."""
-    for row, line in enumerate(text.splitlines(), 1):
+    for row, line in enumerate(text.split("\n"), 1):  # not at what else Unicode calls the end of a line
         if not line.strip():
             continue
         try:
@@ -535,7 +646,6 @@ def csv_records(text: str, columns: list[str], path: Path, label: str | None) ->
             return {"video_a": a, "video_b": b} | release_answer(r["answer"], path, row)
     else:
         raise DataError(f"{path}: none of the pair formats has these columns: {', '.join(columns)[:300]}")
-    csv.field_size_limit(2**24)
     for row, r in enumerate(csv.DictReader(io.StringIO(text)), 1):
         if None in r.values() or None in r:
             raise DataError(f"{path}, row {row}: not {len(columns)} columns")
@@ -548,7 +658,7 @@ def release_answer(text: str, path: Path, row: int) -> dict:
     if text.strip() in SIDES:
         return {"preference": SIDES[text.strip()]}
     try:
-        answer = json.loads(ANSWER.findall(text)[0] if "<answer>" in text else text)
+        answer = json.loads(text.partition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else text)
         result = str(answer["gsb_result"]).strip()
     except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
         result = text.strip()
@@ -602,29 +712,31 @@ def write_pairs(path: str | Path, pairs: list[Pair]) -> None:
 # Annotation and the consistency filter
 
 
-def annotate(pairs_file: Path, out: Path, write: Callable[[list[tuple[str, str]], int], Iterator[str]],
-             batch_size: int, scores: bool = False) -> None:
+def annotate(pairs_file: Path, out: Path, write: Callable[[list[tuple[str, str]], dict], Iterator[dict]],
+             scores: bool = False) -> None:
     """Write a CoT for every video of a pair file, each (video, prompt) once; with `scores` also the sub-scores that can
     be read from it, as reference (pairs of which they can't be are left out and counted).
 
-    `write(keys, first)` yields the CoTs of the keys from the first-th on. They are appended to OUT.cots as they come; a
-    run that was cut off goes on behind the last whole batch and ends with the same file."""
+    `write(keys, done)` yields a record with video, prompt and cot for each key that is not done. They are appended to
+    OUT.cots as they come; a run that was cut off goes on behind them and ends with the same file."""
     pairs = read_pairs(pairs_file)
     keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
     written = out.with_name(out.name + ".cots")
     lines = written.read_text(encoding="utf-8").splitlines(keepends=True) if written.is_file() else []
     lines = [line for line in lines if line.endswith("\n")]
-    lines = lines[: len(lines) // batch_size * batch_size]
+    cots = {(record["video"], record["prompt"]): record["cot"] for record in map(json.loads, lines)}
+    if not cots.keys() <= set(keys):
+        raise DataError(f"{written}: holds CoTs of other videos; remove it or choose another OUT")
     out.parent.mkdir(parents=True, exist_ok=True)
     written.write_text("".join(lines), encoding="utf-8")
     if lines:
         print(f"{written}: going on after {len(lines)} of {len(keys)} videos")
     with written.open("a", encoding="utf-8") as file:
-        for cot in tqdm(write(keys, len(lines)), "annotate", total=len(keys), initial=len(lines), unit="video"):
-            lines.append(json.dumps(cot, ensure_ascii=False) + "\n")
-            file.write(lines[-1])
+        for record in tqdm(write(keys, dict(cots)), "annotate", total=len(keys), initial=len(lines), unit="video"):
+            record = {name: record[name] for name in ("video", "prompt", "cot")}
+            cots[record["video"], record["prompt"]] = record["cot"]
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
-    cots = dict(zip(keys, map(json.loads, lines), strict=True))
     for pair in pairs:
         pair.cot_a, pair.cot_b = (cots[key] for key in pair.videos())
         if scores:
@@ -650,12 +762,15 @@ class Api:
         self.max_new_tokens, self.temperature, self.parallel = max_new_tokens, temperature, parallel
         self.timeout, self.retries, self.first_wait = timeout, retries, first_wait
 
-    def __call__(self, keys: list[tuple[str, str]], first: int) -> Iterator[str]:
-        """The CoTs of the keys from the first-th on, in order; at most `parallel` requests are under way."""
+    def __call__(self, keys: list[tuple[str, str]], done: dict) -> Iterator[dict]:
+        """Records with video, prompt and cot of the keys that are not done, in order; at most `parallel` requests are
+        under way."""
         with ThreadPoolExecutor(self.parallel) as pool:
             waiting: deque[Future] = deque()
             try:
-                for key in keys[first:]:
+                for key in keys:
+                    if key in done:
+                        continue
                     waiting.append(pool.submit(self.ask, *key))
                     if len(waiting) >= 2 * self.parallel:  # finished ones may wait for a slow one before them
                         yield waiting.popleft().result()
@@ -665,7 +780,7 @@ class Api:
                 for future in waiting:
                     future.cancel()
 
-    def ask(self, video: str, prompt: str) -> str:
+    def ask(self, video: str, prompt: str) -> dict:
         frames, seconds = read_video(video, self.settings)
         before, after = (text.replace("<prompt>", prompt) for text in INSTRUCTION.split("<video>"))
         content = [{"type": "text", "text": before}] if before else []
@@ -686,7 +801,7 @@ class Api:
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                     text = json.load(answer)["choices"][0]["message"]["content"]
                 if isinstance(text, str) and text.strip():
-                    return text
+                    return {"video": video, "prompt": prompt, "cot": text}
                 problem = "an empty answer"
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code} {error.reason}"
@@ -789,7 +904,7 @@ def main() -> None:
     sub.add_argument("--scores", action="store_true", help="keep the sub-scores as reference, for stage 2")
     sub.add_argument("--max-new-tokens", type=int, default=4096, help="longest CoT")
     sub.add_argument("--temperature", type=float, default=1.0)
-    sub.add_argument("--batch-size", type=int, default=16, help="videos at a time")
+    sub.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="tokens at a time, of prompts and CoTs")
     sub.add_argument("--seed", type=int, default=0)
     add_video(sub, 307_200)
     add("filter", "keep the pairs whose two CoTs imply the human label")
@@ -820,18 +935,17 @@ def main() -> None:
                 settings = VideoSettings(fps=args.fps, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
                 write = Api(args.api, args.api_model, settings, os.environ.get(args.api_key_env), args.max_new_tokens,
                             args.temperature, args.parallel, args.timeout, args.retries)
-                annotate(args.pairs, args.out, write, 1, args.scores)
+                annotate(args.pairs, args.out, write, args.scores)
             else:
                 from model import (
                     DeScore,  # the one place where data.py needs the model, and only as a command
                 )
                 model = DeScore.load(args.model)
 
-                def write(keys, first):
-                    for record in model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.batch_size, first):
-                        yield record["cot"]
+                def write(keys, done):
+                    return model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.max_tokens, done)
 
-                annotate(args.pairs, args.out, write, args.batch_size, args.scores)
+                annotate(args.pairs, args.out, write, args.scores)
     except DataError as error:
         raise SystemExit(f"error: {error}") from error
 

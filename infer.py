@@ -15,8 +15,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import DIMENSIONS, DataError, Pair, Processor, agreement, follows_format, parse_cot, read_pairs
-from model import DeScore, Ranks
+from data import (
+    DIMENSIONS,
+    MAX_TOKENS,
+    DataError,
+    Pair,
+    Processor,
+    agreement,
+    follows_format,
+    parse_cot,
+    read_pairs,
+)
+from model import DeScore
+from run import Ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How well scores agree with people
@@ -73,14 +84,20 @@ def measure(pairs: list[Pair], judged: dict[tuple[str, str], dict]) -> dict[str,
     return figures
 
 
-def evaluate(model: DeScore, pairs: list[Pair], ranks: Ranks, max_new_tokens: int, temperature: float, batch_size: int,
+def evaluate(model: DeScore, pairs: list[Pair], ranks: Ranks, max_new_tokens: int, temperature: float, max_tokens: int,
              workers: int = 0) -> dict[str, float]:
     """Judge every video of the pairs once, with a CoT and without one, split over ranks, and measure."""
     keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
-    mine = ranks.share(keys)
-    judged = model.judge(mine, max_new_tokens, temperature, batch_size=batch_size, without_cot=True, workers=workers)
-    judged = ranks.gather(list(tqdm(judged, "evaluate", total=len(mine), disable=not ranks.first, leave=False)))
-    return measure(pairs, dict(zip(keys, judged)))
+    mine, numbers = ranks.share(keys), ranks.share(list(range(len(keys))))
+    with model.gathered():
+        judged = model.judge(mine, max_new_tokens, temperature, max_tokens=max_tokens, without_cot=True, workers=workers,
+                             numbers=numbers)
+        judged = ranks.gather_all(list(tqdm(judged, "evaluate", total=len(mine), disable=not ranks.first, leave=False)))
+    return measure(pairs, by_key(judged))
+
+
+def by_key(judged: list[dict]) -> dict[tuple[str, str], dict]:
+    return {(record["video"], record["prompt"]): record for record in judged}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,29 +196,27 @@ def show_report(figures: dict) -> str:
 
 def judge_pairs(model: DeScore, pairs: list[Pair], args: argparse.Namespace) -> dict[tuple[str, str], dict]:
     """Judge each (video, prompt) of the pairs once. With --out, judgements are appended line by line; a run that was cut
-    off goes on behind the last whole batch."""
+    off goes on behind them."""
     keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
     done: list[dict] = []
     if args.out and args.out.is_file():
-        lines = [line for line in args.out.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        done = [json.loads(line) for line in lines]
-        if len(done) < len(keys):
-            done = done[: len(done) // args.batch_size * args.batch_size]
-        if [(record["video"], record["prompt"]) for record in done] != keys[: len(done)]:
+        lines = args.out.read_text(encoding="utf-8").splitlines(keepends=True)
+        done = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not by_key(done).keys() <= set(keys):
             raise DataError(f"{args.out}: holds judgements of other videos; remove it or choose another --out")
         print(f"{args.out}: {len(done)} of {len(keys)} videos are judged already", file=sys.stderr)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("".join(json.dumps(record) + "\n" for record in done), encoding="utf-8")
     with args.out.open("a", encoding="utf-8") if args.out else nullcontext() as file:
-        judged = model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.batch_size, len(done),
+        judged = model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.max_tokens, by_key(done),
                              args.samples, think=args.cot == "on", without_cot=True, workers=args.workers)
         for record in tqdm(judged, "judge", total=len(keys), initial=len(done), unit="video"):
             done.append(record)
             if file:
                 file.write(json.dumps(record) + "\n")
                 file.flush()
-    return dict(zip(keys, done, strict=True))
+    return by_key(done)
 
 
 def main() -> None:
@@ -221,7 +236,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=4096, help="longest CoT")
     parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest token [0; with --samples 1]")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling at a temperature above 0")
-    parser.add_argument("--batch-size", type=int, default=16, help="videos at a time")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="tokens at a time, of prompts and CoTs")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode videos ahead")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args()
@@ -248,7 +263,7 @@ def main() -> None:
         print(json.dumps(figures) if args.json else show_report(figures))
         return
     keys = [(video, args.inputs[-1]) for video in args.inputs[:-1]]
-    judged = model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.batch_size, samples=args.samples,
+    judged = model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.max_tokens, samples=args.samples,
                          think=args.cot == "on", workers=args.workers)
     found = [describe(model, record) for record in tqdm(judged, total=len(keys), unit="video", disable=len(keys) < 2)]
     found.sort(key=lambda record: -record["reward"])

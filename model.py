@@ -16,16 +16,15 @@ Four things make it fast, and all are in this file:
 """
 
 import copy
+import functools
 import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,19 +33,21 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", categor
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from data import INSTRUCTION, Batch, DataError, Processor, VideoSettings
+from data import INSTRUCTION, MAX_TOKENS, Batch, DataError, Processor, VideoSettings, alike, packed
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -63,8 +64,8 @@ LOGITS_CHUNK = 2048  # CoT tokens whose logits exist at one time; 2048 · 151,93
 class GroupCache:
     """Keys and values while thinking. A prompt's are stored once; those of its n rollouts, in buffers sized once.
 
-    It stands in for a transformers cache: each attention layer calls `update`. The first call (prefill) keeps the
-    prompt's keys and values; each later one writes one token a rollout and hands both parts to `group_attention`."""
+    It stands in for a transformers cache: each attention layer calls `update`. While prompts are read (prefill) it keeps
+    their keys and values; each later call writes one token a rollout and hands both parts to `group_attention`."""
 
     def __init__(self, prompt_mask: torch.Tensor, n: int, max_new: int):
         self.n, self.max_new, self.step = n, max_new, 0
@@ -72,13 +73,17 @@ class GroupCache:
         self.bias = torch.zeros(prompt_mask.shape, device=prompt_mask.device).masked_fill(~prompt_mask, float("-inf"))
         self.bias = self.bias[:, None, None, None]
         self.prompt, self.own = {}, {}  # layer → (keys, values)
+        self.prefilled: list[int] | None = None  # the videos whose prompts are being read
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
-        if layer not in self.prompt:  # prefill: (B, kv heads, P, d)
-            self.prompt[layer] = (keys.contiguous(), values.contiguous())
-            B, heads, _, d = keys.shape
-            self.own[layer] = (keys.new_empty(B, self.n, heads, self.max_new, d),
-                               values.new_empty(B, self.n, heads, self.max_new, d))
+        if self.prefilled is not None:  # (b, kv heads, p, d) of b of the B videos
+            _, heads, p, d = keys.shape
+            B, P = self.bias.shape[0], self.bias.shape[-1]
+            if layer not in self.prompt:
+                self.prompt[layer] = tuple(part.new_zeros(B, heads, P, d) for part in (keys, values))
+                self.own[layer] = tuple(part.new_empty(B, self.n, heads, self.max_new, d) for part in (keys, values))
+            for buffer, new in zip(self.prompt[layer], (keys, values)):
+                buffer[self.prefilled, :, :p] = new
             return keys, values
         for buffer, new in zip(self.own[layer], (keys, values)):  # decode: (B · n, kv heads, 1, d)
             buffer[:, :, :, self.step] = new.view(*buffer.shape[:3], -1)
@@ -93,11 +98,51 @@ class GroupCache:
             self.own[layer] = tuple(buffer[videos[:, None], columns] for buffer in self.own[layer])
 
 
-def group_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention of one new token a rollout over its prompt and its own tokens; anything else goes to SDPA.
+class Layout(NamedTuple):
+    """Where the parts of packed rows stand (`DeScore.forward_rows`). In slots a row is laid out evenly: P for the prompt and
+    C + 1 for each of G CoTs, used or not."""
+
+    place: torch.Tensor  # (B, P + G (C + 1)) slot → place in the row
+    order: torch.Tensor  # (B, L) place in the row → slot
+    visible: torch.Tensor  # (B · G, 1, C + 1, P + C + 1) bool: what a CoT's slots see of its prompt's slots and its own
+    P: int
+    G: int
+
+
+def row_attention(query, key, value, layout: Layout, scaling: float) -> torch.Tensor:
+    """Attention over packed rows, of which only what is seen is computed: a prompt on itself, a CoT on both. A mask over
+    whole rows would compute each CoT on all others, to throw it away. query (B, heads, L, d) → (B, L, heads, d)."""
+
+    def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+    def of_cots(x: torch.Tensor) -> torch.Tensor:  # (B, G, heads, C + 1, d)
+        return x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2)
+
+    def with_prompt(x: torch.Tensor) -> torch.Tensor:  # (B · G, heads, P + C + 1, d)
+        both = torch.cat([x[:, None, :, :P].expand(-1, G, -1, -1, -1), of_cots(x)], 3).flatten(0, 1)
+        return both.repeat_interleave(query.shape[1] // x.shape[1], 1)  # no fused kernel has both a mask and fewer kv heads
+
+    P, G, sdpa = layout.P, layout.G, nn.functional.scaled_dot_product_attention
+    q, k, v = (take(x, layout.place) for x in (query, key, value))
+    prompts = sdpa(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True, scale=scaling, enable_gqa=True)
+    cots = sdpa(of_cots(q).flatten(0, 1), with_prompt(k), with_prompt(v), layout.visible, scale=scaling)
+    slots = torch.cat([prompts, cots.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)], 2)
+    return take(slots, layout.order).transpose(1, 2)
+
+
+def group_attention(module, query, key, value, attention_mask, scaling, layout: Layout | None = None, **kwargs):
+    """Attention of one new token a rollout over its prompt and its own tokens. A whole row goes to flex attention where its
+    mask is in blocks, to `row_attention` where it has a layout, and to SDPA otherwise.
 
     query (B · n, heads, 1, d); key and value as `GroupCache.update` hands them on. The queries of a group meet the
     prompt's keys in one matrix product, so the prompt is read once a group and not once a rollout."""
+    if isinstance(attention_mask, BlockMask):
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        out = fused(flex_attention, key)(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
+    if layout:
+        return row_attention(query, key, value, layout, scaling), None
     if not isinstance(key, tuple):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     (prompt_k, own_k, bias), (prompt_v, own_v) = key, value
@@ -115,6 +160,16 @@ def group_attention(module, query, key, value, attention_mask, scaling, **kwargs
 ALL_ATTENTION_FUNCTIONS.register("descore_group", group_attention)
 
 
+@functools.cache
+def compiled(function):
+    return torch.compile(function)
+
+
+def fused(function, tensor: torch.Tensor):
+    """flex_attention is a kernel only when compiled; on a CPU, where tests compare it, it is not worth the wait."""
+    return compiled(function) if tensor.is_cuda else function
+
+
 class Thoughts(NamedTuple):
     """What `DeScore.think` returns: n CoTs for each of B videos, and the score that follows each."""
 
@@ -122,6 +177,7 @@ class Thoughts(NamedTuple):
     mask: torch.Tensor  # (B, n, C) bool
     logps: torch.Tensor  # (B, n, C) log π(token | before), of the model itself whatever the temperature; 0 off the mask
     rewards: torch.Tensor  # (B, n)
+    rewards_no_cot: torch.Tensor | None  # (B,) read right behind the prompt, where asked for
 
 
 def draw(logits: torch.Tensor, temperature: float, top_p: float, noise: torch.Tensor | None) -> torch.Tensor:
@@ -147,7 +203,9 @@ class DeScore(nn.Module):
         super().__init__()
         self.backbone, self.processor, self.source = backbone, processor, source
         self.info: dict = {}  # what descore.json says beyond backbone and video: training, score_mean, score_std
-        self.dtype = backbone.dtype  # of the frozen weights; what trains is float32
+        self.dtype = backbone.dtype  # of the frozen weights and of what is computed; what trains is float32
+        self.quant: str | None = None
+        self.attention = "sdpa"  # or "flex": how rows of several CoTs are masked; equal in result (`forward_rows`)
         text = self.qwen.config.text_config
         text._attn_implementation = "descore_group"
         self.query = nn.Parameter(torch.empty(text.hidden_size).normal_(std=text.initializer_range))
@@ -210,11 +268,12 @@ class DeScore(nn.Module):
 
     @torch.no_grad()
     def think(self, batch: Batch, n: int = 1, max_new_tokens: int = 4096, temperature: float = 1.0, top_p: float = 1.0,
-              seeds: list[int] | None = None) -> Thoughts:
+              seeds: list[int] | None = None, without_cot: bool = False) -> Thoughts:
         """Write n CoTs for each of the batch's B videos and score each where it ends (Section "Inference").
 
         `seeds`, one a video, make the sampling reproducible; by default they are drawn from torch's own generator. A CoT
-        that reaches max_new_tokens without an end is scored as it stands (`truncated` tells)."""
+        that reaches max_new_tokens without an end is scored as it stands (`truncated` tells). `without_cot` also reads the
+        score of the videos themselves, on the same prefill."""
         was_training = self.training
         self.eval()
         batch = self.encode(batch)
@@ -223,9 +282,20 @@ class DeScore(nn.Module):
         # Each video has a generator of its own, so that what is drawn for it does not depend on its company.
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         cache = GroupCache(batch.mask, n, max_new_tokens + 1)
-        hidden = self.read(batch, batch.input_ids, batch.position_ids, batch.mask, past_key_values=cache)
-        hidden = hidden[torch.arange(B), batch.mask.sum(1) - 1][:, None].expand(-1, n, -1)  # (B, n, H)
+        hidden = torch.empty(B, len(self.query), dtype=self.dtype, device=self.device)  # at the end of each prompt
+        for cache.prefilled in alike(batch.mask.sum(1).tolist()):
+            some = batch.select(cache.prefilled)
+            read = self.read(some, some.input_ids, some.position_ids, some.mask, past_key_values=cache)
+            hidden[cache.prefilled] = read[torch.arange(len(some)), some.mask.sum(1) - 1].to(hidden.dtype)
+        cache.prefilled = None
+        hidden = hidden[:, None].expand(-1, n, -1)  # (B, n, H)
         start = batch.position_ids.amax((0, 2)) + 1  # (B,) where the CoTs' positions begin
+        rewards_no_cot = None
+        if without_cot:
+            nothing = torch.full((B, n), eos, device=self.device)
+            behind = self.decode_step(cache, nothing, torch.ones_like(nothing, dtype=torch.bool), start[:, None])
+            rewards_no_cot = self.reward(behind[:, 0])
+            cache.step = 0  # the first token of the CoTs takes its place
         tokens = torch.full((B * n, max_new_tokens), eos, device=self.device)
         logps = torch.zeros(B * n, max_new_tokens, device=self.device)
         rewards = torch.zeros(B * n, device=self.device)
@@ -262,7 +332,7 @@ class DeScore(nn.Module):
         ended = tokens == eos
         mask = ended.cumsum(-1) - ended.long() == 0  # up to the first end token
         C = int(mask.any(0).sum())
-        return Thoughts(*(x[:, :C].view(B, n, C) for x in (tokens, mask, logps)), rewards.view(B, n))
+        return Thoughts(*(x[:, :C].view(B, n, C) for x in (tokens, mask, logps)), rewards.view(B, n), rewards_no_cot)
 
     def decode_step(self, cache: GroupCache, token, is_reward, position) -> torch.Tensor:
         """Read one token a rollout (B, n), or [Reward] in its place, at a video's position (B, 1). Returns the last
@@ -287,18 +357,31 @@ class DeScore(nn.Module):
         pad = nn.utils.rnn.pad_sequence
         tokens = pad(ids, batch_first=True, padding_value=self.processor.eos_id)[:, None].to(self.device)
         mask = pad([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True)[:, None].to(self.device)
-        hidden, _, at_reward = self.forward_rows(self.encode(batch), tokens, mask)
-        return self.reward(hidden[torch.arange(len(batch)), at_reward[:, 0]])
+        rewards = torch.zeros(len(batch), device=self.device)
+        for rows, hidden, _, at_reward in self.runs(batch, tokens, mask):
+            rewards[rows] = self.reward(hidden[torch.arange(len(rows)), at_reward[:, 0]])
+        return rewards
 
     def group(self, batch: Batch, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and rewards of the G CoTs of each of B videos, in one forward; differentiable.
 
         tokens and mask (B, G, C) as `think` returns them. Returns logps (B, G, C), 0 off the mask, and rewards (B, G)."""
-        hidden, at_source, at_reward = self.forward_rows(self.encode(batch), tokens, mask)
-        rows = torch.arange(len(batch), device=hidden.device)[:, None]
-        rewards = self.reward(hidden[rows, at_reward])
-        flat = self.token_logps(hidden[rows[..., None], at_source][mask], tokens[mask])
-        return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat), rewards
+        logps, rewards = torch.zeros(mask.shape, device=self.device), torch.zeros(mask.shape[:2], device=self.device)
+        for rows, hidden, at_source, at_reward in self.runs(batch, tokens, mask):
+            row, here = torch.arange(len(rows), device=self.device)[:, None], mask[rows]
+            rewards[rows] = self.reward(hidden[row, at_reward])
+            flat = self.token_logps(hidden[row[..., None], at_source][here], tokens[rows][here])
+            logps[rows] = torch.zeros(here.shape, device=self.device).masked_scatter(here, flat)
+        return logps, rewards
+
+    def runs(self, batch: Batch, tokens: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple]:
+        """`forward_rows` for rows of like length together, so that little of what is computed is padding: row numbers and
+        what it returns for them. A sharded model takes all rows at once, for its ranks have to run in step."""
+        batch = self.encode(batch)
+        read = mask & (tokens != self.processor.eos_id)
+        lengths = batch.mask.sum(1) + (read.sum(-1) + 1).sum(-1)
+        for rows in [list(range(len(batch)))] if isinstance(self, FSDPModule) else alike(lengths.tolist()):
+            yield rows, *self.forward_rows(batch.select(rows), tokens[rows], mask[rows])
 
     def forward_rows(self, batch: Batch, tokens: torch.Tensor, mask: torch.Tensor):
         """The language model over one row a video, [ prompt | c_1 [R] | … | c_G [R] ] (design: one prefix for a group).
@@ -327,12 +410,18 @@ class DeScore(nn.Module):
         ids, is_reward, used = ids.gather(1, order), is_reward.gather(1, order), used.gather(1, order)
         segment = segment.gather(1, order).masked_fill(~used, -1)
         positions = positions.gather(2, order.expand(3, -1, -1))
-        attention = None  # a single CoT behind its prompt is plainly causal, and so is padding on the right
-        if G > 1:
-            causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
-            same = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (B, query, key)
-            attention = (causal & same)[:, None]
-        hidden = self.read(batch, ids, positions, segment == 0, is_reward & used, attention_mask=attention)
+        attention = layout = None  # a single CoT behind its prompt is plainly causal, and so is padding on the right
+        if G > 1 and self.attention == "flex":
+
+            def visible(b, head, q, k):
+                return (q >= k) & ((segment[b, k] == 0) | (segment[b, k] == segment[b, q]))
+
+            attention = create_block_mask(visible, B, None, L, L, device=device)
+        elif G > 1:
+            causal = torch.ones(C + 1, C + 1, dtype=torch.bool, device=device).tril()
+            visible = torch.cat([batch.mask[:, None, None].expand(B, G, C + 1, P), causal.expand(B, G, -1, -1)], 3)
+            layout = Layout(place.clamp(min=0, max=L - 1), order, visible.flatten(0, 1)[:, None], P, G)
+        hidden = self.read(batch, ids, positions, segment == 0, is_reward & used, attention_mask=attention, layout=layout)
         cot_place = place[:, P:].view(B, G, C + 1)
         prompt_last = (batch.mask.sum(1) - 1)[:, None, None].expand(B, G, 1)
         at_source = torch.cat([prompt_last, cot_place[..., : max(C - 1, 0)]], -1)[..., :C]
@@ -354,6 +443,8 @@ class DeScore(nn.Module):
     def set_trainable(self, lora_rank: int = 64, train_merger: bool = False, train_vision: bool = False) -> None:
         """Choose what trains: [Reward] and the head always; the language model through LoRA adapters of the given rank
         (alpha = 2 · rank) or, at rank 0, all of it; the vision tower and its mergers where asked."""
+        if self.quant and not lora_rank:
+            raise DataError("4-bit weights cannot be trained themselves: --quant needs --lora-rank above 0")
         if lora_rank and not isinstance(self.backbone, PeftModel):
             self.backbone = get_peft_model(self.backbone, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank,
                                                                      target_modules=LORA_TARGETS))
@@ -375,11 +466,27 @@ class DeScore(nn.Module):
         """The parameters that train, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def parameter_groups(self) -> tuple[dict, dict]:
+        """What trains in two groups for an optimiser: [Reward] and the head, and the rest."""
+        own = [self.query, self.head.weight]
+        return {"params": own}, {"params": [p for p in self.parameters() if p.requires_grad and not any(p is o for o in own)]}
+
+    def summary(self) -> str:
+        """What trains, with counts, in one line."""
+        counts = {}
+        for name, parameter in self.trainable().items():
+            part = ("[Reward] and head" if name in ("query", "head.weight") else "LoRA" if ".lora_" in name
+                    else "mergers" if "merger" in name else "vision tower" if ".visual." in name else "language model")
+            counts[part] = counts.get(part, 0) + parameter.numel()
+        total = sum(p.numel() for p in self.parameters())
+        return ", ".join(f"{part} {count:,}" for part, count in counts.items()) + f" parameters train, of {total:,}"
+
     def keep_reference(self) -> None:
         """Remember the policy as it is now as the reference π_ref: with LoRA as a second, frozen adapter, else as a
-        frozen copy of the backbone."""
+        frozen copy of the whole."""
         if not isinstance(self.backbone, PeftModel):
-            self.reference = [copy.deepcopy(self.backbone).requires_grad_(False)]  # in a list: not a part of the model
+            copied = copy.deepcopy(self).requires_grad_(False).to(self.dtype)
+            self.reference = [copied]  # in a list: not a part of this model
             return
         self.backbone.add_adapter("reference", self.backbone.peft_config["default"])
         weights = dict(self.backbone.named_parameters())
@@ -389,40 +496,105 @@ class DeScore(nn.Module):
                 parameter.requires_grad_(False)
         self.backbone.base_model.set_adapter("default")
 
-    @contextmanager
-    def as_reference(self):
-        """Within it the model is the reference policy."""
+    @torch.no_grad()
+    def reference_logps(self, batch: Batch, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The log-probabilities (B, G, C) of CoTs under the reference policy; see `group`."""
         if not isinstance(self.backbone, PeftModel):
-            self.backbone, policy = self.reference[0], self.backbone
-            try:
-                yield
-            finally:
-                self.backbone = policy
-            return
+            return self.reference[0].group(batch, tokens, mask)[0]
         trains = self.trainable().values()
         self.backbone.base_model.set_adapter("reference", inference_mode=True)
         try:
-            yield
+            return self.group(batch, tokens, mask)[0]
         finally:
             self.backbone.base_model.set_adapter("default")
             for parameter in trains:
                 parameter.requires_grad_(True)
 
+    # -- over many GPUs -----------------------------------------------------------------------------------------------
+
+    def shard(self) -> None:
+        """Split parameters, their gradients and the optimiser's state over all ranks (FSDP2), the reference's too. A layer
+        is gathered when it is needed. [Reward] and the head are small and stay whole."""
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if self.dtype != torch.float32:
+            policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        blocks = [*self.qwen.model.visual.blocks, *self.qwen.model.language_model.layers]
+        for block in blocks:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(self, mp_policy=policy, ignored_params={self.query, self.head.weight})
+        # Which block is gathered ahead in the backward. Left to itself FSDP goes by the order of the forwards, those of
+        # thinking included, of which ranks make different numbers.
+        for block, before in zip(blocks, [self, *blocks]):
+            block.set_modules_to_backward_prefetch([before])
+        # Each of these is a forward, which gathers what is in no block; `encode` is a part of them, or works `gathered`.
+        for method in ("begin", "think", "score", "group"):
+            register_fsdp_forward_method(self, method)
+        self.begin()
+        self.reshard()  # a root stays whole after a forward; what is to be trained are its parts
+        for reference in getattr(self, "reference", []):
+            reference.shard()
+
+    def begin(self) -> None:
+        """The first forward settles which module is the root of a sharded model; it must be the whole."""
+
+    @contextmanager
+    def gathered(self):
+        """Within it a sharded model is whole on every rank and none waits for another: they may think as long as they
+        like. For work without gradients; entered and left by all ranks together. Costs a copy of the weights, in the
+        precision of the computation, for as long as it lasts."""
+        parts = [part for model in (self, *getattr(self, "reference", [])) for part in model.modules()
+                 if isinstance(part, FSDPModule)]
+        for part in parts:
+            part.unshard()
+            part.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.reshard()
+                part.set_reshard_after_forward(not isinstance(part, DeScore), recurse=False)
+
+    def idle(self, with_logps: bool) -> None:
+        """A forward and a backward that count for nothing: what a rank of a sharded model does that has run out of work
+        while others still have some, for layers are gathered by all ranks or by none."""
+        side, frames = self.processor.settings.patch_size * self.processor.settings.merge_size, 2
+        sample = self.processor.sample(torch.zeros(frames, 3, side, side, dtype=torch.uint8), [0.0] * frames, "")
+        batch = self.processor.collate([sample]).to(self.device)
+        if with_logps:  # the update works on features that are there already
+            nothing = torch.zeros(int((batch.input_ids == self.processor.special["<|video_pad|>"]).sum()), len(self.query),
+                                  dtype=self.dtype, device=self.device)
+            levels = len(self.qwen.config.vision_config.deepstack_visual_indexes)
+            batch = replace(batch, features=(nothing, [nothing] * levels))
+            tokens = torch.full((1, 1, 1), self.processor.eos_id, device=self.device)
+            out = sum(x.sum() for x in self.group(batch, tokens, torch.ones_like(tokens, dtype=torch.bool)))
+        else:
+            out = self.score(batch, [None]).sum()
+        (0.0 * out).backward()
+
     # -- from and to disk ---------------------------------------------------------------------------------------------
 
     @classmethod
     def load(cls, source: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-             video: dict | None = None) -> "DeScore":
+             video: dict | None = None, quant: str | None = None) -> "DeScore":
         """Load a saved DeScore, or a bare Qwen3-VL backbone with a fresh query and head.
 
         source: a directory or a hub id; dtype: of the frozen weights, by default bfloat16 on a GPU and float32 on a CPU;
-        video: `VideoSettings` that differ from what was saved. Raises DataError saying what was looked for and where."""
+        video: `VideoSettings` that differ from what was saved; quant: "4bit" keeps the language model's linear layers in
+        NF4 with double quantisation (QLoRA, arXiv 2305.14314), computing in dtype. Raises DataError saying what was
+        looked for and where."""
         if (Path(source) / "model" / "descore.json").is_file():
             source = Path(source) / "model"  # a run's folder stands for the model that it ended with
         source, directory = str(source), Path(source)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         saved = read_json(directory / "descore.json") if (directory / "descore.json").is_file() else {}
+        for key, kind in (("backbone", str), ("video", dict), ("instruction", (str, type(None)))):
+            if key in saved and not isinstance(saved[key], kind):
+                raise DataError(f"{directory / 'descore.json'}: {key!r} is {saved[key]!r}")
+        try:
+            settings = VideoSettings(**saved.get("video", {}) | (video or {}))
+        except TypeError as error:
+            raise DataError(f"{directory / 'descore.json'}: video settings that make no sense ({error})") from error
         backbone = saved.get("backbone", source)  # an adapter names its backbone; full weights are one
         if directory.is_dir() and not saved and not (directory / "config.json").is_file():
             raise DataError(f"{source}: neither descore.json (a saved DeScore) nor config.json (a Qwen3-VL, or with "
@@ -433,24 +605,33 @@ class DeScore(nn.Module):
             config = AutoConfig.from_pretrained(backbone)
             wrong = None if config.model_type == "qwen3_vl" else f"it is a {config.model_type}"
             if not wrong:
-                qwen = Qwen3VLForConditionalGeneration.from_pretrained(backbone, dtype=dtype, use_safetensors=True)
+                smaller = {} if quant is None else {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                    bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[r".*\.visual", "lm_head"])}
+                qwen = Qwen3VLForConditionalGeneration.from_pretrained(backbone, dtype=dtype, use_safetensors=True, **smaller)
                 tokenizer = AutoTokenizer.from_pretrained(backbone)
         except (OSError, ValueError, SafetensorError) as error:
             wrong = str(error)
         if wrong:
             raise DataError(f"{backbone}: no Qwen3-VL can be loaded from this directory or hub id: {wrong}")
         vision = config.vision_config
-        settings = VideoSettings(**saved.get("video", {}) | (video or {}) | {
-            key: getattr(vision, key) for key in ("patch_size", "temporal_patch_size")}
-            | {"merge_size": vision.spatial_merge_size})
+        settings = replace(settings, patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size,
+                           merge_size=vision.spatial_merge_size)
         model = cls(qwen, Processor(tokenizer, settings, saved.get("instruction", INSTRUCTION)), backbone)
+        model.dtype, model.quant = dtype, quant
         model.info = {key: value for key, value in saved.items() if key not in ("backbone", "video", "instruction")}
         if (directory / "adapter_config.json").is_file():
             if not (directory / "adapter_model.safetensors").is_file():
                 raise DataError(f"{source}: adapter_config.json is there but adapter_model.safetensors is missing")
-            model.backbone = PeftModel.from_pretrained(qwen, source)
+            try:
+                model.backbone = PeftModel.from_pretrained(qwen, source)
+            except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+                raise DataError(f"{source}: its adapter cannot be loaded on {backbone} ({error})") from error
         if (directory / "descore.safetensors").is_file():
-            weights = load_file(directory / "descore.safetensors")
+            try:
+                weights = load_file(directory / "descore.safetensors")
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{directory / 'descore.safetensors'}: cannot be read ({error})") from error
             own = model.state_dict()
             for name, tensor in weights.items():
                 if name not in own or own[name].shape != tensor.shape:
@@ -461,6 +642,12 @@ class DeScore(nn.Module):
         if (directory / "rm_head.pth").is_file():
             model.load_release(directory / "rm_head.pth")
         model.requires_grad_(False)
+        if quant:  # 4-bit weights are on the device and stay as they are
+            for module in model.modules():
+                if hasattr(module, "support_avx512bf16_for_cpu"):  # packed for speed in eval mode, they give no gradients
+                    module.support_avx512bf16_for_cpu = False
+            model.query.data, model.head = model.query.data.to(device), model.head.to(device)
+            return model.eval()
         return model.to(device).eval()
 
     def load_release(self, path: Path) -> None:
@@ -479,56 +666,65 @@ class DeScore(nn.Module):
         self.query.data.copy_(embedding[token])
         self.info["scoring_layout"] = "release"
 
-    def save(self, directory: str | Path, **info) -> None:
+    def save(self, directory: str | Path, write: bool = True, **info) -> None:
         """Write the model to a directory (README, "A saved model"), safetensors and JSON only. `info` goes into
-        descore.json. The directory is written beside its place and renamed into it: it is complete or absent."""
+        descore.json. The directory is written beside its place and renamed into it: it is complete or absent. Of a
+        sharded model all ranks take part, and one is to `write`."""
+        weights = {name: whole(p) for name, p in self.qwen.state_dict().items()} if not isinstance(
+            self.backbone, PeftModel) else {}
+        if not write:
+            return
         directory = Path(directory)
         beside = directory.with_name(directory.name + ".partial")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         self.info |= info
         record = self.info | {"video": asdict(self.processor.settings), "instruction": self.processor.instruction}
-        weights = {"query": self.query, "head.weight": self.head.weight}
+        own = {"query": self.query, "head.weight": self.head.weight}
         if isinstance(self.backbone, PeftModel):
             local = os.path.isdir(self.source)
             record["backbone"] = os.path.relpath(self.source, directory.resolve()) if local else self.source
-            weights |= {name: p for name, p in self.trainable().items() if ".lora_" not in name}  # mergers, say
+            own |= {name: p for name, p in self.trainable().items() if ".lora_" not in name}  # mergers, say
             adapter = get_peft_model_state_dict(self.backbone, adapter_name="default", save_embedding_layers=False)
             save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, beside / "adapter_model.safetensors")
             config = self.backbone.peft_config["default"]
             config.base_model_name_or_path = record["backbone"]
             config.save_pretrained(beside)
         else:
-            self.qwen.save_pretrained(beside)
-        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, beside / "descore.safetensors")
+            self.qwen.save_pretrained(beside, state_dict=weights)
+        save_file({name: tensor.detach().contiguous() for name, tensor in own.items()}, beside / "descore.safetensors")
         self.processor.tokenizer.save_pretrained(beside)
         (beside / "descore.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
-        beside.rename(directory)
+        put_in_place(beside, directory)
 
     # -- many videos --------------------------------------------------------------------------------------------------
 
     def judge(self, keys: list[tuple[str, str]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-              batch_size: int = 16, first: int = 0, samples: int = 1, think: bool = True, without_cot: bool = False,
-              workers: int = 0) -> Iterator[dict]:
-        """Think about and score many (video, prompt) keys, in order, from the `first` on.
+              max_tokens: int = MAX_TOKENS, done: Collection[tuple[str, str]] = (), samples: int = 1, think: bool = True,
+              without_cot: bool = False, workers: int = 0, numbers: list[int] | None = None) -> Iterator[dict]:
+        """Think about and score many (video, prompt) keys but those that are `done`. Keys of like length go together, the
+        longest first, as many as make max_tokens with the CoTs they may write. `numbers` says which keys these are among
+        all, where there are more: what is sampled for a video depends on its number alone.
 
         Yields one dict a key: video, prompt, cot, truncated, reward; with more `samples` than one, reward is the mean
         over so many CoTs, reward_std their spread, and cot the first. `without_cot` adds reward_no_cot; without `think`
         that is all there is."""
-        starts = range(first, len(keys), batch_size)
-        groups = [keys[start : start + batch_size] for start in starts]
+        sizes = [length + samples * max_new_tokens * think for length in self.processor.lengths(keys)]
+        groups = packed(list(zip(numbers or range(len(keys)), keys)), sizes, max_tokens)
+        groups = [group for group in groups if any(key not in done for _, key in group)]  # the company stays the same
         release = self.info.get("scoring_layout") == "release"
-        batches = self.processor.batches([[[key] for key in rows] for rows in groups], workers)
-        for start, rows, (batch, _, bad) in zip(starts, groups, batches):
+        batches = self.processor.batches([[[key] for _, key in group] for group in groups], workers)
+        for group, (batch, _, bad) in zip(groups, batches):
             if bad:
                 raise DataError(bad[0]["error"])
+            rows = [key for _, key in group]
             out = [{"video": video, "prompt": prompt} for video, prompt in rows]
             with torch.no_grad():
                 batch = self.encode(batch)
                 if think:
-                    seeds = [draw_seed(seed, start + i) for i in range(len(rows))]
-                    thoughts = self.think(batch, samples, max_new_tokens, temperature, seeds=seeds)
+                    seeds = [draw_seed(seed, number) for number, _ in group]
+                    thoughts = self.think(batch, samples, max_new_tokens, temperature, seeds=seeds,
+                                          without_cot=without_cot and not release)
                     cut = self.truncated(thoughts)
                     cots = [[self.processor.decode(thoughts.tokens[i, g][thoughts.mask[i, g]]) for g in range(samples)]
                             for i in range(len(rows))]
@@ -541,15 +737,16 @@ class DeScore(nn.Module):
                             record["reward_std"] = rewards[i].std().item()
                 if without_cot or not think:
                     none = [None] * len(rows)
-                    rewards = self.score_release(rows, batch, none) if release else self.score(batch, none)
+                    rewards = (self.score_release(rows, batch, none) if release
+                               else thoughts.rewards_no_cot if think else self.score(batch, none))
                     for record, reward in zip(out, rewards):
                         record["reward_no_cot"] = reward.item()
-            yield from out
+            yield from (record for record, key in zip(out, rows) if key not in done)
 
     def score_release(self, keys: list[tuple[str, str]], batch: Batch, cots: list[str | None]) -> torch.Tensor:
         """Score as DeScore's release does: the CoT is read again, inside the user's turn, and [Reward] follows it there.
         For models that were trained so; costs a second pass. `batch` holds the same videos, encoded."""
-        samples = [self.processor(video, prompt, cot or "") for (video, prompt), cot in zip(keys, cots)]
+        samples = [self.processor.outline(video, prompt, cot or "") for (video, prompt), cot in zip(keys, cots)]
         again = replace(self.processor.collate(samples).to(self.device), features=batch.features)
         return self.score(again, [None] * len(keys))
 
@@ -569,96 +766,26 @@ def draw_seed(*path: int) -> int:
     return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many processes
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered from all ranks, on the CPU; any other as it is."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that torchrun started (or alone)."""
+def put_in_place(beside: Path, place: Path) -> None:
+    """Rename a directory that was written beside its place into it, its content safe on the disk first."""
+    def sync(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
-    rank: int = 0
-    world: int = 1
-
-    @staticmethod
-    def start() -> "Ranks":
-        if "RANK" not in os.environ:
-            return Ranks()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        return Ranks(dist.get_rank(), dist.get_world_size())
-
-    def stop(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def share(self, items: list) -> list:
-        """This rank's share of a list: every world-th item."""
-        return items[self.rank :: self.world]
-
-    def gather(self, mine: list) -> list:
-        """The whole list again, in order, from every rank's share."""
-        if self.world == 1:
-            return mine
-        shares = [None] * self.world
-        dist.all_gather_object(shares, mine)
-        return [shares[i % self.world][i // self.world] for i in range(sum(map(len, shares)))]
-
-    def gather_all(self, mine: list) -> list:
-        """The lists of all ranks, one after the other."""
-        if self.world == 1:
-            return mine
-        lists = [None] * self.world
-        dist.all_gather_object(lists, mine)
-        return [item for some in lists for item in some]
-
-    def sum(self, numbers: list[float]) -> list[float]:
-        """Each number added up over all ranks."""
-        if self.world == 1:
-            return numbers
-        total = torch.tensor(numbers, dtype=torch.double)
-        total = total.cuda() if torch.cuda.is_available() else total
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Add up the gradients of all ranks, in one message. The losses divide by counts over all ranks, so that the
-        sum is the gradient of the global batch."""
-        if self.world == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-        dist.all_reduce(flat)
-        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            parameter.grad.copy_(grad.view_as(parameter))
+    for path in [*beside.rglob("*"), beside]:
+        sync(path)
+    remove(place)
+    beside.rename(place)
+    sync(place.parent)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line, and the embedded default
-
-
-def parse_args(Args: type, preset: str, ranks: Ranks):
-    """Read the command line into a stage's Args. With no --train, what is not given comes from the embedded default's
-    preset, and its clips are rendered and annotated on first use."""
-    parser, root = HfArgumentParser(Args), Path(__file__).resolve().parent
-    (args,) = parser.parse_args_into_dataclasses()
-    if args.train is None:
-        chosen = json.loads((root / preset).read_text())
-        for key in ("backbone", "model"):
-            if str(chosen.get(key, "")).startswith("toy/"):
-                chosen[key] = str(root / chosen[key])
-        parser.set_defaults(**chosen)
-        (args,) = parser.parse_args_into_dataclasses()
-        folder = Path(args.train).parent
-        if ranks.first and not Path(args.train).is_file():
-            print(f"{folder}: rendering the clips of the embedded default (once)", flush=True)
-            subprocess.run([sys.executable, str(root / "toy/prepare.py"), str(folder)], check=True)
-        ranks.sum([0.0])  # the others wait
-    return args
+def remove(directory: Path) -> None:
+    """Delete a directory such that it is never there by half under its own name."""
+    if directory.is_dir():
+        shutil.rmtree(directory.rename(directory.with_name(directory.name + ".removed")))

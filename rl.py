@@ -15,17 +15,30 @@ log-probabilities are those recorded while sampling; π_ref is this model with t
 """
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 from coldstart import bt_loss, chunks, order, winner_first
-from data import Batch, DataError, Skipped, agreement, follows_format, parse_cot, read_pairs
+from data import (
+    MAX_TOKENS,
+    Batch,
+    DataError,
+    Skipped,
+    agreement,
+    follows_format,
+    packed,
+    parse_cot,
+    read_pairs,
+)
 from infer import evaluate
-from model import DeScore, Ranks, draw_seed, parse_args
+from model import DeScore, draw_seed
+from run import Ranks, Run, make_optimizer, parse_args
 
 
 @dataclass
@@ -37,7 +50,7 @@ class Args:
     label: str | None = field(default=None, metadata={"help": "their column of the preference [TA, else Overall]"})
     root: str | None = field(default=None, metadata={"help": "folder that their paths are relative to [each file's own]"})
     max_skipped: float = field(default=0.01, metadata={"help": "share of the pairs whose videos may be unreadable"})
-    out: str = field(default="runs/rl", metadata={"help": "the run's folder: metrics.jsonl and the model"})
+    out: str = field(default="runs/rl", metadata={"help": "the run's folder: metrics, checkpoints, the model"})
     seed: int = field(default=0, metadata={"help": "order of the data and sampling"})
     # The method (DeScore, Section "Stage 2").
     steps: int = field(default=65, metadata={"help": "rollout batches"})
@@ -68,11 +81,20 @@ class Args:
     max_pixels: int = field(default=307_200, metadata={"help": "pixels a frame, at most"})
     max_prompt: int = field(default=6200, metadata={"help": "tokens of a prompt; pairs with longer ones are left out"})
     # Running.
-    micro_batch: int = field(default=1, metadata={"help": "pairs that think at a time, and pairs a forward"})
+    max_tokens: int = field(default=80_000, metadata={"help": "tokens at a time, prompts and G of the longest CoTs; one "
+                                                              "pair at least"})
+    attention: Literal["sdpa", "flex"] = field(default="sdpa", metadata={"help": "of the update; flex: on a GPU, by blocks"})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "less memory, one more forward"})
+    quant: Literal["4bit"] | None = field(default=None, metadata={"help": "keep the frozen linear layers in NF4"})
+    optim: Literal["adamw", "adamw8bit"] = field(default="adamw", metadata={"help": "8 bits: smaller moments"})
+    shard: Literal["full"] | None = field(default=None, metadata={"help": "split all that trains over ranks (FSDP2)"})
+    save_every: int = field(default=5, metadata={"help": "steps from one checkpoint to the next; 0: at the end only"})
+    keep: int = field(default=2, metadata={"help": "checkpoints kept"})
+    resume: bool = field(default=True, metadata={"help": "go on from the newest checkpoint in the run's folder"})
     workers: int = field(default=2, metadata={"help": "processes that decode videos ahead"})
-    eval_every: int = field(default=0, metadata={"help": "evaluate every so many steps too [before and after only]"})
-    eval_batch: int = field(default=16, metadata={"help": "videos at a time in evaluation"})
+    eval_before: bool = field(default=True, metadata={"help": "evaluate before the first step"})
+    eval_every: int = field(default=0, metadata={"help": "evaluate every so many steps too [never]"})
+    eval_tokens: int = field(default=MAX_TOKENS, metadata={"help": "tokens at a time in evaluation"})
     eval_temperature: float = field(default=1.0, metadata={"help": "of the CoTs in evaluation; 1 is the policy itself"})
 
 
@@ -161,53 +183,53 @@ class Rollout:
 def main() -> None:
     ranks = Ranks.start()
     args = parse_args(Args, "toy/rl.json", ranks)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    run = Run(args, ranks)
 
     torch.manual_seed(args.seed)
     video = {"fps": args.fps, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
-    model = DeScore.load(args.model or "runs/coldstart", video=video)
+    model = DeScore.load(args.model or "runs/coldstart", video=video, quant=args.quant)
     model.set_trainable(args.lora_rank, args.train_merger)
     if args.beta:
         model.keep_reference()
     if args.gradient_checkpointing:
         model.qwen.activation_checkpointing_enable()
-    parameters = model.trainable()
-    optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=args.weight_decay)
+    model.attention = args.attention
+    if args.shard:
+        model.shard()
+    optimizer = make_optimizer(args.optim, list(model.parameter_groups()), args.lr, args.weight_decay)
 
     pairs = read_pairs(args.train, args.label, args.root)
-    skipped = Skipped(out / "skipped.jsonl", pairs, args.max_skipped, write=ranks.first)
+    skipped = Skipped(run.out / "skipped.jsonl", pairs, args.max_skipped, write=ranks.first)
     if ranks.first:
         print(pairs.summary())
+        print(model.summary())
     for pair in pairs:
         if pair.scores_a is None or pair.scores_b is None:
             raise DataError(f"{args.train}: the pair of {pair.video_a} has no reference sub-scores (scores_a, scores_b)")
     tests = {Path(path).stem: read_pairs(path, args.label, args.root) for path in args.test}
-    metrics = (out / "metrics.jsonl").open("w") if ranks.first else None
     G = args.group_size
-
-    def log(record: dict) -> None:
-        if ranks.first:
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
+    done = run.begin(model, optimizer, skipped)
 
     def test(step: int) -> dict:
         figures = {}
         for name, held_out in tests.items():
             figures |= {f"{name}/{key}": value for key, value in evaluate(
-                model, held_out, ranks, args.max_new_tokens, args.eval_temperature, args.eval_batch,
+                model, held_out, ranks, args.max_new_tokens, args.eval_temperature, args.eval_tokens,
                 args.workers).items()}
-        log({"step": step, **figures})
+        run.log({"step": step, **figures})
         return figures
 
-    # Which pairs each optimiser step of each rollout batch takes, and this rank's share of them in micro-batches.
+    # Which pairs each optimiser step of each rollout batch takes, and this rank's share of them: those of like length
+    # together, as many as may fill the cache of their thoughts.
     epochs = -(-args.steps * args.batch_size // len(pairs))
     seen = order(len(pairs), epochs, args.seed)
     steps = [list(enumerate(seen[step * args.batch_size : (step + 1) * args.batch_size])) for step in range(args.steps)]
-    plan = [[chunks(ranks.share(part), args.micro_batch) for part in chunks(rows, -(-len(rows) // args.updates))]
-            for rows in steps]
+    shares = [[ranks.share(part) for part in chunks(rows, -(-len(rows) // args.updates))] for rows in steps]
+    model.processor.lengths([key for parts in shares for part in parts for _, row in part for key in pairs[row].videos()])
+    plan = [[packed(part, [2 * (max(model.processor.lengths(pairs[row].videos())) + G * args.max_new_tokens)
+                           for _, row in part], args.max_tokens) for part in parts] for parts in shares]
     batches = model.processor.batches([[winner_first(pairs[row], True)[0] for _, row in micro]
-                                       for parts in plan for micros in parts for micro in micros], args.workers,
+                                       for parts in plan[done:] for micros in parts for micro in micros], args.workers,
                                       limit=args.max_prompt)
 
     def roll_out(micro: list[tuple[int, int]], batch: Batch, step: int) -> tuple[Rollout, list[dict]]:
@@ -233,10 +255,7 @@ def main() -> None:
                                 # −log π of what was sampled: an unbiased estimate of the entropy
                                 "entropy": -thoughts.logps[b, g].sum().item() / length})
         rewards = torch.tensor([record["reward"] for record in records], device=model.device).view(-1, G)
-        ref_logps = None
-        if args.beta:
-            with torch.no_grad(), model.as_reference():
-                ref_logps, _ = model.group(batch, thoughts.tokens, thoughts.mask)
+        ref_logps = model.reference_logps(batch, thoughts.tokens, thoughts.mask) if args.beta else None
         preferred = torch.tensor([pair.preference != "tie" for pair in rows], device=model.device)
         advantages = group_advantages(rewards)
         spread = (rewards.amax(1) - rewards.amin(1)).repeat_interleave(G)
@@ -246,20 +265,23 @@ def main() -> None:
                        "no_signal": float(not signal)}
         return Rollout(batch, thoughts.tokens, thoughts.mask, thoughts.logps, ref_logps, advantages, preferred), records
 
-    test(0)
+    if done == 0 and args.eval_before:
+        test(0)
     model.train()
-    progress = tqdm(range(1, args.steps + 1), "rl", disable=not ranks.first)
+    progress = tqdm(range(done + 1, args.steps + 1), "rl", initial=done, total=args.steps, disable=not ranks.first)
     for step in progress:
         started = time.time()
         ready = [[(micro, *next(batches)) for micro in micros] for micros in plan[step - 1]]
         skipped.add(ranks.gather_all([record for part in ready for _, _, _, bad in part for record in bad]))
-        rolled = [[roll_out([micro[i] for i in kept], batch, step) for micro, batch, kept, _ in part if kept]
-                  for part in ready]
+        with model.gathered():
+            rolled = [[roll_out([micro[i] for i in kept], batch, step) for micro, batch, kept, _ in part if kept]
+                      for part in ready]
         records = [record for part in rolled for _, some in part for record in some]
         thought = time.time()
-        figures = {"loss": 0.0, "bt_loss": 0.0, "bt_accuracy": 0.0, "clip_fraction": 0.0, "kl": 0.0, "grad_norm": 0.0}
+        figures = dict.fromkeys(("loss", "bt_loss", "bt_accuracy", "clip_fraction", "kl", "grad_norm", "left_out"), 0.0)
         for part in [[rollout for rollout, _ in part] for part in rolled]:
             videos, decided = ranks.sum([sum(len(r.tokens) for r in part), sum(int(r.preferred.sum()) for r in part)])
+            turns = ranks.most(len(part)) if args.shard else 0  # a sharded model is gathered by all ranks or by none
             for r in part:
                 logps, scores = model.group(r.batch, r.tokens, r.mask)
                 loss, found = grpo_loss(logps, r.old_logps, r.ref_logps, r.advantages, r.mask, args.clip_low,
@@ -277,30 +299,32 @@ def main() -> None:
                 figures["loss"] += loss.item() / len(rolled)
                 for name, value in found.items():
                     figures[name] += value * share / len(rolled)
-            ranks.sum_gradients(list(parameters.values()))
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            figures["grad_norm"] += norm.item() / ranks.world / len(rolled)
+            for _ in range(turns - len(part)):
+                model.idle(with_logps=True)
+            norm = run.descend(args.max_grad_norm)
+            figures["grad_norm"] += norm / ranks.world / len(rolled)
+            figures["left_out"] += float(not math.isfinite(norm)) / ranks.world
         sums = ranks.sum([float(len(records)), *(sum(record[name] for record in records) for name in RECORDED)])
         figures = dict(zip(figures, ranks.sum(list(figures.values()))))
         figures |= {name: total / max(sums[0], 1) for name, total in zip(RECORDED, sums[1:])}
-        log({"step": step, **figures, "seconds_thinking": thought - started, "seconds": time.time() - started})
+        run.log({"step": step, **figures, "seconds_thinking": thought - started, "seconds": time.time() - started})
         progress.set_postfix(R=f"{figures['reward']:.3f}", R_q=f"{figures['reward_quality']:.3f}",
                              kl=f"{figures['kl']:.4f}", bt=f"{figures['bt_loss']:.3f}")
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             test(step)
+        if run.step_done(step, args.steps):
+            return ranks.stop()
     figures = test(args.steps)
+    scale = {key.split("/")[1]: value for key, value in figures.items() if key.split("/")[1].startswith("score_")}
+    model.save(run.out / "model", ranks.first, stage="rl", args=asdict(args), **scale)
     if ranks.first:
-        scale = {key.split("/")[1]: value for key, value in figures.items() if key.split("/")[1].startswith("score_")}
-        model.save(out / "model", stage="rl", args=asdict(args), **scale)
         print(json.dumps(figures, indent=1))
-        print(f"{out}: done")
+        print(f"{run.out}: done")
     ranks.stop()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except (DataError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

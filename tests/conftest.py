@@ -1,8 +1,9 @@
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run in two processes side by side
 
 import pytest
 import torch
@@ -10,18 +11,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
+from launch import run
+
 from model import DeScore
 
 TOY_VIDEO = ["--min-pixels", "4096", "--max-pixels", "4096"]
-
-
-def run(*command, cwd=ROOT, check=True, env=None, timeout=240):
-    """Run one of the project's scripts as a user would; returns the finished process."""
-    done = subprocess.run([sys.executable, *map(str, command)], check=False, cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
-    if check and done.returncode:
-        raise AssertionError(f"{command} exited {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done
 
 
 @pytest.fixture(scope="session")

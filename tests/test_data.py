@@ -1,8 +1,12 @@
 """Videos, prompts, pair files: what goes in is read as Qwen3-VL reads it, and what is wrong is named."""
 
 import base64
+import itertools
 import json
 import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -10,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import world
-from conftest import ROOT, run
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -21,7 +27,9 @@ from data import (
     Pair,
     Processor,
     VideoSettings,
+    alike,
     consistent,
+    packed,
     parse_cot,
     patchify,
     read_pairs,
@@ -242,8 +250,8 @@ def test_an_hour_is_read_in_flat_memory(tmp_path):
     for name, count in (("short", 32), ("hour", 3600)):
         frames = np.broadcast_to(flat[:count], (count, 512, 512, 3))
         world.write_video(tmp_path / f"{name}.mp4", frames, fps=1)
-    done = run("-c", code, tmp_path / "short.mp4", tmp_path / "hour.mp4")
-    count, last, grown = done.stdout.split()
+    out = subprocess.check_output([sys.executable, "-c", code, tmp_path / "short.mp4", tmp_path / "hour.mp4"], cwd=ROOT)
+    count, last, grown = out.split()
     assert (int(count), float(last)) == (16, 3599.0)
     assert int(grown) < 200_000  # kilobytes
 
@@ -309,3 +317,47 @@ def test_a_prompt_may_be_a_whole_instruction(processor):
     assert text.startswith("<|im_start|>user\n<0.2 seconds>") and "<|vision_end|>Judge it<|im_end|>" in text
     with pytest.raises(DataError, match="must hold <video> exactly once"):
         Processor(processor.tokenizer, SETTINGS, "<prompt>")
+
+
+def test_lengths_are_known_without_decoding(processor, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"x")
+    keys = [(str(ROOT / f"tests/golden/{name}.mp4"), "A red circle." * i) for i, name in enumerate(("five", "odd", "ntsc"))]
+    bounds = VideoSettings(min_pixels=4096, max_pixels=20_000, patch_size=8)  # of different sizes, then
+    processor = Processor(processor.tokenizer, bounds)
+    expected = [len(processor(*key).input_ids) for key in keys]
+    assert processor.lengths([*keys, (str(tmp_path / "broken.mp4"), "x")]) == [*expected, 0] and len(set(expected)) == 3
+
+
+@given(st.lists(st.integers(0, 50)), st.integers(1, 120))
+def test_packing_keeps_everything_within_the_budget(sizes, budget):
+    lists = packed(list(range(len(sizes))), sizes, budget)
+    assert sorted(item for group in lists for item in group) == list(range(len(sizes)))
+    widest = [max(sizes[item] for item in group) for group in lists]
+    assert all(len(group) == 1 or wide * len(group) <= budget for group, wide in zip(lists, widest))
+    assert widest == sorted(widest, reverse=True)
+    for group, following in itertools.pairwise(lists):  # like length together, and no room left unused
+        assert min(sizes[item] for item in group) >= sizes[following[0]]
+        assert max(sizes[item] for item in group) * (len(group) + 1) > budget
+
+
+@given(st.lists(st.integers(1, 50), min_size=1), st.floats(0, 0.9))
+def test_rows_side_by_side_are_alike(lengths, waste):
+    lists = alike(lengths, waste)
+    assert sorted(row for rows in lists for row in rows) == list(range(len(lengths)))
+    for rows in lists:
+        widths = [lengths[row] for row in rows]
+        assert 1 - sum(widths) / (len(widths) * max(widths)) <= waste + 1e-9
+
+
+def test_some_samples_of_a_batch_are_those_samples(processor):
+    frames = torch.from_numpy(clip(4)).permute(0, 3, 1, 2)
+    videos = [frames[: 2 * n] for n in (1, 2, 2)]
+    samples = [processor.sample(video, [0.0] * len(video), "A red circle." * n) for n, video in enumerate(videos, 1)]
+    batch, some = processor.collate(samples), processor.collate([samples[1], samples[0]])
+    tokens = [len(sample.patches) // 4 for sample in samples]
+    level = torch.arange(sum(tokens) * 3).view(-1, 3)
+    rows = [*range(tokens[0], tokens[0] + tokens[1]), *range(tokens[0])]
+    found = replace(batch, features=(level, [level, 2 * level])).select([1, 0])
+    for name in ("input_ids", "mask", "position_ids", "patches", "grid"):
+        assert torch.equal(getattr(found, name), getattr(some, name)), name
+    assert torch.equal(found.features[0], level[rows]) and torch.equal(found.features[1][1], 2 * level[rows])

@@ -9,9 +9,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TOY_VIDEO, run
+from conftest import ROOT, TOY_VIDEO
+from launch import run
+from transformers import AutoTokenizer
 
-from data import Api, DataError, VideoSettings, png, read_pairs
+from data import Api, DataError, Processor, VideoSettings, png, read_pairs
 
 SETTINGS = VideoSettings(min_pixels=4096, max_pixels=4096)
 SCORES = {"subject": 2, "dynamics": 1, "camera": "N/A", "environment": 2, "style": 0}
@@ -109,7 +111,9 @@ def test_convert_and_check(world_dir, folder):
         (p.preference, p.prompt) for p in read_pairs(world_dir / "test_id.jsonl")]
     good = run("data.py", "check", folder / "x.jsonl", *TOY_VIDEO)
     assert "8 read, 0 broken" in good.stdout and "video tokens a sample: 16 to 16" in good.stdout
-    assert "tokens a sample: 2" in good.stdout  # 16, four timestamps, and the instruction of some 150
+    processor = Processor(AutoTokenizer.from_pretrained(ROOT / "toy/backbone"), SETTINGS)
+    sizes = [len(processor(*key).input_ids) for pair in read_pairs(folder / "x.jsonl") for key in pair.videos()]
+    assert f"\ntokens a sample: {min(sizes)} to {max(sizes)}, median" in good.stdout
     rows.append([str(folder / "a.mp4"), rows[0][1], "x", "A"])  # not a video
     write_csv(folder / "x.csv", ["path_A", "path_B", "prompt", "Overall"], *rows)
     bad = run("data.py", "check", folder / "x.csv", *TOY_VIDEO, check=False)
@@ -186,8 +190,9 @@ def make_keys(world_dir, count=8):
 def test_the_api_is_asked_with_frames_and_answers_come_in_order(endpoint, world_dir):
     endpoint.plan[:] = ["slow", "429", "nonsense", "odd", "500", "empty", "cut", "ok"]
     keys = make_keys(world_dir)
-    cots = list(make_api(endpoint, key="secret")(keys, 0))
-    assert [cot.split("</think>")[0] for cot in cots] == [f"<think>{prompt}" for _, prompt in keys]
+    found = list(make_api(endpoint, key="secret")(keys, {}))
+    assert [(record["video"], record["prompt"]) for record in found] == keys
+    assert [record["cot"].split("</think>")[0] for record in found] == [f"<think>{prompt}" for _, prompt in keys]
     body, key = endpoint.seen[0]
     assert key == "Bearer secret" and body["model"] == "judge-1"
     images = [part for part in body["messages"][0]["content"] if part["type"] == "image_url"]
@@ -197,9 +202,10 @@ def test_the_api_is_asked_with_frames_and_answers_come_in_order(endpoint, world_
     assert endpoint.most <= 3 + 1  # three at a time, and the server may still hold the one that timed out
 
 
-def test_the_api_goes_on_from_a_place(endpoint, world_dir):
+def test_the_api_is_not_asked_again(endpoint, world_dir):
     keys = make_keys(world_dir, 4)
-    assert len(list(make_api(endpoint)(keys, 3))) == 1
+    (record,) = make_api(endpoint)(keys, dict.fromkeys(keys[:3], ""))
+    assert (record["video"], record["prompt"]) == keys[3] and len(endpoint.seen) == 1
 
 
 @pytest.mark.parametrize(("plan", "message"), [(["401"] * 9, "HTTP 401"), (["500"] * 9, "gave up on .* after 3 attempts"),
@@ -207,7 +213,7 @@ def test_the_api_goes_on_from_a_place(endpoint, world_dir):
 def test_the_api_gives_up_with_a_clear_error(endpoint, world_dir, plan, message):
     endpoint.plan[:] = plan
     with pytest.raises(DataError, match=message):
-        list(make_api(endpoint, retries=2, parallel=1)(make_keys(world_dir, 1), 0))
+        list(make_api(endpoint, retries=2, parallel=1)(make_keys(world_dir, 1), {}))
 
 
 def test_annotate_by_api_survives_a_failure_in_the_middle(endpoint, world_dir, tmp_path):

@@ -1,15 +1,12 @@
 """The stages from outside: processes started, files written, processes killed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, TOY_VIDEO, run
+from conftest import ROOT, TOY_VIDEO
+from launch import Started, run
 from safetensors.torch import load_file
 
 from data import read_pairs
@@ -20,13 +17,13 @@ QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--no-gradient-checkpoint
 
 def coldstart(world_dir, out, *extra, launch=("coldstart.py",)):
     return run(*launch, "--backbone", "toy/backbone", "--train", world_dir / "train_cots.jsonl", "--out", out,
-               "--epochs", 1, "--batch-size", 6, "--micro-batch", 2, "--lr", 1e-3, "--max-new-tokens", 150, *QUICK,
+               "--epochs", 1, "--batch-size", 6, "--max-tokens", 1000, "--lr", 1e-3, "--max-new-tokens", 150, *QUICK,
                *extra)
 
 
 def rl(world_dir, model, out, *extra, launch=("rl.py",)):
     return run(*launch, "--model", model, "--train", world_dir / "train.jsonl", "--out", out, "--batch-size", 4,
-               "--micro-batch", 1, "--group-size", 4, "--lr", 1e-3, "--max-new-tokens", 150, *QUICK, *extra)
+               "--max-tokens", 1, "--group-size", 4, "--lr", 1e-3, "--max-new-tokens", 150, *QUICK, *extra)
 
 
 def torchrun(script, processes):
@@ -157,17 +154,16 @@ def test_infer_ranks_and_evaluates(world_dir, stage2, tmp_path):
 def test_annotate_writes_one_cot_a_video_and_goes_on_where_it_was_killed(world_dir, tmp_path):
     pairs = world_dir / "train.jsonl"
     command = ["data.py", "annotate", pairs, tmp_path / "whole.jsonl", "--model", "toy/backbone", "--max-new-tokens", 160,
-               "--batch-size", 4]
+               "--max-tokens", 1200]
     run(*command)
     whole = read_pairs(tmp_path / "whole.jsonl")
     assert all(pair.cot_a and pair.cot_b for pair in whole)
     command[3] = tmp_path / "cut.jsonl"
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = Started(*command)
     written = tmp_path / "cut.jsonl.cots"
-    while process.poll() is None and (not written.is_file() or written.read_bytes().count(b"\n") < 5):
+    while process.running() and (not written.is_file() or written.read_bytes().count(b"\n") < 5):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert written.is_file() and not (tmp_path / "cut.jsonl").is_file()
     assert "going on after" in run(*command).stdout
@@ -224,7 +220,7 @@ def one_broken(world_dir, tmp_path):
 @pytest.mark.parametrize("script", ["coldstart.py", "rl.py"])
 def test_a_broken_clip_drops_its_pair_up_to_a_limit(script, one_broken, tmp_path):
     command = [script, "--backbone", "toy/backbone", "--train", one_broken, "--out", tmp_path / "out", "--batch-size", 6,
-               "--micro-batch", 3, "--max-new-tokens", 8, *QUICK]
+               "--max-tokens", 1500, "--max-new-tokens", 8, *QUICK]
     command += ["--epochs", 1] if script == "coldstart.py" else ["--steps", 2, "--group-size", 2]
     stopped = run(*command, check=False)
     assert stopped.returncode == 1 and "1 of 12 pairs have videos that cannot be read" in stopped.stderr
@@ -237,13 +233,13 @@ def test_a_broken_clip_drops_its_pair_up_to_a_limit(script, one_broken, tmp_path
 
 def test_evaluation_is_resumed_reported_and_the_same(world_dir, stage2, tmp_path):
     command = ["infer.py", "--pairs", world_dir / "test_id.jsonl", "--model", stage2, "--out", tmp_path / "p.jsonl",
-               "--max-new-tokens", 160, "--batch-size", 2, "--json"]
+               "--max-new-tokens", 160, "--max-tokens", 600, "--json"]
     whole = json.loads(run(*command).stdout)
     lines = (tmp_path / "p.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 8
     (tmp_path / "p.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed in the middle of the fourth
     again = run(*command)
-    assert "2 of 8 videos are judged already" in again.stderr
+    assert "3 of 8 videos are judged already" in again.stderr
     assert json.loads(again.stdout) == whole and (tmp_path / "p.jsonl").read_text() == "".join(lines)
     assert whole["pairs"] == 4 and set(whole["intervals"]) == {"accuracy", "accuracy_ties", "accuracy_no_cot",
                                                                "accuracy_ties_no_cot"}

@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 import world
-from conftest import ROOT, run
+from conftest import ROOT
+from launch import run
 from pretrain import SETTINGS
 
 from data import read_pairs, read_video

@@ -6,7 +6,7 @@ make of a set of clips. Run in an environment of its own, with torchvision's Pyt
     python tests/golden/make.py [REAL_CLIP.mp4 ...]
 
 Writes the synthetic clips (*.mp4) and golden.npz beside itself. For each clip it holds the grid, the token ids under
-the embedded tokenizer, the 3-D positions, and a fixed sample of the pixel values.
+the tokenizer beside this file, the 3-D positions, and a fixed sample of the pixel values.
 """
 
 import hashlib
@@ -100,7 +100,7 @@ def main() -> None:
             write_clip(path, *shape)
     golden, names = {}, {}
     for path in [*paths, *map(Path, sys.argv[1:])]:
-        found = reference(path, MAX_PIXELS, ROOT / "toy/backbone/tokenizer.json")
+        found = reference(path, MAX_PIXELS, HERE / "tokenizer.json")
         name = path.stem
         names[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         golden |= {f"{name}/grid": found["grid"].numpy(), f"{name}/input_ids": found["input_ids"].short().numpy(),
