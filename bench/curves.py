@@ -17,12 +17,21 @@ PANELS = (("reward", "reward R"), ("reward_quality", "sub-scores matched R_q"), 
           ("entropy", "entropy a token"))
 
 
+def read(run: Path) -> list[dict]:
+    """A run's log; before it, as step 0, the last evaluation of the stage 1 beside it that it started from."""
+    def lines(folder: Path) -> list[dict]:
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    before = lines(run.parent / "coldstart") if (run.parent / "coldstart/metrics.jsonl").is_file() else []
+    return [record | {"step": 0} for record in before if "test_id/quality" in record][-1:] + lines(run)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("bench/rl.png"))
     args = parser.parse_args()
-    runs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in args.runs]
+    runs = [read(run) for run in args.runs]
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3), constrained_layout=True)
     for axis, (name, title) in zip(axes, PANELS):
         curves = [[record[name] for record in records if name in record] for records in runs]

@@ -63,6 +63,14 @@ def logps(model: DeScore, hidden: torch.Tensor, prompt: int, tokens: torch.Tenso
         ..., 0].view(tokens.shape)
 
 
+def bt_of(rewards: torch.Tensor) -> torch.Tensor:
+    """The Bradley-Terry loss of every second video over its neighbour; of a single video's rollouts, of half over half."""
+    if len(rewards) == 1:
+        G = rewards.shape[1]
+        return bt_loss(rewards[0, : G // 2], rewards[0, G - G // 2:]) if G > 1 else -F.logsigmoid(rewards).mean()
+    return bt_loss(rewards[0::2], rewards[1::2])
+
+
 def update(model: DeScore, batch: Batch, tokens: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor,
            passes: int) -> float:
     """Both losses of a pair's rollouts and their backward, with one pass a row or with two (the second for the score)."""
@@ -72,6 +80,6 @@ def update(model: DeScore, batch: Batch, tokens: torch.Tensor, old: torch.Tensor
     if passes == 2:
         hidden, _ = whole_rows(model, batch, tokens, with_reward=True)
     rewards = model.reward(hidden[:, -1]).view(tokens.shape[:2])
-    loss = loss + 0.005 * bt_loss(rewards[0::2], rewards[1::2])
+    loss = loss + 0.005 * bt_of(rewards)
     loss.backward()
     return loss.item()

@@ -1,6 +1,6 @@
 """What each stage does to the embedded default, over several seeds, and what the auxiliary loss is for.
 
-    python bench/seeds.py               # three seeds, a run of each stage and one with λ = 0: about half an hour
+    python bench/seeds.py               # three seeds, a run of each stage and one with λ = 0
 
 Prints the README's table: held-out figures of the backbone, after stage 1, after stage 2, and after stage 2 without the
 auxiliary Bradley-Terry loss, means over the seeds (standard deviation). Runs that are there already are not repeated.
@@ -31,12 +31,13 @@ def main() -> None:
     found: dict[str, list[dict]] = {"backbone": [], "coldstart": [], "rl": [], "rl, λ = 0": []}
     for seed in map(str, range(args.seeds)):
         one, two, without = (f"runs/seeds/{seed}/{name}" for name in ("coldstart", "rl", "rl_no_bt"))
-        run("coldstart.py", one, "--seed", seed)
+        run("coldstart.py", one, "--seed", seed, *(("--eval-before", "false") if seed != "0" else ()))  # the same for all
         run("rl.py", two, "--seed", seed, "--model", one)
         run("rl.py", without, "--seed", seed, "--model", one, "--bt-weight", "0")
-        backbone = {key: value for key, value in figures(one, 0).items() if not key.startswith("accuracy")}
-        for stage, record in zip(found, (backbone, figures(one, -1), figures(two, -1), figures(without, -1))):
-            found[stage].append(record)
+        if seed == "0":
+            found["backbone"] = [{key: value for key, value in figures(one, 0).items() if not key.startswith("accuracy")}]
+        for stage, folder in (("coldstart", one), ("rl", two), ("rl, λ = 0", without)):
+            found[stage].append(figures(folder, -1))
     print("| | " + " | ".join(COLUMNS) + " |\n| --- |" + " ---: |" * len(COLUMNS))
     for stage, records in found.items():
         cells = []

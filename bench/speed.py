@@ -9,7 +9,9 @@ plain implementations (bench/plain.py) that are checked here to give the same nu
 
 import argparse
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import plain
 
 from coldstart import bt_loss
-from data import Processor, VideoSettings
+from data import Processor, VideoSettings, read_pairs
 from model import DeScore
 from rl import grpo_loss
 
@@ -66,6 +68,24 @@ def make_batch(model: DeScore, videos: int, video_tokens: int, seed: int = 0):
     return model.processor.collate(samples)
 
 
+def never_ends(model: DeScore) -> None:
+    """An end token is next to impossible with random weights over a large vocabulary; rule it out."""
+    eos = model.processor.eos_id
+    model.qwen.lm_head.weight.data[eos] = 0
+    model.qwen.lm_head.weight.data[eos, 0] = 0
+
+
+def update(model: DeScore, batch, tokens: torch.Tensor, mask: torch.Tensor, old: torch.Tensor,
+           advantages: torch.Tensor) -> float:
+    """Both losses of some videos' rollouts and their backward. With one video alone, the first half of its rollouts is
+    scored against the second."""
+    found, rewards = model.group(batch, tokens, mask)
+    loss, _ = grpo_loss(found, old, None, advantages, mask, beta=0.0)
+    loss = loss + 0.005 * plain.bt_of(rewards)
+    loss.backward()
+    return loss.item()
+
+
 def compare(ours, theirs, repeats: int) -> tuple[float, float]:
     """Median seconds of two ways to do the same, run in turn after one warm-up each."""
     seconds = [[], []]
@@ -88,24 +108,24 @@ def main() -> None:
     parser.add_argument("--cot-tokens", type=int, default=128)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="the lines whose work has this text in it")
     args = parser.parse_args()
     G, C, device = args.group_size, args.cot_tokens, args.device
     model = make(args.size, device)
     count = sum(p.numel() for p in model.parameters())
-    pair = make_batch(model, 2, args.video_tokens)  # two videos, for the update
+    pair = make_batch(model, 2, args.video_tokens)
     one = make_batch(model, 1, args.video_tokens)
     print(f"{count / 1e6:.0f}M parameters on {device}, {torch.get_num_threads()} threads; prompts of {pair.input_ids.shape[1]} "
           f"tokens, CoTs of {C}, groups of {G}\n", flush=True)
     print("| work | against | ours, s | theirs, s | ratio | to reach |\n| --- | --- | ---: | ---: | ---: | ---: |")
 
     def row(work: str, against: str, ours, theirs, target: str) -> None:
+        if args.only not in work:
+            return
         a, b = compare(ours, theirs, args.repeats)
         print(f"| {work} | {against} | {a:.2f} | {b:.2f} | {b / a:.2f} × | {target} |", flush=True)
 
-    # An end token is next to impossible with random weights over a large vocabulary, but rule it out.
-    eos = model.processor.eos_id
-    model.qwen.lm_head.weight.data[eos] = 0
-    model.qwen.lm_head.weight.data[eos, 0] = 0
+    never_ends(model)
 
     def think(n=1, batch=one):
         return model.think(batch, n, C, 1.0, seeds=list(range(len(batch))))
@@ -130,35 +150,40 @@ def main() -> None:
         row(f"rollouts of a group of {G}", f"generate(num_return_sequences={G})", lambda: think(G),
             lambda: plain.generate(model, one, [0], C, G), "1.5 ×")
 
+        def think_then_read():
+            thoughts = think(G)
+            return model.group(one, thoughts.tokens, thoughts.mask)
+
+        row(f"rollouts of a group of {G} with π_old's log-probabilities", "recorded by a pass of their own", lambda: think(G),
+            think_then_read, "no pass")
+
     model.set_trainable(16)
     parameters = model.trainable().values()
-    tokens = torch.randint(0, 500, (2, G, C), device=device)
+    tokens = torch.randint(0, 500, (1, G, C), device=device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    tokens[tokens == eos] = 0
-    advantages = torch.randn(2, G, device=device)
+    tokens[tokens == model.processor.eos_id] = 0
+    advantages = torch.randn(1, G, device=device)
     with torch.no_grad():
-        old, _ = model.group(pair, tokens, mask)
+        old, _ = model.group(one, tokens, mask)
 
     def ours() -> float:
-        found, rewards = model.group(pair, tokens, mask)
-        loss, _ = grpo_loss(found, old, None, advantages, mask, beta=0.0)
-        loss = loss + 0.005 * bt_loss(rewards[0::2], rewards[1::2])
-        loss.backward()
-        return loss.item()
+        return update(model, one, tokens, mask, old, advantages)
 
     def gradients(work) -> torch.Tensor:
         model.zero_grad()
         work()
         return torch.cat([p.grad.flatten() for p in parameters])
 
-    expected = gradients(ours)
     for passes in (2, 1):
-        other = gradients(lambda passes=passes: plain.update(model, pair, tokens, old, advantages, passes))
-        difference = ((other - expected).norm() / expected.norm()).item()
-        assert difference < (0.05 if device == "cuda" else 1e-3), difference
-        row(f"update of two groups of {G}", f"one row a rollout, {passes} pass{'es' * (passes == 2)}", ours,
-            lambda passes=passes: plain.update(model, pair, tokens, old, advantages, passes), f"{4 * passes} ×")
-        print(f"<!-- gradients differ by {difference:.1e} -->")
+        def theirs(passes=passes) -> float:
+            return plain.update(model, one, tokens, old, advantages, passes)
+
+        if args.only in (work := f"update of a group of {G}"):
+            expected, other = gradients(ours), gradients(theirs)
+            difference = ((other - expected).norm() / expected.norm()).item()
+            assert difference < (0.05 if device == "cuda" else 1e-3), difference
+            row(work, f"one row a rollout, {passes} pass{'es' * (passes == 2)} (gradients differ by {difference:.0e})", ours,
+                theirs, f"{4 * passes} ×")
 
     def cold(way) -> None:
         for cots in (["x " * C] * 2, [None] * 2):
@@ -177,6 +202,21 @@ def main() -> None:
 
     row("cold start step: a pair with CoTs, one without", "full logits, padded", lambda: cold(cold_ours),
         lambda: cold(cold_plain), "1.3 ×")
+
+    with tempfile.TemporaryDirectory() as folder:  # real files, on the embedded backbone
+        subprocess.run([sys.executable, ROOT / "toy/world.py", folder, "--pairs", "24", "--test-pairs", "1"], check=True,
+                       stdout=subprocess.DEVNULL)
+        toy = DeScore.load(ROOT / "toy/backbone", device=device)
+        keys = [key for found in read_pairs(f"{folder}/train.jsonl") for key in found.videos()]
+
+        def judge(max_tokens: int, workers: int) -> list[float]:
+            judged = {record["video"]: record["reward"] for record in toy.judge(keys, 160, max_tokens=max_tokens, workers=workers)}
+            return [judged[video] for video, _ in keys]
+
+        together, alone = torch.tensor(judge(6000, 1)), torch.tensor(judge(1, 0))
+        assert (together - alone).abs().median() < 1e-3
+        row(f"scoring a file of {len(keys)} videos, embedded backbone", "one video at a time", lambda: judge(6000, 1),
+            lambda: judge(1, 0), "1.5 ×")
 
 
 if __name__ == "__main__":
