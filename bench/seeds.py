@@ -3,7 +3,8 @@
     python bench/seeds.py               # three seeds, a run of each stage and one with λ = 0
 
 Prints the README's table: held-out figures of the backbone, after stage 1, after stage 2, and after stage 2 without the
-auxiliary Bradley-Terry loss, means over the seeds (standard deviation). Runs that are there already are not repeated.
+auxiliary Bradley-Terry loss, means over the seeds (standard deviation). The held-out pairs are drawn with another seed than
+those of runs/toy, by which the presets were chosen. Runs that are there already are not repeated.
 """
 
 import argparse
@@ -16,18 +17,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "toy"))
 from demo import COLUMNS, figures
 
+HELD_OUT = "runs/held_out"
+TEST = ("--test", f"{HELD_OUT}/test_id.jsonl", f"{HELD_OUT}/test_ood.jsonl")
+
 
 def run(script: str, out: str, *arguments: str) -> None:
     """Run a stage unless its folder already holds what it ended with."""
     if not (ROOT / out / "model/descore.json").is_file():
         print(f"$ python {script} --out {out} {' '.join(arguments)}", flush=True)
-        subprocess.run([sys.executable, script, "--out", out, *arguments], cwd=ROOT, check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, script, "--out", out, *TEST, *arguments], cwd=ROOT, check=True, stdout=sys.stderr)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--test-pairs", type=int, default=400, help="held-out pairs, in domain and out of domain each")
     args = parser.parse_args()
+    if not (ROOT / HELD_OUT / "test_ood.jsonl").is_file():
+        subprocess.run([sys.executable, "toy/world.py", HELD_OUT, "--pairs", "0", "--test-pairs", str(args.test_pairs),
+                        "--seed", "1"], cwd=ROOT, check=True, stdout=sys.stderr)
     found: dict[str, list[dict]] = {"backbone": [], "coldstart": [], "rl": [], "rl, λ = 0": []}
     for seed in map(str, range(args.seeds)):
         one, two, without = (f"runs/seeds/{seed}/{name}" for name in ("coldstart", "rl", "rl_no_bt"))
