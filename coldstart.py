@@ -1,7 +1,7 @@
 """Stage 1: discriminative cold start. The model learns to score with the Bradley-Terry loss.
 
     python coldstart.py                                   # the embedded default, one process
-    torchrun --nproc_per_node 8 coldstart.py --backbone Qwen/Qwen3-VL-8B-Instruct --train train.jsonl --test test.jsonl
+    torchrun --nproc_per_node 8 coldstart.py --backbone Qwen/Qwen3-VL-8B-Instruct --train train.jsonl
 
 For each pair of videos, scored behind their CoTs,
 
@@ -13,13 +13,14 @@ With probability p the CoTs of a pair are masked, so that r must be readable fro
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers.hf_argparser import HfArg
 
 from data import MAX_TOKENS, DataError, Pair, Processor, Skipped, packed, read_pairs
 from infer import evaluate
@@ -29,52 +30,52 @@ from run import Ranks, Run, make_optimizer, parse_args
 
 @dataclass
 class Args:
-    backbone: str | None = field(default=None, metadata={"help": "a Qwen3-VL, directory or hub id [the embedded default]",
-                                                         "aliases": ["--model"]})
-    train: str | None = field(default=None, metadata={"help": "pair file to train on; its CoTs are read"})
-    test: list[str] = field(default_factory=list, metadata={"help": "pair files to evaluate on"})
-    label: str | None = field(default=None, metadata={"help": "their column of the preference [TA, else Overall]"})
-    root: str | None = field(default=None, metadata={"help": "folder that their paths are relative to [each file's own]"})
-    max_skipped: float = field(default=0.01, metadata={"help": "share of the pairs whose videos may be unreadable"})
-    out: str = field(default="runs/coldstart", metadata={"help": "the run's folder: metrics, checkpoints, the model"})
-    seed: int = field(default=0, metadata={"help": "order of the data, masking, initial query and head"})
+    backbone: str | None = HfArg(default=None, aliases=["--model"],
+                                 help="a Qwen3-VL, directory or hub id [the embedded default]")
+    train: str | None = HfArg(default=None, help="pair file to train on; its CoTs are read")
+    test: list[str] = HfArg(default_factory=list, help="pair files to evaluate on")
+    label: str | None = HfArg(default=None, help="their column of the preference [TA, else Overall]")
+    root: str | None = HfArg(default=None, help="folder that their paths are relative to [each file's own]")
+    max_skipped: float = HfArg(default=0.01, help="share of the pairs whose videos may be unreadable")
+    out: str = HfArg(default="runs/coldstart", help="the run's folder: metrics, checkpoints, the model")
+    seed: int = HfArg(default=0, help="order of the data, masking, initial query and head")
     # The method (DeScore, Section "Stage 1"; learning rate and p from the released code).
-    mask_p: float = field(default=0.5, metadata={"help": "p: chance that the CoTs of a pair are masked"})
-    epochs: int = field(default=2, metadata={"help": "passes over the pairs"})
-    batch_size: int = field(default=32, metadata={"help": "pairs a step, over all ranks"})
-    lr: float = field(default=2e-6, metadata={"help": "learning rate after warm-up, constant"})
-    head_lr: float | None = field(default=None, metadata={"help": "learning rate of [Reward] and the head [lr]"})
-    warmup: float = field(default=0.05, metadata={"help": "share of the steps in which the rate rises to lr"})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    lora_rank: int = field(default=64, metadata={"help": "adapters on the language model; 0 trains all of it"})
-    train_merger: bool = field(default=True, metadata={"help": "train the vision tower's mergers"})
-    train_vision: bool = field(default=False, metadata={"help": "train the rest of the vision tower"})
-    max_prompt: int = field(default=6144, metadata={"help": "tokens of a prompt; pairs with longer ones are left out"})
+    mask_p: float = HfArg(default=0.5, help="p: chance that the CoTs of a pair are masked")
+    epochs: int = HfArg(default=2, help="passes over the pairs")
+    batch_size: int = HfArg(default=32, help="pairs a step, over all ranks")
+    lr: float = HfArg(default=2e-6, help="learning rate after warm-up, constant")
+    head_lr: float | None = HfArg(default=None, help="learning rate of [Reward] and the head [lr]")
+    warmup: float = HfArg(default=0.05, help="share of the steps in which the rate rises to lr")
+    weight_decay: float = HfArg(default=0.01, help="AdamW")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
+    lora_rank: int = HfArg(default=64, help="adapters on the language model; 0 trains all of it")
+    train_merger: bool = HfArg(default=True, help="train the vision tower's mergers")
+    train_vision: bool = HfArg(default=False, help="train the rest of the vision tower")
+    max_prompt: int = HfArg(default=6144, help="tokens of a prompt; pairs with longer ones are left out")
     # Videos.
-    fps: float = field(default=2.0, metadata={"help": "frames sampled a second"})
-    min_pixels: int = field(default=128 * 32 * 32, metadata={"help": "pixels a frame, at least"})
-    max_pixels: int = field(default=448 * 448, metadata={"help": "pixels a frame, at most"})
+    fps: float = HfArg(default=2.0, help="frames sampled a second")
+    min_pixels: int = HfArg(default=128 * 32 * 32, help="pixels a frame, at least")
+    max_pixels: int = HfArg(default=448 * 448, help="pixels a frame, at most")
     # Running.
-    max_tokens: int = field(default=24_576, metadata={"help": "tokens a forward, padding included; one pair at least"})
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "less memory, one more forward"})
-    quant: Literal["4bit"] | None = field(default=None, metadata={"help": "keep the frozen linear layers in NF4"})
-    optim: Literal["adamw", "adamw8bit"] = field(default="adamw", metadata={"help": "8 bits: smaller moments"})
-    shard: Literal["full"] | None = field(default=None, metadata={"help": "split all that trains over ranks (FSDP2)"})
-    save_every: int = field(default=50, metadata={"help": "steps from one checkpoint to the next; 0: at the end only"})
-    keep: int = field(default=2, metadata={"help": "checkpoints kept"})
-    resume: bool = field(default=True, metadata={"help": "go on from the newest checkpoint in the run's folder"})
-    workers: int = field(default=2, metadata={"help": "processes that decode videos ahead"})
-    eval_before: bool = field(default=True, metadata={"help": "evaluate before the first step"})
-    eval_every: int = field(default=0, metadata={"help": "evaluate every so many steps too [never]"})
-    eval_tokens: int = field(default=MAX_TOKENS, metadata={"help": "tokens at a time in evaluation"})
-    eval_temperature: float = field(default=1.0, metadata={"help": "of the CoTs in evaluation; 1 is the policy itself"})
-    max_new_tokens: int = field(default=4096, metadata={"help": "longest CoT in evaluation"})
+    max_tokens: int = HfArg(default=24_576, help="tokens a forward, padding included; one pair at least")
+    gradient_checkpointing: bool = HfArg(default=True, help="less memory, one more forward")
+    quant: Literal["4bit"] | None = HfArg(default=None, help="keep the frozen linear layers in NF4")
+    optim: Literal["adamw", "adamw8bit"] = HfArg(default="adamw", help="8 bits: smaller moments")
+    shard: Literal["full"] | None = HfArg(default=None, help="split all that trains over ranks (FSDP2)")
+    save_every: int = HfArg(default=50, help="steps from one checkpoint to the next; 0: at the end only")
+    keep: int = HfArg(default=2, help="checkpoints kept")
+    resume: bool = HfArg(default=True, help="go on from the newest checkpoint in the run's folder")
+    workers: int = HfArg(default=2, help="processes that decode videos ahead")
+    eval_before: bool = HfArg(default=True, help="evaluate before the first step")
+    eval_every: int = HfArg(default=0, help="evaluate every so many steps too [never]")
+    eval_tokens: int = HfArg(default=MAX_TOKENS, help="tokens at a time in evaluation")
+    eval_temperature: float = HfArg(default=1.0, help="of the CoTs in evaluation; 1 is the policy itself")
+    max_new_tokens: int = HfArg(default=4096, help="longest CoT in evaluation")
 
 
 def bt_loss(r_w: torch.Tensor, r_l: torch.Tensor) -> torch.Tensor:
-    """L_BT = −E log σ(r_w − r_l), the Bradley-Terry loss of the preferred videos' scores over the others'. Any one shape
-    for both; returns a scalar."""
+    """L_BT = −E log σ(r_w − r_l), the Bradley-Terry loss of the preferred videos' scores over the others'.
+    Any one shape for both; returns a scalar."""
     return -F.logsigmoid(r_w - r_l).mean()
 
 
@@ -86,8 +87,8 @@ def mask_pairs(count: int, p: float, seed: int, step: int) -> list[bool]:
 
 def order(count: int, epochs: int, seed: int) -> list[int]:
     """The order in which the pairs are seen: each once an epoch, shuffled anew."""
-    shuffles = (torch.randperm(count, generator=torch.Generator().manual_seed(draw_seed(seed, e))) for e in range(epochs))
-    return torch.cat(list(shuffles)).tolist()
+    generators = [torch.Generator().manual_seed(draw_seed(seed, epoch)) for epoch in range(epochs)]
+    return torch.cat([torch.randperm(count, generator=generator) for generator in generators]).tolist()
 
 
 def winner_first(pair: Pair, masked: bool) -> tuple[list[tuple[str, str]], list[str | None]]:
@@ -100,7 +101,8 @@ def winner_first(pair: Pair, masked: bool) -> tuple[list[tuple[str, str]], list[
 
 def pair_tokens(processor: Processor, keys: list[tuple[str, str]], cots: list[str | None]) -> int:
     """Tokens of a pair's two rows, the shorter one padded."""
-    return 2 * max(length + len(processor.encode(cot or "")) for length, cot in zip(processor.lengths(keys), cots))
+    return 2 * max(length + len(processor.encode(cot or ""))
+                   for length, cot in zip(processor.lengths(keys), cots))
 
 
 def chunks(items: list, size: int) -> list[list]:
@@ -124,7 +126,8 @@ def main() -> None:
     if args.shard:
         model.shard()
     own, rest = model.parameter_groups()
-    optimizer = make_optimizer(args.optim, [own | {"lr": args.head_lr or args.lr}, rest], args.lr, args.weight_decay)
+    own["lr"] = args.head_lr or args.lr
+    optimizer = make_optimizer(args.optim, [own, rest], args.lr, args.weight_decay)
     rates = [group["lr"] for group in optimizer.param_groups]
 
     data = read_pairs(args.train, args.label, args.root)
@@ -135,7 +138,8 @@ def main() -> None:
         print(model.summary())
     for pair in pairs:
         if pair.cot_a is None or pair.cot_b is None:
-            raise DataError(f"{args.train}: the pair of {pair.video_a} has no CoTs; `python data.py annotate` writes them")
+            raise DataError(f"{args.train}: the pair of {pair.video_a} has no CoTs; "
+                            "`python data.py annotate` writes them")
     steps = chunks(order(len(pairs), args.epochs, args.seed), args.batch_size)
     warmup = max(1, round(args.warmup * len(steps)))
     tests = {Path(path).stem: read_pairs(path, args.label, args.root) for path in args.test}
@@ -150,18 +154,20 @@ def main() -> None:
         run.log({"step": step, **figures})
         return figures
 
-    # What this rank reads: for each step its share of the pairs, those of like length in one forward, decoded ahead.
+    # What this rank reads, decoded ahead: for each step its share of the pairs, like lengths in one forward.
     masks = [mask_pairs(len(rows), args.mask_p, args.seed, step) for step, rows in enumerate(steps)]
     shares = [[winner_first(pairs[row], masked) for row, masked in ranks.share(list(zip(rows, mask)))]
               for rows, mask in zip(steps, masks)]
     model.processor.lengths([key for share in shares for keys, _ in share for key in keys])
-    plan = [packed(share, [pair_tokens(model.processor, *unit) for unit in share], args.max_tokens) for share in shares]
-    batches = model.processor.batches([[keys for keys, _ in micro] for micros in plan[done:] for micro in micros],
-                                      args.workers, limit=args.max_prompt)
+    plan = [packed(share, [pair_tokens(model.processor, *unit) for unit in share], args.max_tokens)
+            for share in shares]
+    to_read = [[keys for keys, _ in micro] for micros in plan[done:] for micro in micros]
+    batches = model.processor.batches(to_read, args.workers, limit=args.max_prompt)
     if done == 0 and args.eval_before:
         test(0)
     model.train()
-    progress = tqdm(range(done + 1, len(steps) + 1), "coldstart", initial=done, total=len(steps), disable=not ranks.first)
+    progress = tqdm(range(done + 1, len(steps) + 1), "coldstart", initial=done, total=len(steps),
+                    disable=not ranks.first)
     for step in progress:
         started, loss_sum, right, margin = time.time(), 0.0, 0.0, 0.0
         for group, rate in zip(optimizer.param_groups, rates):
@@ -170,7 +176,7 @@ def main() -> None:
         skipped.add(ranks.gather_all([record for _, _, _, bad in ready for record in bad]))
         (count,) = ranks.sum([float(sum(len(kept) for _, _, kept, _ in ready))])  # pairs in the global batch
         ready = [(micro, batch, kept) for micro, batch, kept, _ in ready if kept]
-        turns = ranks.most(len(ready)) if args.shard else 0  # a sharded model is gathered by all ranks or by none
+        turns = ranks.most(len(ready)) if args.shard else 0  # all ranks gather a sharded model, or none
         for micro, batch, kept in ready:
             rewards = model.score(batch, [cot for i in kept for cot in micro[i][1]])
             r_w, r_l = rewards.view(-1, 2).unbind(1)
@@ -192,7 +198,7 @@ def main() -> None:
         if run.step_done(step, len(steps)):
             return ranks.stop()
     figures = test(len(steps))
-    scale = {key.split("/")[1]: value for key, value in figures.items() if key.split("/")[1].startswith("score_")}
+    scale = {key.split("/")[1]: value for key, value in figures.items() if "/score_" in key}
     model.save(run.out / "model", ranks.first, stage="coldstart", args=asdict(args), **scale)
     if ranks.first:
         print(json.dumps(figures, indent=1))

@@ -1,9 +1,9 @@
 """From files to tensors: videos, prompts, chains of thought, preference pairs.
 
-Everything a Qwen3-VL reads is made here, token for token and pixel for pixel as its own pipeline makes it (qwen-vl-utils
-0.0.14 and the processor of transformers 4.57), with no torchvision. Also a small command line:
+Everything a Qwen3-VL reads is made here, token for token and pixel for pixel as its own pipeline makes it
+(qwen-vl-utils 0.0.14 and the processor of transformers 4.57), with no torchvision. Also a small command line:
 
-    python data.py check PAIRS                            # open every video of a pair file, say what is broken
+    python data.py check PAIRS                          # open every video of a pair file, say what is broken
     python data.py convert PAIRS OUT                      # any known pair format to our own
     python data.py annotate PAIRS OUT --model BACKBONE    # let a model write a CoT for every video
     python data.py filter PAIRS OUT                       # keep the pairs whose CoTs imply the human label
@@ -46,9 +46,10 @@ MAX_TOKENS = 65_536  # judged at a time, unless told otherwise: at the 8B shape 
 INSTRUCTION = """<video>The video above was generated from this prompt:
 <prompt>
 
-How well does it follow the prompt? Judge five dimensions: subject and dynamics (primary), camera, environment and \
-style (secondary). Reason inside <think> </think> first: what the prompt asks for, what the video shows, a judgement \
-for each dimension. Then write inside <answer> </answer> one JSON object of this form:
+How well does it follow the prompt? Judge five dimensions: subject and dynamics (primary), camera, \
+environment and style (secondary). Reason inside <think> </think> first: what the prompt asks for, what \
+the video shows, a judgement for each dimension. Then write inside <answer> </answer> one JSON object of \
+this form:
 {"dimensional_scores": {"subject": 2, "dynamics": 1, "camera": "N/A", "environment": 2, "style": 0}, \
 "overall_score": 3.4}
 A dimension gets 2 if it is fully met, 1 if partly, 0 if missed, "N/A" if the prompt does not ask for it; \
@@ -59,7 +60,7 @@ class DataError(ValueError):
     """Bad input from outside; the message names the file (and the row) and says what is wrong with it."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Videos
 
 
@@ -85,8 +86,9 @@ class VideoSettings:
 
 
 def smart_nframes(total: int, video_fps: float, settings: VideoSettings) -> int:
-    """How many of `total` frames to sample: an even number (qwen-vl-utils 0.0.14, `smart_nframes`). A video of a
-    single frame, which qwen-vl-utils refuses, gives 2: the frame is shown twice, as Qwen3-VL shows an image."""
+    """How many of `total` frames to sample: an even number (qwen-vl-utils 0.0.14, `smart_nframes`). A video
+    of a single frame, which qwen-vl-utils refuses, gives 2: the frame is shown twice, as Qwen3-VL shows an
+    image."""
     if total < 2:
         return 2
     lowest = math.ceil(settings.min_frames / 2) * 2
@@ -96,8 +98,9 @@ def smart_nframes(total: int, video_fps: float, settings: VideoSettings) -> int:
 
 
 def smart_resize(height: int, width: int, frames: int, settings: VideoSettings) -> tuple[int, int]:
-    """The size at which the model sees a frame: sides that are multiples of patch_size · merge_size, the number of
-    pixels within bounds, the shape kept as nearly as possible (qwen-vl-utils 0.0.14, `fetch_video`, `smart_resize`)."""
+    """The size at which the model sees a frame: sides that are multiples of patch_size · merge_size, the
+    number of pixels within bounds, the shape kept as nearly as possible (qwen-vl-utils 0.0.14, `fetch_video`,
+    `smart_resize`)."""
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"{width} x {height} pixels: one side is more than 200 times the other")
     factor, lowest = settings.patch_size * settings.merge_size, settings.min_pixels
@@ -114,9 +117,11 @@ def smart_resize(height: int, width: int, frames: int, settings: VideoSettings) 
 
 
 @contextmanager
-def opened(path: str | Path, settings: VideoSettings) -> Iterator[tuple[decord.VideoReader, list[int], list[float]]]:
-    """A video file's reader, the indices of the frames to sample (an even number), and the second at which each stands.
-    Raises DataError, naming the file, if it is missing or, until the end of the block, no video can be read from it."""
+def opened(path: str | Path,
+           settings: VideoSettings) -> Iterator[tuple[decord.VideoReader, list[int], list[float]]]:
+    """A video file's reader, the indices of the frames to sample (an even number), and the second at which
+    each stands. Raises DataError, naming the file, if it is missing or, until the end of the block, no video
+    can be read from it."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -127,13 +132,16 @@ def opened(path: str | Path, settings: VideoSettings) -> Iterator[tuple[decord.V
         total, video_fps = len(reader), reader.get_avg_fps()
         if total < 1 or not video_fps > 0:
             raise ValueError("it has no frames")
-        indices = torch.linspace(0, total - 1, smart_nframes(total, video_fps, settings)).round().long().tolist()
+        count = smart_nframes(total, video_fps, settings)
+        indices = torch.linspace(0, total - 1, count).round().long().tolist()
         yield reader, indices, [index / video_fps for index in indices]
     except (decord.DECORDError, RuntimeError, ValueError, IndexError) as error:
-        raise DataError(f"{path}: not a video that can be read ({str(error).strip().splitlines()[0][:200]})") from error
+        reason = str(error).strip().splitlines()[0][:200]
+        raise DataError(f"{path}: not a video that can be read ({reason})") from error
 
 
-def read_video(path: str | Path, settings: VideoSettings = VideoSettings()) -> tuple[torch.Tensor, list[float]]:
+def read_video(path: str | Path,
+               settings: VideoSettings = VideoSettings()) -> tuple[torch.Tensor, list[float]]:
     """Decode the sampled frames of a video file, at the size at which the model sees them.
 
     Returns frames (T, 3, H, W) uint8 with T even, and the second at which each stands in the video.
@@ -142,13 +150,15 @@ def read_video(path: str | Path, settings: VideoSettings = VideoSettings()) -> t
         frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
         size = smart_resize(*frames.shape[2:], len(indices), settings)
     if frames.shape[2:] != size:
-        frames = F.interpolate(frames.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).byte()
+        frames = F.interpolate(frames.float(), size, mode="bicubic", antialias=True)
+        frames = frames.round().clamp(0, 255).byte()
     return frames, seconds
 
 
 def patchify(frames: torch.Tensor, settings: VideoSettings) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Cut frames (T, 3, H, W) into patches (N, 3 · t · p · p), N = grid_t · grid_h · grid_w, in the order of Qwen3-VL:
-    the merge_size² patches that become one token stand together. Still uint8: `DeScore` normalises on the device."""
+    """Cut frames (T, 3, H, W) into patches (N, 3 · t · p · p), N = grid_t · grid_h · grid_w, in the order of
+    Qwen3-VL: the merge_size² patches that become one token stand together. Still uint8: `DeScore` normalises
+    on the device."""
     t, p, m = settings.temporal_patch_size, settings.patch_size, settings.merge_size
     total, channels, height, width = frames.shape
     grid = (total // t, height // p, width // p)
@@ -157,7 +167,7 @@ def patchify(frames: torch.Tensor, settings: VideoSettings) -> tuple[torch.Tenso
     return x.reshape(math.prod(grid), -1), grid
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Prompts
 
 
@@ -192,13 +202,13 @@ class Batch:
         P, grid = int(self.mask[rows].sum(1).max()), self.grid[rows]
         patches = self.grid.prod(1).tolist()
 
-        def pick(values: torch.Tensor) -> torch.Tensor:  # what the vision tower made has fewer rows than the patches
+        def pick(values: torch.Tensor) -> torch.Tensor:  # of the tower's output, fewer rows than the patches
             sizes = [size * len(values) // sum(patches) for size in patches]
             return torch.cat([values.split(sizes)[row] for row in rows])
 
         features = self.features and (pick(self.features[0]), [pick(level) for level in self.features[1]])
-        return Batch(self.input_ids[rows, :P], self.mask[rows, :P], self.position_ids[:, rows, :P], pick(self.patches), grid,
-                     features)
+        return Batch(self.input_ids[rows, :P], self.mask[rows, :P], self.position_ids[:, rows, :P],
+                     pick(self.patches), grid, features)
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "features"}
@@ -206,20 +216,24 @@ class Batch:
 
 
 class Processor:
-    """Turns a video and its prompt into what Qwen3-VL reads: its chat format, its timestamps, its 3-D positions.
+    """Turns a video and its prompt into what Qwen3-VL reads: chat format, timestamps, 3-D positions.
 
-    Text from users never becomes a special token: a prompt that holds "<|im_end|>" is just those characters."""
+    Text from users never becomes a special token: "<|im_end|>" in a prompt is just those characters."""
 
-    def __init__(self, tokenizer, settings: VideoSettings = VideoSettings(), instruction: str | None = INSTRUCTION):
-        """instruction: a text with <video> and <prompt> in it; None where each prompt is itself a whole instruction, the
-        video at its <video>, else before it."""
+    def __init__(self, tokenizer, settings: VideoSettings = VideoSettings(),
+                 instruction: str | None = INSTRUCTION):
+        """instruction: a text with <video> and <prompt> in it; None where each prompt is itself a whole
+        instruction, the video at its <video>, else before it."""
         if instruction is not None and instruction.count("<video>") != 1:
-            raise DataError("the instruction must hold <video> exactly once, and <prompt> where the prompt belongs")
+            raise DataError("the instruction must hold <video> exactly once, and <prompt> where the prompt "
+                            "belongs")
         self.tokenizer, self.settings, self.instruction = tokenizer, settings, instruction
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
         self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
-        if missing := [name for name, token in self.special.items() if token in (None, tokenizer.unk_token_id)]:
-            raise DataError(f"{tokenizer.name_or_path}: not a Qwen3-VL tokenizer, it lacks {', '.join(missing)}")
+        unknown = (None, tokenizer.unk_token_id)
+        if missing := [name for name, token in self.special.items() if token in unknown]:
+            raise DataError(f"{tokenizer.name_or_path}: not a Qwen3-VL tokenizer, it lacks "
+                            f"{', '.join(missing)}")
         self.eos_id = self.special["<|im_end|>"]
         self.known: dict[tuple[str, str], int] = {}  # key → tokens of its prompt (`lengths`)
 
@@ -234,18 +248,19 @@ class Processor:
                                      skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def __call__(self, video: str | Path, prompt: str, within_turn: str | None = None) -> Sample:
-        """Read a video file (see `read_video`) and put it into the instruction with its prompt (see `sample`)."""
+        """Read a video file (`read_video`) and put it into the instruction with its prompt (`sample`)."""
         return self.sample(*read_video(video, self.settings), prompt, within_turn)
 
-    def sample(self, frames: torch.Tensor, seconds: list[float], prompt: str, within_turn: str | None = None) -> Sample:
-        """Frames (T, 3, H, W) uint8 and the second of each, as `read_video` returns them, with their prompt: the user's
-        turn and the beginning of the assistant's. With `within_turn`, a CoT, the turn stays the user's and holds it,
-        the layout in which DeScore's release scores."""
+    def sample(self, frames: torch.Tensor, seconds: list[float], prompt: str,
+               within_turn: str | None = None) -> Sample:
+        """Frames (T, 3, H, W) uint8 and the second of each, as `read_video` returns them, with their prompt:
+        the user's turn and the beginning of the assistant's. With `within_turn`, a CoT, the turn stays the
+        user's and holds it, the layout in which DeScore's release scores."""
         patches, grid = patchify(frames, self.settings)
         return Sample(*self.layout(self.parts(grid, seconds, prompt, within_turn), grid), patches, grid)
 
-    def parts(self, grid: tuple[int, int, int], seconds: list[float], prompt: str, within_turn: str | None = None
-              ) -> list[str | int]:
+    def parts(self, grid: tuple[int, int, int], seconds: list[float], prompt: str,
+              within_turn: str | None = None) -> list[str | int]:
         """What a sample's sequence is made of: plain texts and ids of special tokens."""
         if self.instruction is None:
             before, after = prompt.split("<video>") if prompt.count("<video>") == 1 else ("", prompt)
@@ -256,17 +271,18 @@ class Processor:
         return [start, "user\n" + before, *self.video_parts(grid, seconds), after, *rest]
 
     def video_parts(self, grid: tuple[int, int, int], seconds: list[float]) -> list[str | int]:
-        """The parts around each temporal patch, <0.8 seconds><|vision_start|><|video_pad|><|vision_end|>, with the mean
-        time of its frames (transformers 4.57, `Qwen3VLProcessor`)."""
+        """The parts around each temporal patch, <0.8 seconds><|vision_start|><|video_pad|><|vision_end|>,
+        with the mean time of its frames (transformers 4.57, `Qwen3VLProcessor`)."""
         t = self.settings.temporal_patch_size
         times = [(seconds[i] + seconds[i + t - 1]) / 2 for i in range(0, grid[0] * t, t)]
         marks = [self.special[name] for name in ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")]
         return [part for time in times for part in (f"<{time:.1f} seconds>", *marks)]
 
     def layout(self, parts: list[str | int], grid: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (P,) and positions (3, P) of parts, each plain text or the id of a special token. Text counts on by
-        one in all three dimensions; the tokens of a temporal patch stand at (start, start + row, start + column), and
-        what follows them goes on behind the larger side (`Qwen3VLModel.get_rope_index`)."""
+        """Token ids (P,) and positions (3, P) of parts, each plain text or the id of a special token. Text
+        counts on by one in all three dimensions; the tokens of a temporal patch stand at (start, start + row,
+        start + column), and what follows them goes on behind the larger side
+        (`Qwen3VLModel.get_rope_index`)."""
         rows, columns = (side // self.settings.merge_size for side in grid[1:])
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         block = torch.stack([torch.zeros_like(row), row, column]).flatten(1)  # (3, rows · columns)
@@ -299,17 +315,18 @@ class Processor:
         )
 
     def outline(self, video: str | Path, prompt: str, within_turn: str | None = None) -> Sample:
-        """The sample of a video file but for its patches, of which there are none: a single frame is decoded."""
+        """The sample of a video file without any patches: a single frame is decoded."""
         s = self.settings
         with opened(video, s) as (reader, indices, seconds):
             height, width = smart_resize(*reader[0].shape[:2], len(indices), s)
         grid = (len(indices) // s.temporal_patch_size, height // s.patch_size, width // s.patch_size)
         ids, positions = self.layout(self.parts(grid, seconds, prompt, within_turn), grid)
-        return Sample(ids, positions, torch.empty(0, 3 * s.temporal_patch_size * s.patch_size**2, dtype=torch.uint8), grid)
+        patches = torch.empty(0, 3 * s.temporal_patch_size * s.patch_size**2, dtype=torch.uint8)
+        return Sample(ids, positions, patches, grid)
 
     def lengths(self, keys: list[tuple[str, str]]) -> list[int]:
-        """How many tokens the prompt of each (video, prompt) key has (`outline`). 0 where a video cannot be read: reading
-        it will say why."""
+        """How many tokens the prompt of each (video, prompt) key has (`outline`). 0 where a video cannot be
+        read: reading it will say why."""
 
         def length(key: tuple[str, str]) -> int:
             try:
@@ -319,16 +336,18 @@ class Processor:
 
         new = list(dict.fromkeys(key for key in keys if key not in self.known))
         with ThreadPoolExecutor() as pool:
-            self.known |= zip(new, tqdm(pool.map(length, new), "lengths", len(new), unit="video", disable=len(new) < 2000))
+            found = pool.map(length, new)
+            self.known |= zip(new, tqdm(found, "lengths", len(new), unit="video", disable=len(new) < 2000))
         return [self.known[key] for key in keys]
 
     def batches(self, groups: list[list[list[tuple[str, str]]]], workers: int = 0, limit: int | None = None
                 ) -> Iterator[tuple[Batch | None, list[int], list[dict]]]:
         """One Batch for each group, in order. With workers, other processes decode ahead.
 
-        A group is a list of units, such as pairs, and a unit a list of (video, prompt) keys that stand or fall together: if
-        a video cannot be read, or makes a prompt of more than `limit` tokens, its unit is left out. Yields the batch (None
-        if nothing is left), which units are in it, and for each that is not its keys and what was wrong."""
+        A group is a list of units, such as pairs, and a unit a list of (video, prompt) keys that stand or
+        fall together: if a video cannot be read, or makes a prompt of more than `limit` tokens, its unit is
+        left out. Yields the batch (None if nothing is left), which units are in it, and for each that is not
+        its keys and what was wrong."""
 
         class Groups(torch.utils.data.Dataset):
             def __len__(_):
@@ -341,25 +360,28 @@ class Processor:
                         read = [self(video, prompt) for video, prompt in unit]
                         for sample, (video, _) in zip(read, unit):
                             if limit and len(sample.input_ids) > limit:
-                                raise DataError(f"{video}: a prompt of {len(sample.input_ids)} tokens, more than {limit}")
+                                raise DataError(f"{video}: a prompt of {len(sample.input_ids)} tokens, "
+                                                f"more than {limit}")
                         samples += read
                         kept.append(i)
                     except DataError as error:
                         bad.append({"videos": [video for video, _ in unit], "error": str(error)})
                 return self.collate(samples) if samples else None, kept, bad
 
-        return iter(torch.utils.data.DataLoader(Groups(), batch_size=None, num_workers=workers, worker_init_fn=leave_signals))
+        return iter(torch.utils.data.DataLoader(Groups(), batch_size=None, num_workers=workers,
+                                                worker_init_fn=leave_signals))
 
 
 def packed(items: list, sizes: list[int], budget: int) -> list[list]:
-    """Items of like size together: lists in which the largest size times the number of items is within the budget. The
-    largest items come first, so that what does not fit in memory shows at once; one above the budget stands alone."""
+    """Items of like size together: lists in which the largest size times the number of items is within the
+    budget. The largest items come first, so that what does not fit in memory shows at once; one above the
+    budget stands alone."""
     lists, widest = [], 0
-    for size, _, item in sorted(zip(sizes, range(len(items)), items), key=lambda entry: (-entry[0], entry[1])):
+    for row in sorted(range(len(items)), key=lambda row: -sizes[row]):
         if not lists or widest * (len(lists[-1]) + 1) > budget:
             lists.append([])
-            widest = size
-        lists[-1].append(item)
+            widest = sizes[row]
+        lists[-1].append(items[row])
     return lists
 
 
@@ -381,7 +403,7 @@ def leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Chains of thought
 
 LAYOUT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
@@ -391,8 +413,9 @@ TAG = re.compile(r"</?(?:think|answer)>")
 def parse_cot(text: str) -> dict | None:
     """The scores a CoT ends with: {"dimensional_scores": {...}, "overall_score": float | None}.
 
-    None unless the text holds exactly one <answer> block and this holds one JSON object (in a ```json fence or not)
-    with a valid sub-score for each of the five dimensions and no other, and an overall_score in [1, 5] if any."""
+    None unless the text holds exactly one <answer> block and this holds one JSON object (in a ```json fence
+    or not) with a valid sub-score for each of the five dimensions and no other, and an overall_score in [1,
+    5] if any."""
     _, opening, rest = text.partition("<answer>")
     answer, closing, after = rest.partition("</answer>")
     if not opening or not closing or "<answer>" in answer + after:
@@ -432,8 +455,8 @@ def is_scores(scores) -> bool:
 
 
 def follows_format(text: str) -> bool:
-    """Whether a CoT keeps the format exactly: one <think> block with something in it, then one <answer> block that
-    `parse_cot` accepts, nothing but white space around them and no further tag in them."""
+    """Whether a CoT keeps the format exactly: one <think> block with something in it, then one <answer> block
+    that `parse_cot` accepts, nothing but white space around them and no further tag in them."""
     match = LAYOUT.fullmatch(text) if len(TAG.findall(text)) == 4 else None
     return bool(match and match[1].strip() and parse_cot(text))
 
@@ -444,8 +467,8 @@ def agreement(scores: dict, reference: dict) -> float:
 
 
 def overall_score(scores: dict) -> float | None:
-    """An overall score in [1, 5] from sub-scores: their mean, primary dimensions twice as heavy, "N/A" left out, so
-    that 0 maps to 1 and 2 to 5. None where every dimension is "N/A"."""
+    """An overall score in [1, 5] from sub-scores: their mean, primary dimensions twice as heavy, "N/A" left
+    out, so that 0 maps to 1 and 2 to 5. None where every dimension is "N/A"."""
     weighed = [(2 if name in PRIMARY else 1, value) for name, value in scores.items() if value != "N/A"]
     return 1 + 2 * sum(w * value for w, value in weighed) / sum(w for w, _ in weighed) if weighed else None
 
@@ -458,7 +481,7 @@ def implied_overall(text: str) -> float | None:
     return overall_score(cot["dimensional_scores"]) if cot["overall_score"] is None else cot["overall_score"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Preference pairs
 
 
@@ -509,7 +532,8 @@ class Skipped:
     """The pairs that training leaves out because a video cannot be read: listed in a file, and bounded."""
 
     def __init__(self, path: Path, pairs: Pairs, limit: float, write: bool = True):
-        """limit: the largest share of the file's pairs that may be left out, those with missing videos included."""
+        """limit: the largest share of the file's pairs that may be left out, those with missing videos
+        included."""
         self.path, self.write, self.records, self.limit = path, write, [], limit
         missing = [row for row in pairs.left_out if row["reason"] == "missing"]
         self.total = len(pairs) + len(missing)
@@ -524,9 +548,9 @@ class Skipped:
                 file.writelines(json.dumps(record) + "\n" for record in bad)
         self.records += bad
         if len(self.records) > self.limit * self.total:
-            raise DataError(f"{len(self.records)} of {self.total} pairs have videos that cannot be read, more than "
-                            f"--max-skipped {self.limit:g} allows; they are listed in {self.path}. The last: "
-                            f"{self.records[-1]['error']}")
+            raise DataError(f"{len(self.records)} of {self.total} pairs have videos that cannot be read, "
+                            f"more than --max-skipped {self.limit:g} allows; they are listed in {self.path}. "
+                            f"The last: {self.records[-1]['error']}")
 
     def restore(self, records: list[dict]) -> None:
         """List these and no others, as a checkpoint has them."""
@@ -542,13 +566,14 @@ LABELS = ("TA", "Overall")  # text alignment is what this method judges
 
 
 def read_pairs(path: str | Path, label: str | None = None, root: str | Path | None = None) -> Pairs:
-    """Read a pair file: our own JSON lines (README, "Pair files") or one of the CSV formats that video reward models
-    use, told apart by their columns: VideoAlign and VideoGen-RewardBench, GenAI-Bench, DeScore's stage 1, stage 2 and
-    evaluation. `label` names the column of the preference where there are several; by default TA, else Overall. Paths
-    are relative to `root`, by default the file's own folder.
+    """Read a pair file: our own JSON lines (README, "Pair files") or one of the CSV formats that video reward
+    models use, told apart by their columns: VideoAlign and VideoGen-RewardBench, GenAI-Bench, DeScore's stage
+    1, stage 2 and evaluation. `label` names the column of the preference where there are several; by default
+    TA, else Overall. Paths are relative to `root`, by default the file's own folder.
 
-    Rows marked invalid and rows whose videos are missing are left out and listed. Raises DataError, naming the file and
-    the row, for anything that cannot be understood, a label outside the format's set included."""
+    Rows marked invalid and rows whose videos are missing are left out and listed. Raises DataError, naming
+    the file and the row, for anything that cannot be understood, a label outside the format's set
+    included."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -559,8 +584,9 @@ def read_pairs(path: str | Path, label: str | None = None, root: str | Path | No
     pairs = Pairs(path)
     csv.field_size_limit(2**24)
     try:
-        csv_columns = next(csv.reader(io.StringIO(text)), []) if not text.lstrip().startswith(("{", "[")) else []
-        rows = csv_records(text, csv_columns, path, label) if len(csv_columns) > 1 else json_records(text, path)
+        is_json = text.lstrip().startswith(("{", "["))
+        columns = [] if is_json else next(csv.reader(io.StringIO(text)), [])
+        rows = csv_records(text, columns, path, label) if len(columns) > 1 else json_records(text, path)
         rows = list(rows)
     except csv.Error as error:
         raise DataError(f"{path}: not a CSV file that can be read ({error})") from error
@@ -597,7 +623,8 @@ def json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def csv_records(text: str, columns: list[str], path: Path, label: str | None) -> Iterator[tuple[int, dict]]:
-    """The rows of a CSV file in the terms of our own format; preference None stands for a row marked invalid."""
+    """The rows of a CSV file in the terms of our own format; preference None stands for a row marked
+    invalid."""
 
     def pick(labels: dict, value: str, row: int):
         value = value.strip()
@@ -619,14 +646,15 @@ def csv_records(text: str, columns: list[str], path: Path, label: str | None) ->
     if has({"path_A", "path_B", "prompt"}):
         column = label or next((name for name in LABELS if name in columns), None)
         if column not in columns:
-            raise DataError(f"{path}: no label column {column or ' or '.join(LABELS)}; it has {', '.join(columns)}")
+            raise DataError(f"{path}: no label column {column or ' or '.join(LABELS)}; it has "
+                            f"{', '.join(columns)}")
 
         def convert(row, r):
             return {"video_a": r["path_A"], "video_b": r["path_B"], "preference": pick(SIDES, r[column], row),
                     "model_a": r.get("A_model"), "model_b": r.get("B_model")}
     elif has({"left_model", "right_model", "vote_type", "prompt"}):
-        left, right = (next((name for name in (f"{side}_video_path", f"{side}_video") if name in columns), None)
-                       for side in ("left", "right"))
+        left, right = (next((name for name in names if name in columns), None)
+                       for names in (("left_video_path", "left_video"), ("right_video_path", "right_video")))
         if not left or not right:
             raise DataError(f"{path}: a GenAI-Bench file without left_video(_path) and right_video(_path)")
 
@@ -658,7 +686,8 @@ def release_answer(text: str, path: Path, row: int) -> dict:
     if text.strip() in SIDES:
         return {"preference": SIDES[text.strip()]}
     try:
-        answer = json.loads(text.partition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else text)
+        block = text.partition("<answer>")[2].partition("</answer>")[0]
+        answer = json.loads(block if "<answer>" in text else text)
         result = str(answer["gsb_result"]).strip()
     except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
         result = text.strip()
@@ -671,7 +700,8 @@ def release_answer(text: str, path: Path, row: int) -> dict:
         if name in answer:
             scores = answer[name]
             if isinstance(scores, dict) and "object" in scores:  # the paper's word for it
-                scores = {"subject" if dimension == "object" else dimension: v for dimension, v in scores.items()}
+                scores = {"subject" if dimension == "object" else dimension: v
+                          for dimension, v in scores.items()}
             found[key] = scores
     return found
 
@@ -685,7 +715,8 @@ def make_pair(record: dict, path: Path, row: int, root: Path) -> Pair:
         raise DataError(f"{path}, row {row}: preference is {record['preference']!r}, not 'A', 'B' or 'tie'")
     for key in ("scores_a", "scores_b"):
         if record.get(key) is not None and not is_scores(record[key]):
-            raise DataError(f"{path}, row {row}: {key} is not 0, 1, 2 or \"N/A\" for each of {', '.join(DIMENSIONS)}")
+            raise DataError(f"{path}, row {row}: {key} is not 0, 1, 2 or \"N/A\" for each of "
+                            f"{', '.join(DIMENSIONS)}")
     for key in ("cot_a", "cot_b", "model_a", "model_b", "problem"):
         if not isinstance(record.get(key), (str, type(None))):
             raise DataError(f"{path}, row {row}: {key} is not a text")
@@ -708,17 +739,18 @@ def write_pairs(path: str | Path, pairs: list[Pair]) -> None:
     beside.replace(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Annotation and the consistency filter
 
 
 def annotate(pairs_file: Path, out: Path, write: Callable[[list[tuple[str, str]], dict], Iterator[dict]],
              scores: bool = False) -> None:
-    """Write a CoT for every video of a pair file, each (video, prompt) once; with `scores` also the sub-scores that can
-    be read from it, as reference (pairs of which they can't be are left out and counted).
+    """Write a CoT for every video of a pair file, each (video, prompt) once; with `scores` also the
+    sub-scores that can be read from it, as reference (pairs of which they can't be are left out and counted).
 
-    `write(keys, done)` yields a record with video, prompt and cot for each key that is not done. They are appended to
-    OUT.cots as they come; a run that was cut off goes on behind them and ends with the same file."""
+    `write(keys, done)` yields a record with video, prompt and cot for each key that is not done. They are
+    appended to OUT.cots as they come; a run that was cut off goes on behind them and ends with the same
+    file."""
     pairs = read_pairs(pairs_file)
     keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
     written = out.with_name(out.name + ".cots")
@@ -732,7 +764,8 @@ def annotate(pairs_file: Path, out: Path, write: Callable[[list[tuple[str, str]]
     if lines:
         print(f"{written}: going on after {len(lines)} of {len(keys)} videos")
     with written.open("a", encoding="utf-8") as file:
-        for record in tqdm(write(keys, dict(cots)), "annotate", total=len(keys), initial=len(lines), unit="video"):
+        new = write(keys, dict(cots))
+        for record in tqdm(new, "annotate", total=len(keys), initial=len(lines), unit="video"):
             record = {name: record[name] for name in ("video", "prompt", "cot")}
             cots[record["video"], record["prompt"]] = record["cot"]
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -745,26 +778,29 @@ def annotate(pairs_file: Path, out: Path, write: Callable[[list[tuple[str, str]]
     kept = [pair for pair in pairs if not scores or (pair.scores_a and pair.scores_b)]
     write_pairs(out, kept)
     print(f"{out}: {len(kept)} pairs, {len(keys)} videos annotated"
-          + (f"; {len(pairs) - len(kept)} left out, no scores can be read from a CoT" if len(kept) < len(pairs) else ""))
+          + (f"; {len(pairs) - len(kept)} left out, no scores can be read from a CoT"
+             if len(kept) < len(pairs) else ""))
     written.unlink()
 
 
 class Api:
     """Asks an OpenAI-compatible chat endpoint for CoTs, showing it the sampled frames as images.
 
-    A request that times out, is refused for load (HTTP 408, 409, 429, 5xx) or is answered with nonsense is sent again
-    after 1, 2, 4, … seconds, or when the server says; any other refusal, and the last failure, stop with DataError."""
+    A request that times out, is refused for load (HTTP 408, 409, 429, 5xx) or is answered with nonsense is
+    sent again after 1, 2, 4, … seconds, or when the server says; any other refusal, and the last failure,
+    stop with DataError."""
 
-    def __init__(self, url: str, model: str, settings: VideoSettings, key: str | None = None, max_new_tokens: int = 4096,
-                 temperature: float = 1.0, parallel: int = 8, timeout: float = 120.0, retries: int = 6,
-                 first_wait: float = 1.0):
-        self.url, self.model, self.settings, self.key = url.rstrip("/") + "/chat/completions", model, settings, key
+    def __init__(self, url: str, model: str, settings: VideoSettings, key: str | None = None,
+                 max_new_tokens: int = 4096, temperature: float = 1.0, parallel: int = 8,
+                 timeout: float = 120.0, retries: int = 6, first_wait: float = 1.0):
+        self.url = url.rstrip("/") + "/chat/completions"
+        self.model, self.settings, self.key = model, settings, key
         self.max_new_tokens, self.temperature, self.parallel = max_new_tokens, temperature, parallel
         self.timeout, self.retries, self.first_wait = timeout, retries, first_wait
 
     def __call__(self, keys: list[tuple[str, str]], done: dict) -> Iterator[dict]:
-        """Records with video, prompt and cot of the keys that are not done, in order; at most `parallel` requests are
-        under way."""
+        """Records with video, prompt and cot of the keys that are not done, in order; at most `parallel`
+        requests are under way."""
         with ThreadPoolExecutor(self.parallel) as pool:
             waiting: deque[Future] = deque()
             try:
@@ -790,7 +826,8 @@ class Api:
                             "url": "data:image/png;base64," + base64.b64encode(png(frame)).decode()}}]
         body = {"model": self.model, "max_tokens": self.max_new_tokens, "temperature": self.temperature,
                 "messages": [{"role": "user", "content": [*content, {"type": "text", "text": after}]}]}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        authorization = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {"Content-Type": "application/json"} | authorization
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         wait, problem = self.first_wait, ""
         for attempt in range(self.retries + 1):
@@ -820,14 +857,16 @@ class Api:
 def png(frame: torch.Tensor) -> bytes:
     """A frame (3, H, W) uint8 as a PNG file."""
     _, height, width = frame.shape
-    rows = F.pad(frame.permute(1, 2, 0).reshape(height, width * 3), (1, 0))  # each row begins with its filter, 0: none
+    # Each row begins with its filter, 0: none.
+    rows = F.pad(frame.permute(1, 2, 0).reshape(height, width * 3), (1, 0))
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.numpy().tobytes(), 6))
-            + chunk(b"IEND", b""))
+    pixels = zlib.compress(rows.numpy().tobytes(), 6)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def consistent(pair: Pair) -> str:
@@ -840,18 +879,22 @@ def consistent(pair: Pair) -> str:
     implied = (overall_a > overall_b) - (overall_a < overall_b)
     if implied == pair.human:
         return "kept"
-    return "the CoTs imply a tie" if implied == 0 else "the label is a tie" if pair.human == 0 else "the CoTs imply the other"
+    if implied == 0:
+        return "the CoTs imply a tie"
+    return "the label is a tie" if pair.human == 0 else "the CoTs imply the other"
 
 
-def check(pairs_file: Path, settings: VideoSettings, label: str | None, root: Path | None, tokenizer: str) -> bool:
-    """Read a pair file whole, read each video with its prompt as a model would, print a summary. False if any is broken
-    or missing. `tokenizer`: directory or hub id of the one that counts tokens."""
+def check(pairs_file: Path, settings: VideoSettings, label: str | None, root: Path | None,
+          tokenizer: str) -> bool:
+    """Read a pair file whole, read each video with its prompt as a model would, print a summary. False if any
+    is broken or missing. `tokenizer`: directory or hub id of the one that counts tokens."""
     from transformers import AutoTokenizer  # slow to import, and nothing else here needs it
 
     processor = Processor(AutoTokenizer.from_pretrained(tokenizer), settings)
     pairs = read_pairs(pairs_file, label, root)
     print(pairs.summary())
-    print("labels: " + ", ".join(f"{count} {name}" for name, count in Counter(p.preference for p in pairs).most_common()))
+    labels = Counter(pair.preference for pair in pairs).most_common()
+    print("labels: " + ", ".join(f"{count} {name}" for name, count in labels))
     broken, tokens, video_tokens, seconds, sizes = [], [], [], [], Counter()
     prompts = dict(key for pair in pairs for key in pair.videos())  # video → one of its prompts
     for video, prompt in tqdm(sorted(prompts.items()), "check", unit="video"):
@@ -865,7 +908,8 @@ def check(pairs_file: Path, settings: VideoSettings, label: str | None, root: Pa
         video_tokens.append(math.prod(sample.grid) // settings.merge_size**2)
         seconds.append(times[-1])
         sizes[f"{frames.shape[3]}x{frames.shape[2]}"] += 1
-    for name, values in (("tokens a sample", tokens), ("video tokens a sample", video_tokens), ("seconds a video", seconds)):
+    for name, values in (("tokens a sample", tokens), ("video tokens a sample", video_tokens),
+                         ("seconds a video", seconds)):
         if values:
             print(f"{name}: {min(values):.0f} to {max(values):.0f}, median {statistics.median(values):.0f}")
     print("sizes at the model: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8)))
@@ -874,7 +918,8 @@ def check(pairs_file: Path, settings: VideoSettings, label: str | None, root: Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, help: str, out: bool = True) -> argparse.ArgumentParser:
@@ -885,31 +930,35 @@ def main() -> None:
         return sub
 
     def add_format(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--label", help="the column of the preference, where there are several [TA, else Overall]")
+        sub.add_argument("--label", help="the preference's column, if there are several [TA, else Overall]")
         sub.add_argument("--root", type=Path, help="folder that the file's paths are relative to [its own]")
 
     def add_video(sub: argparse.ArgumentParser, max_pixels: int) -> None:
         sub.add_argument("--fps", type=float, default=2.0, help="frames sampled a second")
-        sub.add_argument("--min-pixels", type=int, default=VideoSettings.min_pixels, help="pixels a frame, at least")
+        sub.add_argument("--min-pixels", type=int, default=VideoSettings.min_pixels,
+                         help="pixels a frame, at least")
         sub.add_argument("--max-pixels", type=int, default=max_pixels, help="pixels a frame, at most")
 
     sub = add("annotate", "let a model write a CoT for every video of a pair file")
     sub.add_argument("--model", help="a Qwen3-VL or a saved DeScore, directory or hub id")
     sub.add_argument("--api", metavar="URL", help="an OpenAI-compatible endpoint instead, up to /v1")
     sub.add_argument("--api-model", help="the model's name there")
-    sub.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key, if any")
+    sub.add_argument("--api-key-env", default="OPENAI_API_KEY",
+                     help="environment variable that holds the key, if any")
     sub.add_argument("--parallel", type=int, default=8, help="requests under way at a time")
     sub.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take")
     sub.add_argument("--retries", type=int, default=6, help="attempts after the first")
     sub.add_argument("--scores", action="store_true", help="keep the sub-scores as reference, for stage 2")
     sub.add_argument("--max-new-tokens", type=int, default=4096, help="longest CoT")
     sub.add_argument("--temperature", type=float, default=1.0)
-    sub.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="tokens at a time, of prompts and CoTs")
+    sub.add_argument("--max-tokens", type=int, default=MAX_TOKENS,
+                     help="tokens at a time, of prompts and CoTs")
     sub.add_argument("--seed", type=int, default=0)
     add_video(sub, 307_200)
     add("filter", "keep the pairs whose two CoTs imply the human label")
     add_format(add("convert", "write any pair file in our own format"))
-    sub = add("check", "read a pair file whole, open every video, print a summary; exit code 1 if any is broken", out=False)
+    sub = add("check", "read a pair file whole, open every video, print a summary; exit code 1 if any is "
+              "broken", out=False)
     add_format(sub)
     add_video(sub, 448 * 448)
     sub.add_argument("--model", default=str(Path(__file__).parent / "toy/backbone"),
@@ -927,23 +976,25 @@ def main() -> None:
             pairs = read_pairs(args.pairs)
             verdicts = [consistent(pair) for pair in pairs]
             write_pairs(args.out, [pair for pair, verdict in zip(pairs, verdicts) if verdict == "kept"])
-            print(f"{args.out}: " + ", ".join(f"{count} {verdict}" for verdict, count in Counter(verdicts).most_common()))
+            counts = Counter(verdicts).most_common()
+            print(f"{args.out}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts))
         else:
             if bool(args.model) == bool(args.api) or bool(args.api) != bool(args.api_model):
                 raise DataError("annotate needs --model, or --api and --api-model")
             if args.api:
                 settings = VideoSettings(fps=args.fps, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-                write = Api(args.api, args.api_model, settings, os.environ.get(args.api_key_env), args.max_new_tokens,
-                            args.temperature, args.parallel, args.timeout, args.retries)
+                write = Api(args.api, args.api_model, settings, os.environ.get(args.api_key_env),
+                            args.max_new_tokens, args.temperature, args.parallel, args.timeout, args.retries)
                 annotate(args.pairs, args.out, write, args.scores)
             else:
-                from model import (
-                    DeScore,  # the one place where data.py needs the model, and only as a command
-                )
+                # The one place where data.py needs the model, and only as a command.
+                from model import DeScore
+
                 model = DeScore.load(args.model)
 
                 def write(keys, done):
-                    return model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.max_tokens, done)
+                    return model.judge(keys, args.max_new_tokens, args.temperature, args.seed,
+                                       args.max_tokens, done)
 
                 annotate(args.pairs, args.out, write, args.scores)
     except DataError as error:

@@ -29,12 +29,12 @@ from data import (
 from model import DeScore
 from run import Ranks
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # How well scores agree with people
 
 
 def accuracy_without_ties(human: torch.Tensor, margin: torch.Tensor) -> float:
-    """Share of the pairs with a preference whose sign the margin has; ties are dropped, a margin of 0 is wrong.
+    """Share of the pairs with a preference whose sign the margin has; a margin of 0 is wrong.
 
     human (N,): +1 (A preferred), −1 (B), 0 (tie); margin (N,): r_A − r_B. NaN where every pair is a tie."""
     human, margin = torch.as_tensor(human), torch.as_tensor(margin)
@@ -43,7 +43,7 @@ def accuracy_without_ties(human: torch.Tensor, margin: torch.Tensor) -> float:
 
 
 def accuracy_with_ties(human: torch.Tensor, margin: torch.Tensor) -> float:
-    """The best accuracy over thresholds ε, |margin| ≤ ε counting as "tie" (Deutsch et al. 2023, arXiv 2305.14324).
+    """The best accuracy over thresholds ε, |margin| ≤ ε counting as "tie" (arXiv 2305.14324).
 
     human (N,) and margin (N,) as above; ε < 0, no tie at all, is among the thresholds. O(n log n)."""
     human, margin = torch.as_tensor(human), torch.as_tensor(margin)
@@ -51,22 +51,23 @@ def accuracy_with_ties(human: torch.Tensor, margin: torch.Tensor) -> float:
     human, margin = human[index], margin[index]
     as_tie = (human == 0).long()
     as_sign = ((torch.sign(margin) == human) & (human != 0)).long()
-    # With the k smallest margins called ties, k right among them and the rest by sign; k must not split equal margins.
-    right = torch.cat([as_tie.new_zeros(1), as_tie.cumsum(0)]) + as_sign.sum() - torch.cat(
-        [as_sign.new_zeros(1), as_sign.cumsum(0)])
+    # How many are right with the k smallest margins called ties and the rest by sign; k must not split equal
+    # margins.
+    right = as_sign.sum() + torch.cat([as_tie.new_zeros(1), (as_tie - as_sign).cumsum(0)])
     whole = torch.ones(len(human) + 1, dtype=torch.bool)
     whole[1:-1] = size[1:] != size[:-1]
     return right[whole].max().item() / len(human) if len(human) else float("nan")
 
 
 def measure(pairs: list[Pair], judged: dict[tuple[str, str], dict]) -> dict[str, float]:
-    """Figures over pairs from the judgement of each (video, prompt) key; a figure stands only where it has a base:
-    accuracies where there are labels, quality (the mean R_q) where there are reference sub-scores."""
+    """Figures over pairs from the judgement of each (video, prompt) key; a figure stands only where it has a
+    base: accuracies where there are labels, quality (the mean R_q) where there are reference sub-scores."""
     figures = {}
     human = torch.tensor([pair.human for pair in pairs])
     for field, suffix in (("reward", ""), ("reward_no_cot", "_no_cot")):
         if all(field in record for record in judged.values()):
-            a, b = torch.tensor([[judged[key][field] for key in pair.videos()] for pair in pairs], dtype=torch.double).T
+            rewards = [[judged[key][field] for key in pair.videos()] for pair in pairs]
+            a, b = torch.tensor(rewards, dtype=torch.double).T
             figures["accuracy" + suffix] = accuracy_without_ties(human, a - b)
             figures["accuracy_ties" + suffix] = accuracy_with_ties(human, a - b)
     if all("cot" in record for record in judged.values()):
@@ -84,15 +85,16 @@ def measure(pairs: list[Pair], judged: dict[tuple[str, str], dict]) -> dict[str,
     return figures
 
 
-def evaluate(model: DeScore, pairs: list[Pair], ranks: Ranks, max_new_tokens: int, temperature: float, max_tokens: int,
-             workers: int = 0) -> dict[str, float]:
+def evaluate(model: DeScore, pairs: list[Pair], ranks: Ranks, max_new_tokens: int, temperature: float,
+             max_tokens: int, workers: int = 0) -> dict[str, float]:
     """Judge every video of the pairs once, with a CoT and without one, split over ranks, and measure."""
     keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
     mine, numbers = ranks.share(keys), ranks.share(list(range(len(keys))))
     with model.gathered():
-        judged = model.judge(mine, max_new_tokens, temperature, max_tokens=max_tokens, without_cot=True, workers=workers,
-                             numbers=numbers)
-        judged = ranks.gather_all(list(tqdm(judged, "evaluate", total=len(mine), disable=not ranks.first, leave=False)))
+        judged = model.judge(mine, max_new_tokens, temperature, max_tokens=max_tokens, without_cot=True,
+                             workers=workers, numbers=numbers)
+        judged = tqdm(judged, "evaluate", total=len(mine), disable=not ranks.first, leave=False)
+        judged = ranks.gather_all(list(judged))
     return measure(pairs, by_key(judged))
 
 
@@ -100,13 +102,13 @@ def by_key(judged: list[dict]) -> dict[tuple[str, str], dict]:
     return {(record["video"], record["prompt"]): record for record in judged}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is shown
 
 
 def standardised(model: DeScore, reward: float) -> float | None:
-    """A Bradley-Terry score has no scale of its own: in standard deviations from the mean of the held-out videos on
-    which the model was last measured."""
+    """A Bradley-Terry score has no scale of its own: in standard deviations from the mean of the held-out
+    videos on which the model was last measured."""
     if not model.info.get("score_std"):
         return None
     return (reward - model.info["score_mean"]) / model.info["score_std"]
@@ -118,8 +120,10 @@ def describe(model: DeScore, record: dict) -> dict:
         reward = record["reward_no_cot"]
         return {"video": record["video"], "prompt": record["prompt"], "reward": reward, "cot": None}
     cot = parse_cot(record["cot"])
-    return record | {"standardised": standardised(model, record["reward"]), "format_ok": follows_format(record["cot"]),
-                     "scores": cot and cot["dimensional_scores"], "overall_score": cot and cot["overall_score"]}
+    return record | {"standardised": standardised(model, record["reward"]),
+                     "format_ok": follows_format(record["cot"]),
+                     "scores": cot and cot["dimensional_scores"],
+                     "overall_score": cot and cot["overall_score"]}
 
 
 def show_reward(found: dict) -> str:
@@ -149,21 +153,23 @@ def default_model() -> str:
     for run in ("runs/rl", "runs/coldstart"):
         if Path(run, "model").is_dir():
             return run
-    raise DataError("no model in runs/: run `torchrun coldstart.py` and `torchrun rl.py` first, or pass --model")
+    raise DataError("no model in runs/: run `torchrun coldstart.py` and `torchrun rl.py` first, or pass "
+                    "--model")
 
 
 def confidence(human: torch.Tensor, margin: torch.Tensor, accuracy, draws: int = 1000) -> tuple[float, float]:
-    """The bootstrap's 95 % interval of an accuracy: pairs drawn with replacement, 2.5th and 97.5th percentile."""
+    """The bootstrap's 95 % interval of an accuracy, from pairs drawn with replacement."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(draws):
         index = torch.randint(len(human), (len(human),), generator=generator)
         found.append(accuracy(human[index], margin[index]))
-    return tuple(torch.tensor(found, dtype=torch.double).nanquantile(torch.tensor([0.025, 0.975]).double()).tolist())
+    ends = torch.tensor([0.025, 0.975], dtype=torch.double)
+    return tuple(torch.tensor(found, dtype=torch.double).nanquantile(ends).tolist())
 
 
 def report(pairs: list[Pair], judged: dict[tuple[str, str], dict]) -> dict:
-    """`measure`, with an interval for each accuracy, and a row for each pair of generators that the file names."""
+    """`measure`, with an interval for each accuracy and a row for each pair of generators in the file."""
     figures = {"pairs": len(pairs), **measure(pairs, judged), "intervals": {}, "generators": {}}
     human = torch.tensor([pair.human for pair in pairs])
     by_models: dict[str, list[int]] = {}
@@ -173,7 +179,8 @@ def report(pairs: list[Pair], judged: dict[tuple[str, str], dict]) -> dict:
     for field, suffix in (("reward", ""), ("reward_no_cot", "_no_cot")):
         if "accuracy" + suffix not in figures:
             continue
-        margin = torch.tensor([judged[a][field] - judged[b][field] for a, b in map(Pair.videos, pairs)]).double()
+        margin = [judged[a][field] - judged[b][field] for a, b in map(Pair.videos, pairs)]
+        margin = torch.tensor(margin, dtype=torch.double)
         for name, accuracy in (("accuracy", accuracy_without_ties), ("accuracy_ties", accuracy_with_ties)):
             figures["intervals"][name + suffix] = confidence(human, margin, accuracy)
             for models, rows in sorted(by_models.items()):
@@ -187,7 +194,8 @@ def show_report(figures: dict) -> str:
     for name, value in figures.items():
         if isinstance(value, float):
             low, high = figures["intervals"].get(name, (None, None))
-            lines.append(f"{name:<24} {value:.4f}" + (f"   [{low:.4f}, {high:.4f}]" if low is not None else ""))
+            interval = f"   [{low:.4f}, {high:.4f}]" if low is not None else ""
+            lines.append(f"{name:<24} {value:.4f}{interval}")
     for models, row in figures["generators"].items():
         lines.append(f"{models}: " + ", ".join(f"{value} pairs" if name == "pairs" else f"{name} {value:.4f}"
                                               for name, value in row.items()))
@@ -195,22 +203,24 @@ def show_report(figures: dict) -> str:
 
 
 def judge_pairs(model: DeScore, pairs: list[Pair], args: argparse.Namespace) -> dict[tuple[str, str], dict]:
-    """Judge each (video, prompt) of the pairs once. With --out, judgements are appended line by line; a run that was cut
-    off goes on behind them."""
+    """Judge each (video, prompt) of the pairs once. With --out, judgements are appended line by line; a run
+    that was cut off goes on behind them."""
     keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
     done: list[dict] = []
     if args.out and args.out.is_file():
         lines = args.out.read_text(encoding="utf-8").splitlines(keepends=True)
         done = [json.loads(line) for line in lines if line.endswith("\n")]
         if not by_key(done).keys() <= set(keys):
-            raise DataError(f"{args.out}: holds judgements of other videos; remove it or choose another --out")
+            raise DataError(f"{args.out}: holds judgements of other videos; remove it or choose another "
+                            "--out")
         print(f"{args.out}: {len(done)} of {len(keys)} videos are judged already", file=sys.stderr)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("".join(json.dumps(record) + "\n" for record in done), encoding="utf-8")
     with args.out.open("a", encoding="utf-8") if args.out else nullcontext() as file:
-        judged = model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.max_tokens, by_key(done),
-                             args.samples, think=args.cot == "on", without_cot=True, workers=args.workers)
+        judged = model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.max_tokens,
+                             by_key(done), args.samples, think=args.cot == "on", without_cot=True,
+                             workers=args.workers)
         for record in tqdm(judged, "judge", total=len(keys), initial=len(done), unit="video"):
             done.append(record)
             if file:
@@ -220,23 +230,30 @@ def judge_pairs(model: DeScore, pairs: list[Pair], args: argparse.Namespace) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="*", metavar="VIDEO … PROMPT", help="one video or several, then their prompt")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="*", metavar="VIDEO … PROMPT",
+                        help="one video or several, then their prompt")
     parser.add_argument("--model", help="a saved model or a run's folder [runs/rl, else runs/coldstart]")
     parser.add_argument("--pairs", help="a pair file of any known format to evaluate on instead")
     parser.add_argument("--label", help="with --pairs: the column of the preference, where there are several")
-    parser.add_argument("--root", help="with --pairs: the folder that the file's paths are relative to [its own]")
-    parser.add_argument("--out", type=Path, help="with --pairs: a file for the judgements, one JSON object a video")
+    parser.add_argument("--root", help="with --pairs: the folder that its paths are relative to [its own]")
+    parser.add_argument("--out", type=Path,
+                        help="with --pairs: a file for the judgements, one JSON object a video")
     parser.add_argument("--cot", choices=("on", "off"), default="on", help="off: score without thinking")
-    parser.add_argument("--samples", type=int, default=1, help="CoTs a video, their rewards averaged (needs a temperature)")
-    parser.add_argument("--instruction", help="a file with <video> and <prompt> in it [the model's own]; with --pairs, "
-                                              "problem: the file's own column of that name")
+    parser.add_argument("--samples", type=int, default=1,
+                        help="CoTs a video, their rewards averaged (needs a temperature)")
+    parser.add_argument("--instruction",
+                        help="a file with <video> and <prompt> in it [the model's own]; with --pairs, "
+                             "problem: the file's own column of that name")
     parser.add_argument("--scoring-layout", choices=("ours", "release"),
-                        help="release: score in a second user turn, as the authors' models expect [the model's own]")
+                        help="release: score in a second user turn, as the authors' do [the model's own]")
     parser.add_argument("--max-new-tokens", type=int, default=4096, help="longest CoT")
-    parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest token [0; with --samples 1]")
+    parser.add_argument("--temperature", type=float, default=None,
+                        help="0 takes the likeliest token [0; with --samples 1]")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling at a temperature above 0")
-    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="tokens at a time, of prompts and CoTs")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS,
+                        help="tokens at a time, of prompts and CoTs")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode videos ahead")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args()
@@ -263,14 +280,16 @@ def main() -> None:
         print(json.dumps(figures) if args.json else show_report(figures))
         return
     keys = [(video, args.inputs[-1]) for video in args.inputs[:-1]]
-    judged = model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.max_tokens, samples=args.samples,
-                         think=args.cot == "on", workers=args.workers)
-    found = [describe(model, record) for record in tqdm(judged, total=len(keys), unit="video", disable=len(keys) < 2)]
+    judged = model.judge(keys, args.max_new_tokens, args.temperature, args.seed, args.max_tokens,
+                         samples=args.samples, think=args.cot == "on", workers=args.workers)
+    judged = tqdm(judged, total=len(keys), unit="video", disable=len(keys) < 2)
+    found = [describe(model, record) for record in judged]
     found.sort(key=lambda record: -record["reward"])
     if args.json:
         print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
     elif len(found) > 1:
-        print("\n".join(f"{place}. {show_reward(record)}  {record['video']}" for place, record in enumerate(found, 1)))
+        for place, record in enumerate(found, 1):
+            print(f"{place}. {show_reward(record)}  {record['video']}")
     else:
         print(show(found[0]))
 

@@ -11,8 +11,8 @@ Four things make it fast, and all are in this file:
   group    for the update, the rollouts of a video stand in one row behind one copy of its prompt,
            [ prompt | c_1 [R] | c_2 [R] | … | c_G [R] ], and one forward gives log-probabilities and rewards
 
-[Reward] is a vector appended to the input embeddings, not a word: no text can contain it. A CoT ends with the token
-<|im_end|>, which is predicted like any other but never read: [Reward] stands in its place, in the same turn.
+[Reward] is a vector appended to the input embeddings, not a word: no text can contain it. A CoT ends with
+the token <|im_end|>, which is predicted like any other but never read: [Reward] stands in its place.
 """
 
 import copy
@@ -28,8 +28,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it asks for kernels that are not used here
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's, not ours
+# When imported, bitsandbytes asks for kernels that are not used here; peft uses what transformers deprecates.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 import numpy as np
 import torch
@@ -52,26 +53,27 @@ from data import INSTRUCTION, MAX_TOKENS, Batch, DataError, Processor, VideoSett
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-# The linear layers of the language model: what LoRA adapts (not lm_head, not the embeddings, not the vision tower).
+# What LoRA adapts: the linear layers of the language model, not lm_head, embeddings, or the vision tower.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 LOGITS_CHUNK = 2048  # CoT tokens whose logits exist at one time; 2048 · 151,936 · 4 bytes = 1.2 GB
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One prompt for a group of rollouts: its cache and the attention over it
 
 
 class GroupCache:
-    """Keys and values while thinking. A prompt's are stored once; those of its n rollouts, in buffers sized once.
+    """Keys and values while thinking: a prompt's are stored once, its n rollouts' in buffers sized once.
 
-    It stands in for a transformers cache: each attention layer calls `update`. While prompts are read (prefill) it keeps
-    their keys and values; each later call writes one token a rollout and hands both parts to `group_attention`."""
+    It stands in for a transformers cache: each attention layer calls `update`. While prompts are read
+    (prefill) it keeps their keys and values; each later call writes one token a rollout and hands both parts
+    to `group_attention`."""
 
     def __init__(self, prompt_mask: torch.Tensor, n: int, max_new: int):
         self.n, self.max_new, self.step = n, max_new, 0
         # Padding of shorter prompts, as a bias on the attention scores: (B, 1, 1, 1, P).
-        self.bias = torch.zeros(prompt_mask.shape, device=prompt_mask.device).masked_fill(~prompt_mask, float("-inf"))
-        self.bias = self.bias[:, None, None, None]
+        bias = torch.zeros(prompt_mask.shape, device=prompt_mask.device)
+        self.bias = bias.masked_fill(~prompt_mask, float("-inf"))[:, None, None, None]
         self.prompt, self.own = {}, {}  # layer → (keys, values)
         self.prefilled: list[int] | None = None  # the videos whose prompts are being read
 
@@ -81,7 +83,8 @@ class GroupCache:
             B, P = self.bias.shape[0], self.bias.shape[-1]
             if layer not in self.prompt:
                 self.prompt[layer] = tuple(part.new_zeros(B, heads, P, d) for part in (keys, values))
-                self.own[layer] = tuple(part.new_empty(B, self.n, heads, self.max_new, d) for part in (keys, values))
+                self.own[layer] = tuple(part.new_empty(B, self.n, heads, self.max_new, d)
+                                        for part in (keys, values))
             for buffer, new in zip(self.prompt[layer], (keys, values)):
                 buffer[self.prefilled, :, :p] = new
             return keys, values
@@ -99,19 +102,22 @@ class GroupCache:
 
 
 class Layout(NamedTuple):
-    """Where the parts of packed rows stand (`DeScore.forward_rows`). In slots a row is laid out evenly: P for the prompt and
-    C + 1 for each of G CoTs, used or not."""
+    """Where the parts of packed rows stand (`DeScore.forward_rows`). In slots a row is laid out evenly: P for
+    the prompt and C + 1 for each of G CoTs, used or not."""
 
     place: torch.Tensor  # (B, P + G (C + 1)) slot → place in the row
     order: torch.Tensor  # (B, L) place in the row → slot
-    visible: torch.Tensor  # (B · G, 1, C + 1, P + C + 1) bool: what a CoT's slots see of its prompt's slots and its own
+    # What a CoT's slots see of its prompt's slots and of its own: (B · G, 1, C + 1, P + C + 1) bool.
+    visible: torch.Tensor
     P: int
     G: int
 
 
 def row_attention(query, key, value, layout: Layout, scaling: float) -> torch.Tensor:
-    """Attention over packed rows, of which only what is seen is computed: a prompt on itself, a CoT on both. A mask over
-    whole rows would compute each CoT on all others, to throw it away. query (B, heads, L, d) → (B, L, heads, d)."""
+    """Attention over packed rows, of which only what is seen is computed: a prompt on itself, a CoT on both.
+    A mask over whole rows would compute each CoT on all others, to throw it away.
+
+    query (B, heads, L, d) → (B, L, heads, d)."""
 
     def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
@@ -121,7 +127,8 @@ def row_attention(query, key, value, layout: Layout, scaling: float) -> torch.Te
 
     def with_prompt(x: torch.Tensor) -> torch.Tensor:  # (B · G, heads, P + C + 1, d)
         both = torch.cat([x[:, None, :, :P].expand(-1, G, -1, -1, -1), of_cots(x)], 3).flatten(0, 1)
-        return both.repeat_interleave(query.shape[1] // x.shape[1], 1)  # no fused kernel has both a mask and fewer kv heads
+        # No fused kernel has both a mask and fewer kv heads.
+        return both.repeat_interleave(query.shape[1] // x.shape[1], 1)
 
     P, G, sdpa = layout.P, layout.G, nn.functional.scaled_dot_product_attention
     q, k, v = (take(x, layout.place) for x in (query, key, value))
@@ -131,15 +138,17 @@ def row_attention(query, key, value, layout: Layout, scaling: float) -> torch.Te
     return take(slots, layout.order).transpose(1, 2)
 
 
-def group_attention(module, query, key, value, attention_mask, scaling, layout: Layout | None = None, **kwargs):
-    """Attention of one new token a rollout over its prompt and its own tokens. A whole row goes to flex attention where its
-    mask is in blocks, to `row_attention` where it has a layout, and to SDPA otherwise.
+def group_attention(module, query, key, value, attention_mask, scaling, layout: Layout | None = None,
+                    **kwargs):
+    """Attention of one new token a rollout over its prompt and its own tokens. A whole row goes to flex
+    attention where its mask is in blocks, to `row_attention` where it has a layout, and to SDPA otherwise.
 
-    query (B · n, heads, 1, d); key and value as `GroupCache.update` hands them on. The queries of a group meet the
-    prompt's keys in one matrix product, so the prompt is read once a group and not once a rollout."""
+    query (B · n, heads, 1, d); key and value as `GroupCache.update` hands them on. The queries of a group
+    meet the prompt's keys in one matrix product: the prompt is read once a group, not once a rollout."""
     if isinstance(attention_mask, BlockMask):
         query, key = query.to(value.dtype), key.to(value.dtype)
-        out = fused(flex_attention, key)(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
+        out = fused(flex_attention, key)(query, key, value, block_mask=attention_mask, scale=scaling,
+                                         enable_gqa=True)
         return out.transpose(1, 2), None
     if layout:
         return row_attention(query, key, value, layout, scaling), None
@@ -149,11 +158,13 @@ def group_attention(module, query, key, value, attention_mask, scaling, layout: 
     B, n, kv, T, d = own_k.shape
     q = query.reshape(B, n, kv, -1, d) * scaling  # (B, n, kv, heads a kv head, d)
     folded = q.transpose(1, 2).flatten(2, 3)  # (B, kv, n · heads a kv head, d)
-    on_prompt = (folded @ prompt_k.transpose(-1, -2)).unflatten(2, (n, -1)).transpose(1, 2)  # (B, n, kv, ·, P)
+    on_prompt = folded @ prompt_k.transpose(-1, -2)
+    on_prompt = on_prompt.unflatten(2, (n, -1)).transpose(1, 2)  # (B, n, kv, heads a kv head, P)
     on_own = q @ own_k.transpose(-1, -2)  # (B, n, kv, ·, T)
     weights = torch.cat([on_prompt.float() + bias, on_own.float()], dim=-1).softmax(-1).to(query.dtype)
     on_prompt, on_own = weights.split([prompt_k.shape[2], T], dim=-1)
-    out = (on_prompt.transpose(1, 2).flatten(2, 3) @ prompt_v).unflatten(2, (n, -1)).transpose(1, 2) + on_own @ own_v
+    out = on_prompt.transpose(1, 2).flatten(2, 3) @ prompt_v
+    out = out.unflatten(2, (n, -1)).transpose(1, 2) + on_own @ own_v
     return out.reshape(B * n, 1, -1, d), None
 
 
@@ -166,7 +177,7 @@ def compiled(function):
 
 
 def fused(function, tensor: torch.Tensor):
-    """flex_attention is a kernel only when compiled; on a CPU, where tests compare it, it is not worth the wait."""
+    """flex_attention is a kernel only when compiled; on a CPU, for tests, that is not worth the wait."""
     return compiled(function) if tensor.is_cuda else function
 
 
@@ -175,13 +186,14 @@ class Thoughts(NamedTuple):
 
     tokens: torch.Tensor  # (B, n, C) the end token included where there is one
     mask: torch.Tensor  # (B, n, C) bool
-    logps: torch.Tensor  # (B, n, C) log π(token | before), of the model itself whatever the temperature; 0 off the mask
+    logps: torch.Tensor  # (B, n, C) log π(token | before), at temperature 1 always; 0 off the mask
     rewards: torch.Tensor  # (B, n)
     rewards_no_cot: torch.Tensor | None  # (B,) read right behind the prompt, where asked for
 
 
 def draw(logits: torch.Tensor, temperature: float, top_p: float, noise: torch.Tensor | None) -> torch.Tensor:
-    """Sample a token for each of (…, V) logits; temperature 0 takes the likeliest. noise (…, V): exponential(1)."""
+    """Sample a token for each of (…, V) logits, with exponential(1) noise (…, V). At temperature 0 take the
+    likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
@@ -192,7 +204,7 @@ def draw(logits: torch.Tensor, temperature: float, top_p: float, noise: torch.Te
     return (probs / noise).argmax(-1)  # the first of V exponential clocks to ring is a sample from probs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -202,10 +214,10 @@ class DeScore(nn.Module):
     def __init__(self, backbone: Qwen3VLForConditionalGeneration, processor: Processor, source: str):
         super().__init__()
         self.backbone, self.processor, self.source = backbone, processor, source
-        self.info: dict = {}  # what descore.json says beyond backbone and video: training, score_mean, score_std
+        self.info: dict = {}  # what else descore.json says: training, score_mean, score_std
         self.dtype = backbone.dtype  # of the frozen weights and of what is computed; what trains is float32
         self.quant: str | None = None
-        self.attention = "sdpa"  # or "flex": how rows of several CoTs are masked; equal in result (`forward_rows`)
+        self.attention = "sdpa"  # or "flex": how rows of several CoTs are masked, equal in result
         text = self.qwen.config.text_config
         text._attn_implementation = "descore_group"
         self.query = nn.Parameter(torch.empty(text.hidden_size).normal_(std=text.initializer_range))
@@ -226,24 +238,25 @@ class DeScore(nn.Module):
         half = self.dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
 
-    # -- reading ------------------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------
 
     def encode(self, batch: Batch) -> Batch:
-        """Move a batch to the device and run the vision tower on its videos, if that has not been done yet. With the
-        tower frozen the features may be kept for every later use of the same batch; they carry no gradient."""
+        """Move a batch to the device and run the vision tower on its videos, if that has not been done yet.
+        With the tower frozen the features may be kept for every later use of the same batch; they carry no
+        gradient."""
         if batch.features is not None:
             return batch
         batch, tower = batch.to(self.device), self.qwen.model.visual
         trains = any(p.requires_grad for p in tower.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()), self.autocast():
-            pixels = (batch.patches.float() / 127.5 - 1).to(self.dtype)  # Qwen3-VL's rescaling and mean = std = 0.5
+            pixels = (batch.patches.float() / 127.5 - 1).to(self.dtype)  # Qwen3-VL's: mean = std = 0.5
             out = tower(pixels, grid_thw=batch.grid)
         return replace(batch, features=(out.pooler_output, out.deepstack_features))
 
     def read(self, batch: Batch, ids, positions, in_prompt, is_reward=None, **kwargs) -> torch.Tensor:
-        """Run the language model over rows that hold the batch's videos. ids (B, L), positions (3, B, L); in_prompt
-        (B, L) marks the prompts, where alone video tokens are videos; is_reward (B, L) marks [Reward]. Returns the last
-        hidden states (B, L, H)."""
+        """Run the language model over rows that hold the batch's videos. ids (B, L), positions (3, B, L);
+        in_prompt (B, L) marks the prompts, where alone video tokens are videos; is_reward (B, L) marks
+        [Reward]. Returns the last hidden states (B, L, H)."""
         features, deepstack = batch.features
         embeds = self.qwen.get_input_embeddings()(ids)
         is_video = in_prompt & (ids == self.processor.special["<|video_pad|>"])
@@ -264,16 +277,16 @@ class DeScore(nn.Module):
         """r = w · h([Reward]), in float32: (..., H) → (...)."""
         return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
 
-    # -- think, then score --------------------------------------------------------------------------------------------
+    # -- think, then score -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def think(self, batch: Batch, n: int = 1, max_new_tokens: int = 4096, temperature: float = 1.0, top_p: float = 1.0,
-              seeds: list[int] | None = None, without_cot: bool = False) -> Thoughts:
+    def think(self, batch: Batch, n: int = 1, max_new_tokens: int = 4096, temperature: float = 1.0,
+              top_p: float = 1.0, seeds: list[int] | None = None, without_cot: bool = False) -> Thoughts:
         """Write n CoTs for each of the batch's B videos and score each where it ends (Section "Inference").
 
-        `seeds`, one a video, make the sampling reproducible; by default they are drawn from torch's own generator. A CoT
-        that reaches max_new_tokens without an end is scored as it stands (`truncated` tells). `without_cot` also reads the
-        score of the videos themselves, on the same prefill."""
+        `seeds`, one a video, make the sampling reproducible; by default they are drawn from torch's own
+        generator. A CoT that reaches max_new_tokens without an end is scored as it stands (`truncated`
+        tells). `without_cot` also reads the score of the videos themselves, on the same prefill."""
         was_training = self.training
         self.eval()
         batch = self.encode(batch)
@@ -282,7 +295,7 @@ class DeScore(nn.Module):
         # Each video has a generator of its own, so that what is drawn for it does not depend on its company.
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         cache = GroupCache(batch.mask, n, max_new_tokens + 1)
-        hidden = torch.empty(B, len(self.query), dtype=self.dtype, device=self.device)  # at the end of each prompt
+        hidden = torch.empty(B, len(self.query), dtype=self.dtype, device=self.device)  # ends of the prompts
         for cache.prefilled in alike(batch.mask.sum(1).tolist()):
             some = batch.select(cache.prefilled)
             read = self.read(some, some.input_ids, some.position_ids, some.mask, past_key_values=cache)
@@ -293,7 +306,8 @@ class DeScore(nn.Module):
         rewards_no_cot = None
         if without_cot:
             nothing = torch.full((B, n), eos, device=self.device)
-            behind = self.decode_step(cache, nothing, torch.ones_like(nothing, dtype=torch.bool), start[:, None])
+            everywhere = torch.ones_like(nothing, dtype=torch.bool)
+            behind = self.decode_step(cache, nothing, everywhere, start[:, None])
             rewards_no_cot = self.reward(behind[:, 0])
             cache.step = 0  # the first token of the CoTs takes its place
         tokens = torch.full((B * n, max_new_tokens), eos, device=self.device)
@@ -305,8 +319,9 @@ class DeScore(nn.Module):
             logits, over = self.logits(hidden), done[rows]
             noise = None
             if temperature:
-                noise = torch.stack([torch.empty(n, logits.shape[-1], device=self.device).exponential_(generator=g)
-                                     for g in generators])[torch.arange(len(rows))[:, None], rows % n]
+                noise = torch.stack([torch.empty(n, logits.shape[-1], device=self.device)
+                                     .exponential_(generator=generator) for generator in generators])
+                noise = noise[torch.arange(len(rows))[:, None], rows % n]
             token = draw(logits, temperature, top_p, noise).masked_fill(over, eos)
             logp = logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)
             tokens[rows, step], logps[rows, step] = token, logp.masked_fill(over, 0)
@@ -332,17 +347,18 @@ class DeScore(nn.Module):
         ended = tokens == eos
         mask = ended.cumsum(-1) - ended.long() == 0  # up to the first end token
         C = int(mask.any(0).sum())
-        return Thoughts(*(x[:, :C].view(B, n, C) for x in (tokens, mask, logps)), rewards.view(B, n), rewards_no_cot)
+        tokens, mask, logps = (x[:, :C].view(B, n, C) for x in (tokens, mask, logps))
+        return Thoughts(tokens, mask, logps, rewards.view(B, n), rewards_no_cot)
 
     def decode_step(self, cache: GroupCache, token, is_reward, position) -> torch.Tensor:
-        """Read one token a rollout (B, n), or [Reward] in its place, at a video's position (B, 1). Returns the last
-        hidden states (B, n, H)."""
+        """Read one token a rollout (B, n), or [Reward] in its place, at a video's position (B, 1). Returns
+        the last hidden states (B, n, H)."""
         embeds = self.qwen.get_input_embeddings()(token)
         embeds = torch.where(is_reward[..., None], self.query.to(embeds.dtype), embeds).flatten(0, 1)[:, None]
         positions = position.expand_as(token).reshape(1, -1, 1).expand(3, -1, -1)
         with self.autocast():
-            out = self.qwen.model.language_model(inputs_embeds=embeds, position_ids=positions, past_key_values=cache,
-                                                 use_cache=False)
+            out = self.qwen.model.language_model(inputs_embeds=embeds, position_ids=positions,
+                                                 past_key_values=cache, use_cache=False)
         cache.step += 1
         return out.last_hidden_state.view(*token.shape, -1)
 
@@ -351,22 +367,26 @@ class DeScore(nn.Module):
         return ~((thoughts.tokens == self.processor.eos_id) & thoughts.mask).any(-1)
 
     def score(self, batch: Batch, cots: list[str | None]) -> torch.Tensor:
-        """Score each of B videos after the given CoT, or after none where it is None: rewards (B,). One forward over
-        [prompt, CoT, [Reward]], no logits; differentiable."""
+        """Score each of B videos after the given CoT, or after none where it is None: rewards (B,). One
+        forward over [prompt, CoT, [Reward]], no logits; differentiable."""
         ids = [torch.tensor(self.processor.encode(cot or ""), dtype=torch.long) for cot in cots]
+        length = torch.tensor([len(i) for i in ids], device=self.device)[:, None, None]
         pad = nn.utils.rnn.pad_sequence
         tokens = pad(ids, batch_first=True, padding_value=self.processor.eos_id)[:, None].to(self.device)
-        mask = pad([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True)[:, None].to(self.device)
+        mask = torch.arange(tokens.shape[-1], device=self.device) < length
         rewards = torch.zeros(len(batch), device=self.device)
         for rows, hidden, _, at_reward in self.runs(batch, tokens, mask):
             rewards[rows] = self.reward(hidden[torch.arange(len(rows)), at_reward[:, 0]])
         return rewards
 
-    def group(self, batch: Batch, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def group(self, batch: Batch, tokens: torch.Tensor,
+              mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and rewards of the G CoTs of each of B videos, in one forward; differentiable.
 
-        tokens and mask (B, G, C) as `think` returns them. Returns logps (B, G, C), 0 off the mask, and rewards (B, G)."""
-        logps, rewards = torch.zeros(mask.shape, device=self.device), torch.zeros(mask.shape[:2], device=self.device)
+        tokens and mask (B, G, C) as `think` returns them. Returns logps (B, G, C), 0 off the mask, and
+        rewards (B, G)."""
+        logps = torch.zeros(mask.shape, device=self.device)
+        rewards = torch.zeros(mask.shape[:2], device=self.device)
         for rows, hidden, at_source, at_reward in self.runs(batch, tokens, mask):
             row, here = torch.arange(len(rows), device=self.device)[:, None], mask[rows]
             rewards[rows] = self.reward(hidden[row, at_reward])
@@ -375,8 +395,9 @@ class DeScore(nn.Module):
         return logps, rewards
 
     def runs(self, batch: Batch, tokens: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple]:
-        """`forward_rows` for rows of like length together, so that little of what is computed is padding: row numbers and
-        what it returns for them. A sharded model takes all rows at once, for its ranks have to run in step."""
+        """`forward_rows` for rows of like length together, so that little of what is computed is padding: row
+        numbers and what it returns for them. A sharded model takes all rows at once, for its ranks have to
+        run in step."""
         batch = self.encode(batch)
         read = mask & (tokens != self.processor.eos_id)
         lengths = batch.mask.sum(1) + (read.sum(-1) + 1).sum(-1)
@@ -384,18 +405,19 @@ class DeScore(nn.Module):
             yield rows, *self.forward_rows(batch.select(rows), tokens[rows], mask[rows])
 
     def forward_rows(self, batch: Batch, tokens: torch.Tensor, mask: torch.Tensor):
-        """The language model over one row a video, [ prompt | c_1 [R] | … | c_G [R] ] (design: one prefix for a group).
+        """The language model over one row a video, [ prompt | c_1 [R] | … | c_G [R] ]: a group's one prefix.
 
-        Each CoT sees the prompt and itself, and its positions go on where the prompt's end. Returns the hidden states
-        (B, L, H), and where in L each CoT token is predicted from (B, G, C) and each [Reward] is read (B, G)."""
+        Each CoT sees the prompt and itself, and its positions go on where the prompt's end. Returns the
+        hidden states (B, L, H), and where in L each CoT token is predicted from (B, G, C) and each [Reward]
+        is read (B, G)."""
         (B, G, C), P = tokens.shape, batch.input_ids.shape[1]
         device = tokens.device
-        # Lay the row out in slots, P for the prompt and C + 1 for each CoT. An end token is predicted but not read.
+        # Lay the row out in slots, P for the prompt, C + 1 for each CoT. An end token is predicted, not read.
         read = mask & (tokens != self.processor.eos_id)
         length = read.sum(-1, keepdim=True)  # (B, G, 1)
         slot = torch.arange(C + 1, device=device)
         cot_ids = torch.cat([tokens, tokens.new_zeros(B, G, 1)], -1)
-        prompt_end = batch.position_ids.amax((0, 2))  # the prompt's text ends it, so its largest position is its last
+        prompt_end = batch.position_ids.amax((0, 2))  # text ends a prompt: its largest position is its last
         cot_positions = (prompt_end[:, None, None] + 1 + slot).expand(B, G, -1)
         ids = torch.cat([batch.input_ids, cot_ids.flatten(1)], 1)
         positions = torch.cat([batch.position_ids, cot_positions.flatten(1).expand(3, -1, -1)], 2)
@@ -410,7 +432,7 @@ class DeScore(nn.Module):
         ids, is_reward, used = ids.gather(1, order), is_reward.gather(1, order), used.gather(1, order)
         segment = segment.gather(1, order).masked_fill(~used, -1)
         positions = positions.gather(2, order.expand(3, -1, -1))
-        attention = layout = None  # a single CoT behind its prompt is plainly causal, and so is padding on the right
+        attention = layout = None  # a single CoT behind its prompt is plainly causal, and so is padding
         if G > 1 and self.attention == "flex":
 
             def visible(b, head, q, k):
@@ -419,17 +441,19 @@ class DeScore(nn.Module):
             attention = create_block_mask(visible, B, None, L, L, device=device)
         elif G > 1:
             causal = torch.ones(C + 1, C + 1, dtype=torch.bool, device=device).tril()
-            visible = torch.cat([batch.mask[:, None, None].expand(B, G, C + 1, P), causal.expand(B, G, -1, -1)], 3)
+            prompt = batch.mask[:, None, None].expand(B, G, C + 1, P)
+            visible = torch.cat([prompt, causal.expand(B, G, -1, -1)], 3)
             layout = Layout(place.clamp(min=0, max=L - 1), order, visible.flatten(0, 1)[:, None], P, G)
-        hidden = self.read(batch, ids, positions, segment == 0, is_reward & used, attention_mask=attention, layout=layout)
+        hidden = self.read(batch, ids, positions, segment == 0, is_reward & used, attention_mask=attention,
+                           layout=layout)
         cot_place = place[:, P:].view(B, G, C + 1)
         prompt_last = (batch.mask.sum(1) - 1)[:, None, None].expand(B, G, 1)
         at_source = torch.cat([prompt_last, cot_place[..., : max(C - 1, 0)]], -1)[..., :C]
         return hidden, at_source, cot_place.gather(-1, length)[..., 0]
 
     def token_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """log softmax(lm_head(hidden))[targets]: (N, H), (N,) → (N,) float32. Logits exist for one chunk at a time, in
-        the backward too: it computes them again."""
+        """log softmax(lm_head(hidden))[targets]: (N, H), (N,) → (N,) float32. Logits exist for one chunk at a
+        time, in the backward too: it computes them again."""
 
         def logps(h, target):
             logits = self.logits(h)
@@ -438,11 +462,13 @@ class DeScore(nn.Module):
         chunks = zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))
         return torch.cat([checkpoint(logps, h, target, use_reentrant=False) for h, target in chunks])
 
-    # -- what trains --------------------------------------------------------------------------------------------------
+    # -- what trains -----------------------------------------------------------------------------------------
 
-    def set_trainable(self, lora_rank: int = 64, train_merger: bool = False, train_vision: bool = False) -> None:
-        """Choose what trains: [Reward] and the head always; the language model through LoRA adapters of the given rank
-        (alpha = 2 · rank) or, at rank 0, all of it; the vision tower and its mergers where asked."""
+    def set_trainable(self, lora_rank: int = 64, train_merger: bool = False,
+                      train_vision: bool = False) -> None:
+        """Choose what trains: [Reward] and the head always; the language model through LoRA adapters of the
+        given rank (alpha = 2 · rank) or, at rank 0, all of it; the vision tower and its mergers where
+        asked."""
         if self.quant and not lora_rank:
             raise DataError("4-bit weights cannot be trained themselves: --quant needs --lora-rank above 0")
         if lora_rank and not isinstance(self.backbone, PeftModel):
@@ -450,14 +476,18 @@ class DeScore(nn.Module):
                                                                      target_modules=LORA_TARGETS))
         elif lora_rank and self.backbone.peft_config["default"].r != lora_rank:
             raise DataError(f"{self.source}: its adapter has rank {self.backbone.peft_config['default'].r}, "
-                            f"not {lora_rank}; pass --lora-rank {self.backbone.peft_config['default'].r}, or 0 to merge it")
+                            f"not {lora_rank}; pass --lora-rank {self.backbone.peft_config['default'].r}, "
+                            "or 0 to merge it")
         elif not lora_rank and isinstance(self.backbone, PeftModel):
             self.backbone = self.backbone.merge_and_unload()
         self.query.requires_grad_(True)
         self.head.requires_grad_(True)
         for name, parameter in self.backbone.named_parameters():
             merger, vision = "merger" in name, ".visual." in name
-            wanted = (train_merger if merger else train_vision) if vision else not lora_rank or ".default." in name
+            if vision:
+                wanted = train_merger if merger else train_vision
+            else:
+                wanted = not lora_rank or ".default." in name
             parameter.requires_grad_(wanted)
             if wanted and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()  # what trains is kept in float32
@@ -469,21 +499,24 @@ class DeScore(nn.Module):
     def parameter_groups(self) -> tuple[dict, dict]:
         """What trains in two groups for an optimiser: [Reward] and the head, and the rest."""
         own = [self.query, self.head.weight]
-        return {"params": own}, {"params": [p for p in self.parameters() if p.requires_grad and not any(p is o for o in own)]}
+        rest = [p for p in self.trainable().values() if not any(p is o for o in own)]
+        return {"params": own}, {"params": rest}
 
     def summary(self) -> str:
         """What trains, with counts, in one line."""
         counts = {}
         for name, parameter in self.trainable().items():
             part = ("[Reward] and head" if name in ("query", "head.weight") else "LoRA" if ".lora_" in name
-                    else "mergers" if "merger" in name else "vision tower" if ".visual." in name else "language model")
+                    else "mergers" if "merger" in name else "vision tower" if ".visual." in name
+                    else "language model")
             counts[part] = counts.get(part, 0) + parameter.numel()
         total = sum(p.numel() for p in self.parameters())
-        return ", ".join(f"{part} {count:,}" for part, count in counts.items()) + f" parameters train, of {total:,}"
+        trains = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        return f"{trains} parameters train, of {total:,}"
 
     def keep_reference(self) -> None:
-        """Remember the policy as it is now as the reference π_ref: with LoRA as a second, frozen adapter, else as a
-        frozen copy of the whole."""
+        """Remember the policy as it is now as the reference π_ref: with LoRA as a second, frozen adapter,
+        else as a frozen copy of the whole."""
         if not isinstance(self.backbone, PeftModel):
             copied = copy.deepcopy(self).requires_grad_(False).to(self.dtype)
             self.reference = [copied]  # in a list: not a part of this model
@@ -510,23 +543,22 @@ class DeScore(nn.Module):
             for parameter in trains:
                 parameter.requires_grad_(True)
 
-    # -- over many GPUs -----------------------------------------------------------------------------------------------
+    # -- over many GPUs --------------------------------------------------------------------------------------
 
     def shard(self) -> None:
-        """Split parameters, their gradients and the optimiser's state over all ranks (FSDP2), the reference's too. A layer
-        is gathered when it is needed. [Reward] and the head are small and stay whole."""
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if self.dtype != torch.float32:
-            policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        """Split parameters, their gradients and the optimiser's state over all ranks (FSDP2), the reference's
+        too. A layer is gathered when it is needed. [Reward] and the head are small and stay whole."""
+        half = None if self.dtype == torch.float32 else self.dtype
+        policy = MixedPrecisionPolicy(half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
         blocks = [*self.qwen.model.visual.blocks, *self.qwen.model.language_model.layers]
         for block in blocks:
             fully_shard(block, mp_policy=policy)
         fully_shard(self, mp_policy=policy, ignored_params={self.query, self.head.weight})
-        # Which block is gathered ahead in the backward. Left to itself FSDP goes by the order of the forwards, those of
-        # thinking included, of which ranks make different numbers.
+        # Which block is gathered ahead in the backward. Left to itself FSDP goes by the order of the
+        # forwards, those of thinking included, of which ranks make different numbers.
         for block, before in zip(blocks, [self, *blocks]):
             block.set_modules_to_backward_prefetch([before])
-        # Each of these is a forward, which gathers what is in no block; `encode` is a part of them, or works `gathered`.
+        # Each of these is a forward, which gathers what is in no block; `encode` is part of them.
         for method in ("begin", "think", "score", "group"):
             register_fsdp_forward_method(self, method)
         self.begin()
@@ -539,9 +571,9 @@ class DeScore(nn.Module):
 
     @contextmanager
     def gathered(self):
-        """Within it a sharded model is whole on every rank and none waits for another: they may think as long as they
-        like. For work without gradients; entered and left by all ranks together. Costs a copy of the weights, in the
-        precision of the computation, for as long as it lasts."""
+        """Within it a sharded model is whole on every rank and none waits for another: they may think as long
+        as they like. For work without gradients; entered and left by all ranks together. Costs a copy of the
+        weights, in the precision of the computation, for as long as it lasts."""
         parts = [part for model in (self, *getattr(self, "reference", [])) for part in model.modules()
                  if isinstance(part, FSDPModule)]
         for part in parts:
@@ -555,14 +587,15 @@ class DeScore(nn.Module):
                 part.set_reshard_after_forward(not isinstance(part, DeScore), recurse=False)
 
     def idle(self, with_logps: bool) -> None:
-        """A forward and a backward that count for nothing: what a rank of a sharded model does that has run out of work
-        while others still have some, for layers are gathered by all ranks or by none."""
+        """A forward and a backward that count for nothing: what a rank of a sharded model does that has run
+        out of work while others still have some, for layers are gathered by all ranks or by none."""
         side, frames = self.processor.settings.patch_size * self.processor.settings.merge_size, 2
-        sample = self.processor.sample(torch.zeros(frames, 3, side, side, dtype=torch.uint8), [0.0] * frames, "")
+        black = torch.zeros(frames, 3, side, side, dtype=torch.uint8)
+        sample = self.processor.sample(black, [0.0] * frames, "")
         batch = self.processor.collate([sample]).to(self.device)
         if with_logps:  # the update works on features that are there already
-            nothing = torch.zeros(int((batch.input_ids == self.processor.special["<|video_pad|>"]).sum()), len(self.query),
-                                  dtype=self.dtype, device=self.device)
+            count = int((batch.input_ids == self.processor.special["<|video_pad|>"]).sum())
+            nothing = torch.zeros(count, len(self.query), dtype=self.dtype, device=self.device)
             levels = len(self.qwen.config.vision_config.deepstack_visual_indexes)
             batch = replace(batch, features=(nothing, [nothing] * levels))
             tokens = torch.full((1, 1, 1), self.processor.eos_id, device=self.device)
@@ -571,17 +604,18 @@ class DeScore(nn.Module):
             out = self.score(batch, [None]).sum()
         (0.0 * out).backward()
 
-    # -- from and to disk ---------------------------------------------------------------------------------------------
+    # -- from and to disk ------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, source: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-             video: dict | None = None, quant: str | None = None) -> "DeScore":
+    def load(cls, source: str | Path, dtype: torch.dtype | None = None,
+             device: torch.device | str | None = None, video: dict | None = None,
+             quant: str | None = None) -> "DeScore":
         """Load a saved DeScore, or a bare Qwen3-VL backbone with a fresh query and head.
 
-        source: a directory or a hub id; dtype: of the frozen weights, by default bfloat16 on a GPU and float32 on a CPU;
-        video: `VideoSettings` that differ from what was saved; quant: "4bit" keeps the language model's linear layers in
-        NF4 with double quantisation (QLoRA, arXiv 2305.14314), computing in dtype. Raises DataError saying what was
-        looked for and where."""
+        source: a directory or a hub id; dtype: of the frozen weights, by default bfloat16 on a GPU and
+        float32 on a CPU; video: `VideoSettings` that differ from what was saved; quant: "4bit" keeps the
+        language model's linear layers in NF4 with double quantisation (QLoRA, arXiv 2305.14314), computing in
+        dtype. Raises DataError saying what was looked for and where."""
         if (Path(source) / "model" / "descore.json").is_file():
             source = Path(source) / "model"  # a run's folder stands for the model that it ended with
         source, directory = str(source), Path(source)
@@ -594,35 +628,40 @@ class DeScore(nn.Module):
         try:
             settings = VideoSettings(**saved.get("video", {}) | (video or {}))
         except TypeError as error:
-            raise DataError(f"{directory / 'descore.json'}: video settings that make no sense ({error})") from error
+            raise DataError(f"{directory / 'descore.json'}: video settings that make no sense "
+                            f"({error})") from error
         backbone = saved.get("backbone", source)  # an adapter names its backbone; full weights are one
         if directory.is_dir() and not saved and not (directory / "config.json").is_file():
-            raise DataError(f"{source}: neither descore.json (a saved DeScore) nor config.json (a Qwen3-VL, or with "
-                            "rm_head.pth a release of DeScore) is in it")
+            raise DataError(f"{source}: neither descore.json (a saved DeScore) nor config.json (a Qwen3-VL, "
+                            "or with rm_head.pth a release of DeScore) is in it")
         if (directory / backbone).is_dir():
             backbone = os.path.normpath(directory / backbone)
         try:
             config = AutoConfig.from_pretrained(backbone)
             wrong = None if config.model_type == "qwen3_vl" else f"it is a {config.model_type}"
             if not wrong:
-                smaller = {} if quant is None else {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
+                nf4 = BitsAndBytesConfig(
                     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                    bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[r".*\.visual", "lm_head"])}
-                qwen = Qwen3VLForConditionalGeneration.from_pretrained(backbone, dtype=dtype, use_safetensors=True, **smaller)
+                    bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[r".*\.visual", "lm_head"])
+                smaller = {"quantization_config": nf4, "device_map": {"": device}} if quant else {}
+                qwen = Qwen3VLForConditionalGeneration.from_pretrained(
+                    backbone, dtype=dtype, use_safetensors=True, **smaller)
                 tokenizer = AutoTokenizer.from_pretrained(backbone)
         except (OSError, ValueError, SafetensorError) as error:
             wrong = str(error)
         if wrong:
             raise DataError(f"{backbone}: no Qwen3-VL can be loaded from this directory or hub id: {wrong}")
         vision = config.vision_config
-        settings = replace(settings, patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size,
+        settings = replace(settings, patch_size=vision.patch_size,
+                           temporal_patch_size=vision.temporal_patch_size,
                            merge_size=vision.spatial_merge_size)
         model = cls(qwen, Processor(tokenizer, settings, saved.get("instruction", INSTRUCTION)), backbone)
         model.dtype, model.quant = dtype, quant
-        model.info = {key: value for key, value in saved.items() if key not in ("backbone", "video", "instruction")}
+        model.info = {key: value for key, value in saved.items()
+                      if key not in ("backbone", "video", "instruction")}
         if (directory / "adapter_config.json").is_file():
             if not (directory / "adapter_model.safetensors").is_file():
-                raise DataError(f"{source}: adapter_config.json is there but adapter_model.safetensors is missing")
+                raise DataError(f"{source}: it has adapter_config.json but no adapter_model.safetensors")
             try:
                 model.backbone = PeftModel.from_pretrained(qwen, source)
             except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
@@ -635,8 +674,9 @@ class DeScore(nn.Module):
             own = model.state_dict()
             for name, tensor in weights.items():
                 if name not in own or own[name].shape != tensor.shape:
-                    raise DataError(f"{directory / 'descore.safetensors'}: {name} {tuple(tensor.shape)} does not fit {backbone}")
-            model.load_state_dict({name: tensor for name, tensor in weights.items()}, strict=False)
+                    raise DataError(f"{directory / 'descore.safetensors'}: {name} {tuple(tensor.shape)} does "
+                                    f"not fit {backbone}")
+            model.load_state_dict(weights, strict=False)
         elif "backbone" in saved:
             raise DataError(f"{source}: descore.safetensors (query vector and head) is missing")
         if (directory / "rm_head.pth").is_file():
@@ -644,34 +684,37 @@ class DeScore(nn.Module):
         model.requires_grad_(False)
         if quant:  # 4-bit weights are on the device and stay as they are
             for module in model.modules():
-                if hasattr(module, "support_avx512bf16_for_cpu"):  # packed for speed in eval mode, they give no gradients
+                if hasattr(module, "support_avx512bf16_for_cpu"):  # packed in eval mode, without gradients
                     module.support_avx512bf16_for_cpu = False
             model.query.data, model.head = model.query.data.to(device), model.head.to(device)
             return model.eval()
         return model.to(device).eval()
 
     def load_release(self, path: Path) -> None:
-        """Query and head of a checkpoint in the layout of DeScore's release: the row of the token <Reward> in the
-        embedding, and rm_head.pth, of which nothing but tensors is unpickled."""
+        """Query and head of a checkpoint in the layout of DeScore's release: the row of the token <Reward> in
+        the embedding, and rm_head.pth, of which nothing but tensors is unpickled."""
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             head = weights["rm_head.weight"] if "rm_head.weight" in weights else weights["weight"]
             self.head.weight.data.copy_(head.reshape(self.head.weight.shape))
         except Exception as error:  # whatever a hostile or broken file makes the unpickler raise
-            raise DataError(f"{path}: holds no head that can be read safely ({type(error).__name__}: {error})") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{path}: holds no head that can be read safely ({reason})") from error
         tokenizer, embedding = self.processor.tokenizer, self.qwen.get_input_embeddings().weight
         token = tokenizer.convert_tokens_to_ids("<Reward>")
         if token in (None, tokenizer.unk_token_id) or token >= len(embedding):
-            raise DataError(f"{path.parent}: rm_head.pth is there, but the tokenizer or the embedding has no <Reward>")
+            raise DataError(f"{path.parent}: rm_head.pth is there, but the tokenizer or the embedding has no "
+                            "<Reward>")
         self.query.data.copy_(embedding[token])
         self.info["scoring_layout"] = "release"
 
     def save(self, directory: str | Path, write: bool = True, **info) -> None:
-        """Write the model to a directory (README, "A saved model"), safetensors and JSON only. `info` goes into
-        descore.json. The directory is written beside its place and renamed into it: it is complete or absent. Of a
-        sharded model all ranks take part, and one is to `write`."""
-        weights = {name: whole(p) for name, p in self.qwen.state_dict().items()} if not isinstance(
-            self.backbone, PeftModel) else {}
+        """Write the model to a directory (README, "A saved model"), safetensors and JSON only. `info` goes
+        into descore.json. The directory is written beside its place and renamed into it: it is complete or
+        absent. Of a sharded model all ranks take part, and one is to `write`."""
+        weights = {}
+        if not isinstance(self.backbone, PeftModel):
+            weights = {name: whole(p) for name, p in self.qwen.state_dict().items()}
         if not write:
             return
         directory = Path(directory)
@@ -679,39 +722,47 @@ class DeScore(nn.Module):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         self.info |= info
-        record = self.info | {"video": asdict(self.processor.settings), "instruction": self.processor.instruction}
+        processor = self.processor
+        record = self.info | {"video": asdict(processor.settings), "instruction": processor.instruction}
         own = {"query": self.query, "head.weight": self.head.weight}
         if isinstance(self.backbone, PeftModel):
             local = os.path.isdir(self.source)
             record["backbone"] = os.path.relpath(self.source, directory.resolve()) if local else self.source
             own |= {name: p for name, p in self.trainable().items() if ".lora_" not in name}  # mergers, say
-            adapter = get_peft_model_state_dict(self.backbone, adapter_name="default", save_embedding_layers=False)
-            save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, beside / "adapter_model.safetensors")
+            adapter = get_peft_model_state_dict(self.backbone, adapter_name="default",
+                                                save_embedding_layers=False)
+            adapter = {name: tensor.contiguous() for name, tensor in adapter.items()}
+            save_file(adapter, beside / "adapter_model.safetensors")
             config = self.backbone.peft_config["default"]
             config.base_model_name_or_path = record["backbone"]
             config.save_pretrained(beside)
         else:
             self.qwen.save_pretrained(beside, state_dict=weights)
-        save_file({name: tensor.detach().contiguous() for name, tensor in own.items()}, beside / "descore.safetensors")
-        self.processor.tokenizer.save_pretrained(beside)
-        (beside / "descore.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        own = {name: tensor.detach().contiguous() for name, tensor in own.items()}
+        save_file(own, beside / "descore.safetensors")
+        processor.tokenizer.save_pretrained(beside)
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        (beside / "descore.json").write_text(text, encoding="utf-8")
         put_in_place(beside, directory)
 
-    # -- many videos --------------------------------------------------------------------------------------------------
+    # -- many videos -----------------------------------------------------------------------------------------
 
     def judge(self, keys: list[tuple[str, str]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-              max_tokens: int = MAX_TOKENS, done: Collection[tuple[str, str]] = (), samples: int = 1, think: bool = True,
-              without_cot: bool = False, workers: int = 0, numbers: list[int] | None = None) -> Iterator[dict]:
-        """Think about and score many (video, prompt) keys but those that are `done`. Keys of like length go together, the
-        longest first, as many as make max_tokens with the CoTs they may write. `numbers` says which keys these are among
-        all, where there are more: what is sampled for a video depends on its number alone.
+              max_tokens: int = MAX_TOKENS, done: Collection[tuple[str, str]] = (), samples: int = 1,
+              think: bool = True, without_cot: bool = False, workers: int = 0,
+              numbers: list[int] | None = None) -> Iterator[dict]:
+        """Think about and score many (video, prompt) keys but those that are `done`. Keys of like length go
+        together, the longest first, as many as make max_tokens with the CoTs they may write. `numbers` says
+        which keys these are among all, where there are more: what is sampled for a video depends on its
+        number alone.
 
-        Yields one dict a key: video, prompt, cot, truncated, reward; with more `samples` than one, reward is the mean
-        over so many CoTs, reward_std their spread, and cot the first. `without_cot` adds reward_no_cot; without `think`
-        that is all there is."""
+        Yields one dict a key: video, prompt, cot, truncated, reward; with more `samples` than one, reward is
+        the mean over so many CoTs, reward_std their spread, and cot the first. `without_cot` adds
+        reward_no_cot; without `think` that is all there is."""
         sizes = [length + samples * max_new_tokens * think for length in self.processor.lengths(keys)]
         groups = packed(list(zip(numbers or range(len(keys)), keys)), sizes, max_tokens)
-        groups = [group for group in groups if any(key not in done for _, key in group)]  # the company stays the same
+        # What is still to do keeps the company it would have had.
+        groups = [group for group in groups if any(key not in done for _, key in group)]
         release = self.info.get("scoring_layout") == "release"
         batches = self.processor.batches([[[key] for _, key in group] for group in groups], workers)
         for group, (batch, _, bad) in zip(groups, batches):
@@ -726,13 +777,15 @@ class DeScore(nn.Module):
                     thoughts = self.think(batch, samples, max_new_tokens, temperature, seeds=seeds,
                                           without_cot=without_cot and not release)
                     cut = self.truncated(thoughts)
-                    cots = [[self.processor.decode(thoughts.tokens[i, g][thoughts.mask[i, g]]) for g in range(samples)]
-                            for i in range(len(rows))]
+                    cots = [[self.processor.decode(thoughts.tokens[i, g][thoughts.mask[i, g]])
+                             for g in range(samples)] for i in range(len(rows))]
                     rewards = thoughts.rewards
                     if release:
-                        rewards = torch.stack([self.score_release(rows, batch, some) for some in zip(*cots)], 1)
+                        rewards = [self.score_release(rows, batch, some) for some in zip(*cots)]
+                        rewards = torch.stack(rewards, 1)
                     for i, record in enumerate(out):
-                        record |= {"cot": cots[i][0], "truncated": cut[i, 0].item(), "reward": rewards[i].mean().item()}
+                        record |= {"cot": cots[i][0], "truncated": cut[i, 0].item(),
+                                   "reward": rewards[i].mean().item()}
                         if samples > 1:
                             record["reward_std"] = rewards[i].std().item()
                 if without_cot or not think:
@@ -743,10 +796,13 @@ class DeScore(nn.Module):
                         record["reward_no_cot"] = reward.item()
             yield from (record for record, key in zip(out, rows) if key not in done)
 
-    def score_release(self, keys: list[tuple[str, str]], batch: Batch, cots: list[str | None]) -> torch.Tensor:
-        """Score as DeScore's release does: the CoT is read again, inside the user's turn, and [Reward] follows it there.
-        For models that were trained so; costs a second pass. `batch` holds the same videos, encoded."""
-        samples = [self.processor.outline(video, prompt, cot or "") for (video, prompt), cot in zip(keys, cots)]
+    def score_release(self, keys: list[tuple[str, str]], batch: Batch,
+                      cots: list[str | None]) -> torch.Tensor:
+        """Score as DeScore's release does: the CoT is read again, inside the user's turn, and [Reward]
+        follows it there. For models that were trained so; costs a second pass. `batch` holds the same videos,
+        encoded."""
+        samples = [self.processor.outline(video, prompt, cot or "")
+                   for (video, prompt), cot in zip(keys, cots)]
         again = replace(self.processor.collate(samples).to(self.device), features=batch.features)
         return self.score(again, [None] * len(keys))
 

@@ -1,7 +1,8 @@
 """What a run needs around the method: processes, optimiser step, folder, checkpoints, command line.
 
-Nothing here knows what is trained. A run can be killed at any moment and goes on, bit for bit on a CPU, as if it had not
-been: the data's order and every random number are functions of (seed, step), and all else is in the checkpoint.
+Nothing here knows what is trained. A run can be killed at any moment and goes on, bit for bit on a CPU, as if
+it had not been: the data's order and every random number are functions of (seed, step), and all else is in
+the checkpoint.
 """
 
 import errno
@@ -26,7 +27,7 @@ from transformers import HfArgumentParser
 from data import DataError, Skipped
 from model import DeScore, put_in_place, read_json, remove
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Many processes
 
 
@@ -43,12 +44,13 @@ class Ranks:
             return Ranks()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # torchrun keeps one store over its restarts. Under a name of each restart's own, no rank finds the address of one
-        # that died. (Only hosts that all count alike can agree on such a name.)
+        # torchrun keeps one store over its restarts. Under a name of each restart's own, no rank finds the
+        # address of one that died. (Only hosts that all count alike can agree on such a name.)
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
+                                world_size=world)
         return Ranks(dist.get_rank(), dist.get_world_size())
 
     def stop(self) -> None:
@@ -93,7 +95,7 @@ class Ranks:
         return max(self.gather([number]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A run: its folder, its checkpoints, its end
 
 
@@ -105,8 +107,8 @@ FREE = ("out", "resume", "save_every", "keep", "workers", "max_skipped")
 class Run:
     """A run's folder: the log, the checkpoints, and a lock that keeps a second run out.
 
-    `args` holds out, resume, save_every and keep. A checkpoint is a directory checkpoints/step-N with state.json and
-    rank-R.safetensors (what trains, and the optimiser's state; of a sharded model each rank's part)."""
+    `args` holds out, resume, save_every and keep. A checkpoint is a directory checkpoints/step-N with
+    state.json and rank-R.safetensors: what trains and the optimiser's state, or a rank's shards of both."""
 
     def __init__(self, args, ranks: Ranks):
         self.args, self.ranks, self.out = args, ranks, Path(args.out)
@@ -118,10 +120,11 @@ class Run:
             try:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 self.lock = (self.out / "lock").open("w")
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system when this process dies
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when this dies
             except OSError as error:
                 busy = error.errno in (errno.EACCES, errno.EAGAIN) and (self.out / "lock").is_file()
-                raise DataError(f"{self.out}: another run is at work here" if busy else f"{self.out}: {error}") from error
+                reason = "another run is at work here" if busy else error
+                raise DataError(f"{self.out}: {reason}") from error
             for left in [*self.checkpoints.glob("*.partial"), *self.checkpoints.glob("*.removed")]:
                 shutil.rmtree(left)
         ranks.sum([0.0])  # the others wait
@@ -132,18 +135,17 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
     def begin(self, model: DeScore, optimizer: torch.optim.Optimizer, skipped: Skipped) -> int:
-        """Take up the newest complete checkpoint, if there is one. Returns the step that it was made after, else 0."""
+        """Take up the newest complete checkpoint, if any. Returns the step it was made after, else 0."""
         self.model, self.optimizer, self.skipped = model, optimizer, skipped
         self.parameters = model.trainable()
         self.optimized = [p for group in optimizer.param_groups for p in group["params"]]
         self.space()
         state = None
         if self.args.resume:
-            found = sorted(self.checkpoints.glob("step-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-            for path in found:
+            for path in self.found()[::-1]:
                 try:
                     state = self.load(path)
-                except (DataError, OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
                     if isinstance(error, Different):
                         raise
                     print(f"warning: {path}: passed over, it is broken ({error})", file=sys.stderr)
@@ -161,12 +163,17 @@ class Run:
             skipped.restore(state["skipped"])
         return state["step"] if state else 0
 
+    def found(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        return sorted(self.checkpoints.glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+
     def space(self) -> None:
-        """Raises DataError if the disk cannot hold the checkpoints: what trains and two moments, `keep` + 1 times."""
+        """Raises DataError if the disk cannot hold `keep` + 1 checkpoints: weights and their two moments."""
         size = 3 * sum(p.numel() * p.element_size() for p in self.parameters.values()) * (self.args.keep + 1)
         free = shutil.disk_usage(self.out).free if self.ranks.first else size
         if free < size:
-            raise DataError(f"{self.out}: {free / 1e9:.1f} GB are free, the checkpoints need about {size / 1e9:.1f} GB")
+            raise DataError(f"{self.out}: {free / 1e9:.1f} GB are free, the checkpoints need about "
+                            f"{size / 1e9:.1f} GB")
 
     def log(self, record: dict) -> None:
         """Add a record to metrics.jsonl; what is not finite becomes null."""
@@ -177,9 +184,10 @@ class Run:
             self.metrics.flush()
 
     def descend(self, max_norm: float) -> float:
-        """One optimiser step on the gradients of all ranks together, clipped to a norm. The losses divide by counts over
-        all ranks, so that the sum of the ranks' gradients is the gradient of the global batch. Returns the norm before
-        clipping. A step whose gradient is not finite is left out; DataError after `PATIENCE` such in a row."""
+        """One optimiser step on the gradients of all ranks together, clipped to a norm. The losses divide by
+        counts over all ranks, so that the sum of the ranks' gradients is the gradient of the global batch.
+        Returns the norm before clipping. A step whose gradient is not finite is left out; DataError after
+        `PATIENCE` such in a row."""
         used = self.ranks.sum([float(p.grad is not None) for p in self.optimized])
         parameters = [p for p, by in zip(self.optimized, used) if by]
         for parameter in parameters:
@@ -204,17 +212,18 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.left_out = 0 if math.isfinite(norm) else self.left_out + 1
         if self.left_out >= PATIENCE:
-            raise DataError(f"{self.out}: the gradients of {PATIENCE} steps in a row were not finite; the last checkpoint "
-                            "is from before them. A smaller --lr may help")
+            raise DataError(f"{self.out}: the gradients of {PATIENCE} steps in a row were not finite; the "
+                            "last checkpoint is from before them. A smaller --lr may help")
         return norm
 
     def step_done(self, step: int, last: int) -> bool:
-        """To be called after each step: saves a checkpoint when one is due. True if the run is to stop here."""
+        """To be called after each step: saves a checkpoint when one is due. True if the run is to stop."""
         (stop,) = self.ranks.sum([float(self.stop_asked)])
         if stop or step == last or (self.args.save_every and step % self.args.save_every == 0):
             self.save(step)
         if stop and self.ranks.first:
-            print(f"{self.out}: stopped after step {step} of {last}; the same command goes on from here", flush=True)
+            print(f"{self.out}: stopped after step {step} of {last}; the same command goes on from here",
+                  flush=True)
         return bool(stop)
 
     def save(self, step: int) -> None:
@@ -225,10 +234,11 @@ class Run:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir()
         self.ranks.sum([0.0])
-        optimizer = {i: self.optimizer.state[p] for i, p in enumerate(self.optimized) if p in self.optimizer.state}
+        optimizer = {i: self.optimizer.state[p] for i, p in enumerate(self.optimized)
+                     if p in self.optimizer.state}
         tensors = {f"weight/{name}": p for name, p in self.parameters.items()}
-        tensors |= {f"optimizer/{i}/{key}": value for i, state in optimizer.items() for key, value in state.items()
-                    if isinstance(value, torch.Tensor)}
+        tensors |= {f"optimizer/{i}/{key}": value for i, state in optimizer.items()
+                    for key, value in state.items() if isinstance(value, torch.Tensor)}
         numbers = {f"{i}/{key}": value for i, state in optimizer.items() for key, value in state.items()
                    if isinstance(value, (int, float))}
         sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
@@ -239,32 +249,34 @@ class Run:
                           beside / f"rank-{self.ranks.rank}.safetensors")
             self.ranks.sum([0.0])
             if self.ranks.first:
-                state = {"step": step, "ranks": self.ranks.world if sharded else None, "args": asdict(self.args),
-                         "metrics_bytes": self.metrics.tell(), "skipped": self.skipped.records, "optimizer": numbers}
+                state = {"step": step, "ranks": self.ranks.world if sharded else None,
+                         "args": asdict(self.args), "metrics_bytes": self.metrics.tell(),
+                         "skipped": self.skipped.records, "optimizer": numbers}
                 (beside / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
                 put_in_place(beside, place)
-                found = sorted(self.checkpoints.glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-                for old in found[: -max(self.args.keep, 1)]:
+                for old in self.found()[: -max(self.args.keep, 1)]:
                     remove(old)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(beside, ignore_errors=True)
-            raise DataError(f"{place}: could not be written ({error}); earlier checkpoints are as they were") from error
+            raise DataError(f"{place}: could not be written ({error}); earlier checkpoints are as they "
+                            "were") from error
 
     def load(self, path: Path) -> dict:
         """Put a checkpoint's weights and optimiser state in place."""
         state = read_json(path / "state.json")
         args = asdict(self.args)
-        differences = [f"--{key.replace('_', '-')} was {value}, is {args.get(key)}" for key, value in state["args"].items()
-                       if key not in FREE and args.get(key) != value]
+        differences = [f"--{key.replace('_', '-')} was {value}, is {args.get(key)}"
+                       for key, value in state["args"].items() if key not in FREE and args.get(key) != value]
         if state["ranks"] not in (None, self.ranks.world):
             differences.append(f"sharded over {state['ranks']} processes, now there are {self.ranks.world}")
         if differences:
-            raise Different(f"{path}: made with other settings ({'; '.join(differences)}). Give another --out, or "
-                            "--resume false to start anew")
+            raise Different(f"{path}: made with other settings ({'; '.join(differences)}). Give another "
+                            "--out, or --resume false to start anew")
         tensors = load_file(path / f"rank-{self.ranks.rank if state['ranks'] else 0}.safetensors")
-        weights = {name: tensors[f"weight/{name}"] for name in self.parameters}  # all are there before any is used
+        weights = {name: tensors[f"weight/{name}"] for name in self.parameters}  # all there, or none used
         optimizer = {}
-        for name, value in [*tensors.items(), *((f"optimizer/{name}", number) for name, number in state["optimizer"].items())]:
+        numbers = {f"optimizer/{name}": number for name, number in state["optimizer"].items()}
+        for name, value in [*tensors.items(), *numbers.items()]:
             if name.startswith("optimizer/"):
                 _, i, key = name.split("/")
                 like = self.optimized[int(i)]
@@ -275,7 +287,8 @@ class Run:
         for name, parameter in self.parameters.items():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             local.data.copy_(weights[name])
-        self.optimizer.load_state_dict({"state": optimizer, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
         return state
 
 
@@ -284,8 +297,8 @@ class Different(DataError):
 
 
 def make_optimizer(kind: str, groups: list[dict], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW over groups of parameters: "adamw", or "adamw8bit" whose moments take a quarter of the memory (arXiv
-    2110.02861)."""
+    """AdamW over groups of parameters: "adamw", or "adamw8bit" whose moments take a quarter of the memory
+    (arXiv 2110.02861)."""
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
     if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
@@ -295,13 +308,13 @@ def make_optimizer(kind: str, groups: list[dict], lr: float, weight_decay: float
     return bitsandbytes.optim.AdamW8bit(groups, lr=lr, weight_decay=weight_decay)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line, and the embedded default
 
 
 def parse_args(Args: type, preset: str, ranks: Ranks):
-    """Read the command line into a stage's Args. With no --train, what is not given comes from the embedded default's
-    preset, and its clips are rendered and annotated on first use."""
+    """Read the command line into a stage's Args. With no --train, what is not given comes from the embedded
+    default's preset, and its clips are rendered and annotated on first use."""
     parser, root = HfArgumentParser(Args), Path(__file__).resolve().parent
     (args,) = parser.parse_args_into_dataclasses()
     if args.train is None:

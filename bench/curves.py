@@ -13,12 +13,12 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-PANELS = (("reward", "reward R"), ("reward_quality", "sub-scores matched R_q"), ("bt_loss", "auxiliary BT loss"),
-          ("entropy", "entropy a token"))
+PANELS = (("reward", "reward R"), ("reward_quality", "sub-scores matched R_q"),
+          ("bt_loss", "auxiliary BT loss"), ("entropy", "entropy a token"))
 
 
 def read(run: Path) -> list[dict]:
-    """A run's log; before it, as step 0, the last evaluation of the stage 1 beside it that it started from."""
+    """A run's log; before it, as step 0, the last evaluation of the stage 1 that it started from."""
     def lines(folder: Path) -> list[dict]:
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -46,8 +46,8 @@ def main() -> None:
                     for record in records:
                         if f"test_{split}/quality" in record:
                             points.setdefault(record["step"], []).append(record[f"test_{split}/quality"])
-                axis.plot(list(points), [np.mean(values) for values in points.values()], "o-", color=colour, markersize=4,
-                          label=f"held out, {split} ")
+                axis.plot(list(points), [np.mean(values) for values in points.values()], "o-", color=colour,
+                          markersize=4, label=f"held out, {split} ")
             axis.legend(fontsize=7)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)

@@ -1,12 +1,12 @@
-"""One CUDA GPU at the 8B shape, with random weights and real token counts: rollouts, update, memory, utilisation.
+"""One CUDA GPU at the 8B shape, random weights, real token counts: rollouts, update, memory, utilisation.
 
-    python bench/gpu.py                                              # 8B, prompts of 5,000 tokens, 8 CoTs of 512
-    python bench/gpu.py --size 20m --device cpu --video-tokens 300 --cot-tokens 16    # to try the script
+    python bench/gpu.py                                     # 8B, prompts of 5,000 tokens, 8 CoTs of 512
+    python bench/gpu.py --size 20m --device cpu --video-tokens 300 --cot-tokens 16   # to try the script
 
-Utilisation (MFU) counts 2 floating-point operations a parameter of the language model and token read, attention's
-4 · layers · heads · head size a pair of tokens that see each other, and as much again for the backward (LoRA: frozen
-weights get no gradient of their own); what checkpointing computes twice counts once. Over the GPU's dense bf16 peak
-(`--peak`, in TFLOP/s).
+Utilisation (MFU) counts 2 floating-point operations a parameter of the language model and token read,
+attention's 4 · layers · heads · head size a pair of tokens that see each other, and as much again for the
+backward (LoRA: frozen weights get no gradient of their own); what checkpointing computes twice counts once.
+Over the GPU's dense bf16 peak (`--peak`, in TFLOP/s).
 """
 
 import argparse
@@ -39,16 +39,18 @@ def clock(work, device: str, repeats: int) -> float:
 
 
 def quantise(model) -> None:
-    """Put the language model's linear layers in NF4, as DeScore.load(quant="4bit") does with weights on disk."""
+    """Put the language model's linear layers in NF4, as DeScore.load(quant="4bit") does."""
     import bitsandbytes
 
     weights = {name: p.data for name, p in model.qwen.named_parameters()}
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                 bnb_4bit_compute_dtype=model.dtype)
-    replace_with_bnb_linear(model.qwen, modules_to_not_convert=[r".*\.visual", "lm_head"], quantization_config=config)
+    replace_with_bnb_linear(model.qwen, modules_to_not_convert=[r".*\.visual", "lm_head"],
+                            quantization_config=config)
     for name, module in model.qwen.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.weight = bitsandbytes.nn.Params4bit(weights.pop(f"{name}.weight").cpu(), requires_grad=False,
+            module.weight = bitsandbytes.nn.Params4bit(weights.pop(f"{name}.weight").cpu(),
+                                                       requires_grad=False,
                                                        quant_type="nf4", compress_statistics=True)
             module.to(model.query.device)
             module.support_avx512bf16_for_cpu = False
@@ -77,15 +79,17 @@ def measure(quant: bool, args) -> None:
     for model.attention in ("sdpa", "flex") if cuda else ("sdpa",):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = clock(lambda: speed.update(model, batch, tokens, mask, old, advantages), args.device, args.repeats)
+        seconds = clock(lambda: speed.update(model, batch, tokens, mask, old, advantages), args.device,
+                        args.repeats)
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if cuda else "–"
         length = P + G * (C + 1)
         pairs = P * P / 2 + G * (P * C + C * C / 2)  # of tokens that see each other
         flop = 2 * linear * length + 2 * G * C * text.vocab_size * text.hidden_size
         flop += 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs
-        flop *= 2  # a backward through activations costs as much as a forward; the recomputed one does not count
+        flop *= 2  # a backward through activations costs as much as a forward; recomputing does not count
         mfu = f"{flop / seconds / args.peak / 1e12:.1%}" if cuda else "–"
-        print(f"| {'4-bit' if quant else str(model.dtype).removeprefix('torch.')} + LoRA 64 | {model.attention} | {P} "
+        weights = "4-bit" if quant else str(model.dtype).removeprefix("torch.")
+        print(f"| {weights} + LoRA 64 | {model.attention} | {P} "
               f"| {G * C / thought:.0f} | {thought:.2f} | {seconds:.2f} | {mfu} | {peak} |", flush=True)
 
 
@@ -97,10 +101,12 @@ def main() -> None:
     parser.add_argument("--cot-tokens", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--peak", type=float, default=989.0, help="dense bf16 TFLOP/s; 989 is an H100's or H200's (SXM)")
+    parser.add_argument("--peak", type=float, default=989.0,
+                        help="dense bf16 TFLOP/s; 989 is an H100's or H200's (SXM)")
     args = parser.parse_args()
     print(torch.cuda.get_device_name() if args.device == "cuda" else "CPU: to try the script, not to measure")
-    print("| weights | attention | prompt | rollout tokens/s | rollouts, s | update, s | update MFU | peak GB |")
+    print("| weights | attention | prompt | rollout tokens/s | rollouts, s | update, s | update MFU "
+          "| peak GB |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for quant in (False, True):
         measure(quant, args)

@@ -1,8 +1,9 @@
-"""Kill a run at random moments, let it go on, and compare with one that was never killed: weights and log, bit for bit.
+"""Kill a run at random moments, let it go on, compare it bit for bit with one that was never killed.
 
     python bench/kill.py --stage rl --kills 20
 
-Kills come after a random time, so they fall into rollouts, updates, evaluations and the saving of checkpoints alike.
+Kills come after a random time, so they fall into rollouts, updates, evaluations and saving alike. Compared
+are all weights and the log.
 """
 
 import argparse
@@ -22,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(stage: str, data: Path, out: Path) -> list[str]:
-    shared = ["--model", "toy/backbone", "--out", out, "--test", data / "test_id.jsonl", "--save-every", 1, "--lora-rank", 8,
-              "--min-pixels", 4096, "--max-pixels", 4096, "--max-new-tokens", 40, "--lr", 1e-3, "--workers", 1]
+    shared = ["--model", "toy/backbone", "--out", out, "--test", data / "test_id.jsonl", "--save-every", 1,
+              "--lora-rank", 8, "--min-pixels", 4096, "--max-pixels", 4096, "--max-new-tokens", 40,
+              "--lr", 1e-3, "--workers", 1]
     own = {"coldstart": ["--train", data / "cots.jsonl", "--epochs", 2, "--batch-size", 4],
            "rl": ["--train", data / "train.jsonl", "--steps", 8, "--batch-size", 2, "--group-size", 4]}[stage]
     return [sys.executable, *map(str, [f"{stage}.py", *shared, *own])]
@@ -33,7 +35,8 @@ def outcome(out: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """A run's log without the times, and its weights."""
     log = [{key: value for key, value in json.loads(line).items() if not key.startswith("seconds")}
            for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return log, {name: tensor for path in (out / "model").glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return log, {name: tensor for path in (out / "model").glob("*.safetensors")
+                 for name, tensor in load_file(path).items()}
 
 
 def main() -> None:
@@ -45,7 +48,8 @@ def main() -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
-        subprocess.run([sys.executable, "toy/world.py", data, "--pairs", "16", "--test-pairs", "2"], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "toy/world.py", data, "--pairs", "16", "--test-pairs", "2"], cwd=ROOT,
+                       check=True)
         cot = "<think>seen</think><answer>{}</answer>"
         (data / "cots.jsonl").write_text("".join(
             json.dumps(json.loads(line) | {"cot_a": cot, "cot_b": cot}) + "\n"
@@ -57,12 +61,12 @@ def main() -> None:
         kills = starts = 0
         while kills < args.kills:
             starts += 1
-            process = subprocess.Popen(command(args.stage, data, data / "killed"), cwd=ROOT, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(command(args.stage, data, data / "killed"), cwd=ROOT,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try:
                 process.wait(rng.uniform(0, seconds))
                 assert process.returncode == 0, "it failed by itself"
-                (data / "killed").rename(data / f"done-{starts}")  # it got through: compare, and begin another
+                (data / "killed").rename(data / f"done-{starts}")  # it got through: begin another
                 compare(data / "whole", data / f"done-{starts}")
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
@@ -78,7 +82,8 @@ def main() -> None:
 def compare(one: Path, other: Path) -> None:
     (log, weights), (other_log, other_weights) = outcome(one), outcome(other)
     assert log == other_log, "the logs differ"
-    assert weights.keys() == other_weights.keys() and all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    assert weights.keys() == other_weights.keys(), "the weights have other names"
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights), "the weights differ"
 
 
 if __name__ == "__main__":

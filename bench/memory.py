@@ -4,12 +4,13 @@
 
 Counted, in bytes, for each GPU:
 
-    weights        2 a frozen one (bf16), 0.516 in 4 bits (NF4: 4 bits, and 8 + 32/256 bits a block of 64), 4 one that trains
+    weights        2 a frozen one (bf16), 0.516 in 4 bits (NF4: 4 bits, and 8 + 32/256 bits a block of 64),
+                   4 one that trains
     training       4 for the gradient and 8 for AdamW's moments (2 with adamw8bit)
     reference      2 a weight for a copy of the policy (stage 2, full fine-tuning)
     gathered       2 a weight where a sharded model is whole for thinking
-    activations    of a group's row, with gradient checkpointing: the input of each layer, one layer recomputed, and
-                   logits of one chunk and their gradient in float32
+    activations    of a group's row, with gradient checkpointing: the input of each layer, one layer
+                   recomputed, and logits of one chunk and their gradient in float32
     cache          keys and values of a prompt and its rollouts
 
 What is not counted: CUDA's own (about 1 GB), the allocator's gaps, the batch's pixels.
@@ -50,9 +51,9 @@ class Shape:
         return self.layers * rank * sums
 
 
-def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus: int, stage: int, eight_bit: bool,
-                rank: int = 64) -> dict[str, float]:
-    """GB by what takes them, on each GPU, with one video's group (stage 2) or one pair (stage 1) a forward."""
+def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus: int, stage: int,
+                eight_bit: bool, rank: int = 64) -> dict[str, float]:
+    """GB a GPU by what takes them, with one video's group (stage 2) or one pair (stage 1) a forward."""
     total = shape.linear + shape.embeddings + shape.vision
     moments = 2 if eight_bit else 8
     parts = {}
@@ -70,7 +71,8 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
         parts["training"] = (4 + moments) * trains
     rows, length = (1, prompt + group * cot) if stage == 2 else (2, prompt + cot)
     tokens = rows * length
-    layer = tokens * 2 * (6 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_size + 4 * shape.mlp)
+    layer = tokens * 2 * (6 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_size
+                          + 4 * shape.mlp)
     mask = length * length if stage == 2 else 0  # a dense boolean one, the price of not using flex attention
     parts["activations"] = shape.layers * tokens * shape.hidden * 2 + 3 * layer + mask
     if stage == 2:
@@ -91,18 +93,21 @@ def main() -> None:
     parser.add_argument("--cot", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=8)
     args = parser.parse_args()
-    print(f"Qwen3-VL-8B, prompts of {args.prompt} tokens, CoTs of {args.cot}, groups of {args.group_size}; GB a GPU, "
-          "computed\n")
+    print(f"Qwen3-VL-8B, prompts of {args.prompt} tokens, CoTs of {args.cot}, groups of {args.group_size}; "
+          "GB a GPU, computed\n")
     print("| | weights | training | stage 1, in all | stage 2, in all | smallest card: stage 1 | stage 2 |")
     print("| --- | ---: | ---: | ---: | ---: | --- | --- |")
-    rows = [("4-bit, LoRA 64, adamw8bit, 1 GPU", "4bit", 1, True), ("4-bit, LoRA 64, 1 GPU", "4bit", 1, False),
-            ("LoRA 64, 1 GPU", "lora", 1, False), ("full, 8 GPUs", "full", 8, False), ("full, 16 GPUs", "full", 16, False)]
+    rows = [("4-bit, LoRA 64, adamw8bit, 1 GPU", "4bit", 1, True),
+            ("4-bit, LoRA 64, 1 GPU", "4bit", 1, False),
+            ("LoRA 64, 1 GPU", "lora", 1, False), ("full, 8 GPUs", "full", 8, False),
+            ("full, 16 GPUs", "full", 16, False)]
     for name, mode, gpus, eight_bit in rows:
         one, two = (step_memory(Shape(), args.prompt, args.cot, args.group_size, mode, gpus, stage, eight_bit)
                     for stage in (1, 2))
-        cards = [next((f"{card} GB" for card in (24, 48, 80) if peak(parts) * 1.1 + 1 < card), "none") for parts in (one, two)]
-        print(f"| {name} | {two['weights']:.1f} | {two['training']:.1f} | {peak(one):.1f} | {peak(two):.1f} | {cards[0]} "
-              f"| {cards[1]} |")
+        cards = [next((f"{card} GB" for card in (24, 48, 80) if peak(parts) * 1.1 + 1 < card), "none")
+                 for parts in (one, two)]
+        print(f"| {name} | {two['weights']:.1f} | {two['training']:.1f} | {peak(one):.1f} | {peak(two):.1f} "
+              f"| {cards[0]} | {cards[1]} |")
     print("\nA card counts as large enough with 10 % and 1 GB to spare. Computed from shapes, not measured.")
 
 

@@ -2,7 +2,7 @@
 
     sudo python bench/nodes.py       # needs root, for `ip netns`
 
-Trains stage 1 for a few steps on one process and on two hosts of one process each, and prints both losses a step.
+Trains stage 1 for a few steps on one process and on two hosts of one process each; prints both losses.
 """
 
 import json
@@ -23,16 +23,18 @@ def ip(*arguments: str, check: bool = True) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
-        subprocess.run([sys.executable, "toy/world.py", data, "--pairs", "14", "--test-pairs", "1"], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "toy/world.py", data, "--pairs", "14", "--test-pairs", "1"], cwd=ROOT,
+                       check=True)
         cot = "<think>seen</think><answer>{}</answer>"
         (data / "cots.jsonl").write_text("".join(
             json.dumps(json.loads(line) | {"cot_a": cot, "cot_b": cot}) + "\n"
             for line in (data / "train.jsonl").read_text().splitlines()))
 
         def stage(out: str) -> list[str]:
-            return ["coldstart.py", "--model", "toy/backbone", "--train", str(data / "cots.jsonl"), "--out", str(data / out),
-                    "--lora-rank", "8", "--epochs", "2", "--batch-size", "5", "--min-pixels", "4096", "--max-pixels", "4096",
-                    "--lr", "1e-3", "--workers", "0"]
+            return ["coldstart.py", "--model", "toy/backbone", "--train", str(data / "cots.jsonl"), "--out",
+                    str(data / out),
+                    "--lora-rank", "8", "--epochs", "2", "--batch-size", "5", "--min-pixels", "4096",
+                    "--max-pixels", "4096", "--lr", "1e-3", "--workers", "0"]
 
         quiet = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
         subprocess.run([sys.executable, *stage("one")], check=True, **quiet)
@@ -47,8 +49,8 @@ def main() -> None:
             hosts = [subprocess.Popen(
                 ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={wire}", sys.executable, "-m",
                  "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
-                 "--rdzv_endpoint", f"{HOSTS['descore-a']}:29511", "--rdzv_conf", f"is_host={name == 'descore-a'}",
-                 "--local_addr", address, *stage("two")], **quiet)
+                 "--rdzv_endpoint", f"{HOSTS['descore-a']}:29511", "--rdzv_conf",
+                 f"is_host={name == 'descore-a'}", "--local_addr", address, *stage("two")], **quiet)
                 for (name, address), wire in zip(HOSTS.items(), ("descore-va", "descore-vb"))]
             codes = [host.wait(600) for host in hosts]
         finally:
@@ -61,7 +63,8 @@ def main() -> None:
         print("| step | loss, one process | loss, two hosts | difference |\n| ---: | ---: | ---: | ---: |")
         for a, b in zip(one, two):
             if "loss" in a:
-                print(f"| {a['step']} | {a['loss']:.6f} | {b['loss']:.6f} | {abs(a['loss'] - b['loss']):.1e} |")
+                difference = abs(a["loss"] - b["loss"])
+                print(f"| {a['step']} | {a['loss']:.6f} | {b['loss']:.6f} | {difference:.1e} |")
 
 
 if __name__ == "__main__":

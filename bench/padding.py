@@ -1,11 +1,12 @@
-"""How much of what is computed is padding: rows of a batch as the file has them, and by length (data.packed, data.alike).
+"""How much of what is computed is padding: rows as the file has them, and by length (data.packed, alike).
 
-    python bench/padding.py                      # lengths drawn as in real use
-    python bench/padding.py runs/toy/train_cots.jsonl    # of the embedded default, for each stage as it runs there
+    python bench/padding.py                             # lengths drawn as in real use
+    python bench/padding.py runs/toy/train_cots.jsonl   # of the embedded default, as its stages run
 
-The drawn pairs: clips of 2 to 10 seconds in the usual shapes, 2 frames a second and 448 x 448 pixels a frame at most,
-prompts of 20 to 150 words, CoTs of 150 to 900 tokens; the two clips of half of the pairs come from one generator and are
-of one length. Both ways keep the same budget of tokens and the two clips of a pair together.
+The drawn pairs: clips of 2 to 10 seconds in the usual shapes, 2 frames a second and 448 x 448 pixels a frame
+at most, prompts of 20 to 150 words, CoTs of 150 to 900 tokens; the two clips of half of the pairs come from
+one generator and are of one length. Both ways keep the same budget of tokens and the two clips of a pair
+together.
 """
 
 import argparse
@@ -42,7 +43,8 @@ def drawn(pairs: int) -> list[list[tuple[int, int]]]:
 
 def read(path: Path) -> list[list[tuple[int, int]]]:
     processor = Processor(AutoTokenizer.from_pretrained(ROOT / "toy/backbone"),
-                          VideoSettings(min_pixels=4096, max_pixels=4096, patch_size=8), "<video><prompt>" + " x" * 20)
+                          VideoSettings(min_pixels=4096, max_pixels=4096, patch_size=8),
+                          "<video><prompt>" + " x" * 20)
     return [[(length, len(processor.encode(cot))) for length, cot in zip(processor.lengths(pair.videos()),
                                                                          (pair.cot_a, pair.cot_b))]
             for pair in read_pairs(path)]
@@ -61,7 +63,8 @@ def padding(units: list[list[int]], budget: int, by_length: bool) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("pairs", type=Path, nargs="?", help="a pair file with CoTs, on the embedded default's settings")
+    parser.add_argument("pairs", type=Path, nargs="?",
+                        help="a pair file with CoTs, on the embedded default's settings")
     args = parser.parse_args()
     toy = args.pairs is not None
     pairs = read(args.pairs) if toy else drawn(2048)
@@ -77,7 +80,8 @@ def main() -> None:
                                       ("stage 2, the prompts", prompts, 8 if toy else 64, 4 * budget),
                                       ("evaluation, the prompts", clips, len(clips), 65_536)):
         shares = [units[start : start + size] for start in range(0, len(units) - size + 1, size)]
-        figures = [np.mean([padding(share, tokens, by_length) for share in shares]) for by_length in (False, True)]
+        figures = [np.mean([padding(share, tokens, by_length) for share in shares])
+                   for by_length in (False, True)]
         print(f"| {what} | {size} {'clips' if units is clips else 'pairs'} within {tokens:,} tokens | "
               + " | ".join(f"{figure:.1%}" for figure in figures) + " |")
 

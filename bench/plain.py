@@ -1,6 +1,6 @@
-"""The same work done the plain way, to compare with: one row a rollout, the video encoded in each, logits everywhere.
+"""The same work done the plain way: one row a rollout, the video encoded in each, logits everywhere.
 
-Written against transformers' own forward and generate. speed.py checks that these give the numbers of model.py.
+Written against transformers' own forward and generate. speed.py checks that these give model.py's numbers.
 """
 
 import torch
@@ -27,15 +27,17 @@ def inputs(model: DeScore, batch: Batch, rows: list[int]) -> dict:
 def generate(model: DeScore, batch: Batch, rows: list[int], tokens: int, sequences: int = 1) -> torch.Tensor:
     """transformers' generate, sampling exactly `tokens` tokens. Returns them (rows · sequences, tokens)."""
     given = inputs(model, batch, rows)
-    out = model.qwen.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, temperature=1.0,
-                              top_p=1.0, top_k=0, num_return_sequences=sequences, pad_token_id=model.processor.eos_id,
-                              eos_token_id=model.processor.eos_id)
+    out = model.qwen.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True,
+                              temperature=1.0,
+                              top_p=1.0, top_k=0, num_return_sequences=sequences,
+                              pad_token_id=model.processor.eos_id, eos_token_id=model.processor.eos_id)
     return out[:, given["input_ids"].shape[1]:]
 
 
-def whole_rows(model: DeScore, batch: Batch, tokens: torch.Tensor, with_reward: bool) -> tuple[torch.Tensor, ...]:
-    """One row a rollout, [prompt, CoT] or [prompt, CoT, [Reward]], the video encoded in each. tokens (B, G, C), none of
-    them an end. Returns the last hidden states and where the CoT begins; rows (B · G)."""
+def whole_rows(model: DeScore, batch: Batch, tokens: torch.Tensor,
+               with_reward: bool) -> tuple[torch.Tensor, ...]:
+    """One row a rollout, [prompt, CoT] or [prompt, CoT, [Reward]], the video encoded in each. tokens (B, G,
+    C), none of them an end. Returns the last hidden states and where the CoT begins; rows (B · G)."""
     B, G, C = tokens.shape
     rows = torch.arange(B).repeat_interleave(G).tolist()
     given, qwen = inputs(model, batch, rows), model.qwen
@@ -46,11 +48,13 @@ def whole_rows(model: DeScore, batch: Batch, tokens: torch.Tensor, with_reward: 
     embeds = embeds.masked_scatter(is_video[..., None], tower.pooler_output)
     start = batch.position_ids.amax((0, 2))[rows, None].to(model.device) + 1
     positions = (start + torch.arange(C + 1, device=model.device)).expand(3, -1, -1)
-    positions = torch.cat([batch.position_ids[:, rows].to(model.device), positions[..., : C + with_reward]], 2)
+    positions = positions[..., : C + with_reward]
+    positions = torch.cat([batch.position_ids[:, rows].to(model.device), positions], 2)
     if with_reward:
         embeds = torch.cat([embeds, model.query.expand(len(rows), 1, -1)], 1)
         is_video = F.pad(is_video, (0, 1))
-    hidden = qwen.model.language_model(inputs_embeds=embeds, position_ids=positions, visual_pos_masks=is_video,
+    hidden = qwen.model.language_model(inputs_embeds=embeds, position_ids=positions,
+                                       visual_pos_masks=is_video,
                                        deepstack_visual_embeds=tower.deepstack_features, use_cache=False)
     return hidden.last_hidden_state, given["input_ids"].shape[1]
 
@@ -64,16 +68,17 @@ def logps(model: DeScore, hidden: torch.Tensor, prompt: int, tokens: torch.Tenso
 
 
 def bt_of(rewards: torch.Tensor) -> torch.Tensor:
-    """The Bradley-Terry loss of every second video over its neighbour; of a single video's rollouts, of half over half."""
+    """L_BT of every second video over its neighbour; of a single video's rollouts, of half over half."""
     if len(rewards) == 1:
         G = rewards.shape[1]
-        return bt_loss(rewards[0, : G // 2], rewards[0, G - G // 2:]) if G > 1 else -F.logsigmoid(rewards).mean()
+        half = G // 2
+        return bt_loss(rewards[0, :half], rewards[0, G - half:]) if G > 1 else -F.logsigmoid(rewards).mean()
     return bt_loss(rewards[0::2], rewards[1::2])
 
 
 def update(model: DeScore, batch: Batch, tokens: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor,
            passes: int) -> float:
-    """Both losses of a pair's rollouts and their backward, with one pass a row or with two (the second for the score)."""
+    """Both losses of a pair's rollouts and their backward, in one pass a row or two (one for the score)."""
     hidden, prompt = whole_rows(model, batch, tokens, with_reward=passes == 1)
     found = logps(model, hidden, prompt, tokens)
     loss, _ = grpo_loss(found, old, None, advantages, torch.ones_like(tokens, dtype=torch.bool), beta=0.0)

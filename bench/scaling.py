@@ -1,11 +1,12 @@
-"""How the update of a group grows with its size and with the prompt, beside the plain way: time and peak memory.
+"""How an update's time and memory grow with the group's size and with the prompt, beside the plain way.
 
-    python bench/scaling.py                      # a 20M-parameter Qwen3-VL on a CPU, some minutes; writes scaling.png
+    python bench/scaling.py             # a 20M-parameter Qwen3-VL on a CPU, some minutes; writes scaling.png
     python bench/scaling.py --prompts 512,1024 --groups 1,2,4
 
-Every cell is a process of its own: one video, its G rollouts, both losses and the backward, once to warm up and then the
-median of `--repeats`. Memory is the process's peak above what it held before the first update (on a GPU: torch's peak).
-The plain way is one row a rollout, the video encoded in each, logits everywhere, one pass for both losses or two.
+Every cell is a process of its own: one video, its G rollouts, both losses and the backward, once to warm up
+and then the median of `--repeats`. Memory is the process's peak above what it held before the first update
+(on a GPU: torch's peak). The plain way is one row a rollout, the video encoded in each, logits everywhere,
+one pass for both losses or two.
 """
 
 import argparse
@@ -64,7 +65,8 @@ def picture(rows: dict[str, list[dict]], path: Path) -> None:
             points = [(row[name], row[way][key]) for row in rows[name] if row[way]]
             axis.plot(*zip(*points), "o-", label=way, color=colour, markersize=4)
         axis.set_title(f"update: {key}", fontsize=10)
-        axis.set_xlabel({"group": "rollouts in the group", "prompt": "tokens of the prompt"}[name], fontsize=9)
+        axis.set_xlabel({"group": "rollouts in the group", "prompt": "tokens of the prompt"}[name],
+                        fontsize=9)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
@@ -88,22 +90,27 @@ def main() -> None:
         return
     rows = {"group": [], "prompt": []}
     for name, values in (("group", args.groups), ("prompt", args.prompts)):
-        print(f"\n| {name} | " + " | ".join(f"{way}, s | {way}, GB" for way in WAYS) + " | × time | × memory |\n"
+        print(f"\n| {name} | "
+              + " | ".join(f"{way}, s | {way}, GB" for way in WAYS) + " | × time | × memory |\n"
               + "| ---: |" + " ---: |" * (2 * len(WAYS) + 2), flush=True)
         for value in map(int, values.split(",")):
             G, tokens = (value, args.video_tokens) if name == "group" else (args.group_size, value)
             row = {}
             for way in WAYS:
                 done = subprocess.run(
-                    [sys.executable, __file__, "--one", way, "--group-size", str(G), "--video-tokens", str(tokens),
-                     "--cot-tokens", str(args.cot_tokens), "--size", args.size, "--device", args.device, "--repeats",
-                     str(args.repeats)], check=False, capture_output=True, text=True)
-                row[way] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None  # out of memory
+                    [sys.executable, __file__, "--one", way, "--group-size", str(G), "--video-tokens",
+                     str(tokens),
+                     "--cot-tokens", str(args.cot_tokens), "--size", args.size, "--device", args.device,
+                     "--repeats", str(args.repeats)], check=False, capture_output=True, text=True)
+                fits = done.returncode == 0
+                row[way] = json.loads(done.stdout.splitlines()[-1]) if fits else None
             row[name] = value if name == "group" else row["ours"]["prompt"]
             rows[name].append(row)
-            cells = [f"{row[way]['seconds']:.2f} | {row[way]['gigabytes']:.2f}" if row[way] else "– | –" for way in WAYS]
+            cells = [f"{row[way]['seconds']:.2f} | {row[way]['gigabytes']:.2f}" if row[way] else "– | –"
+                     for way in WAYS]
             worst = row["two passes"]
-            ratio = [f"{worst[key] / row['ours'][key]:.1f}" if worst else "–" for key in ("seconds", "gigabytes")]
+            ratio = [f"{worst[key] / row['ours'][key]:.1f}" if worst else "–"
+                     for key in ("seconds", "gigabytes")]
             print(f"| {row[name]} | " + " | ".join(cells) + " | " + " | ".join(ratio) + " |", flush=True)
     picture(rows, ROOT / "bench/scaling.png")
 

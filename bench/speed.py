@@ -1,10 +1,10 @@
 """How much the structure of model.py saves, as ratios measured in one run.
 
-    python bench/speed.py                                # a random-weight Qwen3-VL of 20M parameters, a few minutes
+    python bench/speed.py                          # a random-weight Qwen3-VL of 20M parameters, a few minutes
     python bench/speed.py --size 8b --device cuda
 
-Each line runs the same work two ways, in turn, several times, and prints the ratio of the medians: this project against
-plain implementations (bench/plain.py) that are checked here to give the same numbers.
+Each line runs the same work two ways, in turn, several times, and prints the ratio of the medians: this
+project against plain implementations (bench/plain.py) that are checked here to give the same numbers.
 """
 
 import argparse
@@ -39,12 +39,15 @@ def make(size: str, device: str) -> DeScore:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy/backbone")
     h = w = head // 2 * 20 // 64
     config = Qwen3VLConfig(
-        text_config={"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
+        text_config={"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": mlp,
+                     "num_hidden_layers": layers,
                      "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": head,
                      "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True,
                                          "mrope_section": [head // 2 - h - w, h, w]}},
-        vision_config={"depth": depth, "hidden_size": vision, "intermediate_size": vision_mlp, "num_heads": vision_heads,
-                       "out_hidden_size": hidden, "deepstack_visual_indexes": [depth // 4, depth // 2, 3 * depth // 4]},
+        vision_config={"depth": depth, "hidden_size": vision, "intermediate_size": vision_mlp,
+                       "num_heads": vision_heads,
+                       "out_hidden_size": hidden,
+                       "deepstack_visual_indexes": [depth // 4, depth // 2, 3 * depth // 4]},
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -64,7 +67,8 @@ def make_batch(model: DeScore, videos: int, video_tokens: int, seed: int = 0):
     frames = 2 * max(2, round(video_tokens / 100))
     for _ in range(videos):
         clip = torch.from_numpy(rng.integers(0, 256, (frames, 3, 320, 320), dtype=np.uint8))
-        samples.append(model.processor.sample(clip, [i / 2 for i in range(frames)], "A red circle moves left."))
+        samples.append(model.processor.sample(clip, [i / 2 for i in range(frames)],
+                                              "A red circle moves left."))
     return model.processor.collate(samples)
 
 
@@ -77,8 +81,8 @@ def never_ends(model: DeScore) -> None:
 
 def update(model: DeScore, batch, tokens: torch.Tensor, mask: torch.Tensor, old: torch.Tensor,
            advantages: torch.Tensor) -> float:
-    """Both losses of some videos' rollouts and their backward. With one video alone, the first half of its rollouts is
-    scored against the second."""
+    """Both losses of some videos' rollouts and their backward. With one video alone, the first half of its
+    rollouts is scored against the second."""
     found, rewards = model.group(batch, tokens, mask)
     loss, _ = grpo_loss(found, old, None, advantages, mask, beta=0.0)
     loss = loss + 0.005 * plain.bt_of(rewards)
@@ -115,9 +119,10 @@ def main() -> None:
     count = sum(p.numel() for p in model.parameters())
     pair = make_batch(model, 2, args.video_tokens)
     one = make_batch(model, 1, args.video_tokens)
-    print(f"{count / 1e6:.0f}M parameters on {device}, {torch.get_num_threads()} threads; prompts of {pair.input_ids.shape[1]} "
-          f"tokens, CoTs of {C}, groups of {G}\n", flush=True)
-    print("| work | against | ours, s | theirs, s | ratio | to reach |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    print(f"{count / 1e6:.0f}M parameters on {device}, {torch.get_num_threads()} threads; "
+          f"prompts of {pair.input_ids.shape[1]} tokens, CoTs of {C}, groups of {G}\n", flush=True)
+    print("| work | against | ours, s | theirs, s | ratio | to reach |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
 
     def row(work: str, against: str, ours, theirs, target: str) -> None:
         if args.only not in work:
@@ -139,12 +144,14 @@ def main() -> None:
 
     def think_and_score_again():
         think_only()
-        hidden, _ = plain.whole_rows(model, one, torch.randint(0, 500, (1, 1, C), device=device), with_reward=True)
+        hidden, _ = plain.whole_rows(model, one, torch.randint(0, 500, (1, 1, C), device=device),
+                                     with_reward=True)
         return model.reward(hidden[:, -1])
 
     with torch.no_grad():
         row("one video: think, then score", "think only", think, think_only, "at least 0.97 ×")
-        row("one video: think, then score", "think, then score the whole again", think, think_and_score_again, "1.2 ×")
+        row("one video: think, then score", "think, then score the whole again", think, think_and_score_again,
+            "1.2 ×")
         row(f"rollouts of a group of {G}", f"generate, {G} repeated rows", lambda: think(G),
             lambda: plain.generate(model, one, [0] * G, C), "2.3 ×")
         row(f"rollouts of a group of {G}", f"generate(num_return_sequences={G})", lambda: think(G),
@@ -154,8 +161,8 @@ def main() -> None:
             thoughts = think(G)
             return model.group(one, thoughts.tokens, thoughts.mask)
 
-        row(f"rollouts of a group of {G} with π_old's log-probabilities", "recorded by a pass of their own", lambda: think(G),
-            think_then_read, "no pass")
+        row(f"rollouts of a group of {G} with π_old's log-probabilities", "recorded by a pass of their own",
+            lambda: think(G), think_then_read, "no pass")
 
     model.set_trainable(16)
     parameters = model.trainable().values()
@@ -182,15 +189,17 @@ def main() -> None:
             expected, other = gradients(ours), gradients(theirs)
             difference = ((other - expected).norm() / expected.norm()).item()
             assert difference < (0.05 if device == "cuda" else 1e-3), difference
-            row(work, f"one row a rollout, {passes} pass{'es' * (passes == 2)} (gradients differ by {difference:.0e})", ours,
-                theirs, f"{4 * passes} ×")
+            row(work,
+                f"one row a rollout, {passes} pass{'es' * (passes == 2)} "
+                f"(gradients differ by {difference:.0e})",
+                ours, theirs, f"{4 * passes} ×")
 
     def cold(way) -> None:
         for cots in (["x " * C] * 2, [None] * 2):
             way(cots).backward()
 
     def cold_plain(cots):
-        ids = torch.zeros(2, 1, C, dtype=torch.long, device=device)  # padded to the CoT's length, masked or not
+        ids = torch.zeros(2, 1, C, dtype=torch.long, device=device)  # padded to the CoT's length
         hidden, _ = plain.whole_rows(model, pair, ids, with_reward=True)
         logits = model.qwen.lm_head(hidden)  # as a causal language model's forward returns them
         rewards = model.reward(hidden[:, -1])
@@ -204,19 +213,20 @@ def main() -> None:
         lambda: cold(cold_plain), "1.3 ×")
 
     with tempfile.TemporaryDirectory() as folder:  # real files, on the embedded backbone
-        subprocess.run([sys.executable, ROOT / "toy/world.py", folder, "--pairs", "24", "--test-pairs", "1"], check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, ROOT / "toy/world.py", folder, "--pairs", "24", "--test-pairs", "1"],
+                       check=True, stdout=subprocess.DEVNULL)
         toy = DeScore.load(ROOT / "toy/backbone", device=device)
         keys = [key for found in read_pairs(f"{folder}/train.jsonl") for key in found.videos()]
 
         def judge(max_tokens: int, workers: int) -> list[float]:
-            judged = {record["video"]: record["reward"] for record in toy.judge(keys, 160, max_tokens=max_tokens, workers=workers)}
+            judged = {record["video"]: record["reward"]
+                      for record in toy.judge(keys, 160, max_tokens=max_tokens, workers=workers)}
             return [judged[video] for video, _ in keys]
 
         together, alone = torch.tensor(judge(6000, 1)), torch.tensor(judge(1, 0))
         assert (together - alone).abs().median() < 1e-3
-        row(f"scoring a file of {len(keys)} videos, embedded backbone", "one video at a time", lambda: judge(6000, 1),
-            lambda: judge(1, 0), "1.5 ×")
+        row(f"scoring a file of {len(keys)} videos, embedded backbone", "one video at a time",
+            lambda: judge(6000, 1), lambda: judge(1, 0), "1.5 ×")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where the time of a stage-2 step goes: decode, tower, prefill, decode steps, reference, update, optimiser.
 
-    python bench/step_profile.py                                   # the embedded default: 8 pairs, groups of 8
+    python bench/step_profile.py                                  # the embedded default: 8 pairs, groups of 8
     python bench/step_profile.py --model runs/8b-coldstart --train train.jsonl --pairs 1 --max-new-tokens 512
 
 Each part is timed by itself, the device waited for before and after, so that the parts add up to the step.
@@ -92,11 +92,11 @@ def main() -> None:
     whole = sum(SPENT.values())
     tokens = int(thoughts.mask.sum())
     print(f"{len(keys)} pairs, groups of {G}, {batch.mask.sum(1).float().mean():.0f} tokens a prompt, "
-          f"{tokens / thoughts.mask[..., 0].numel():.0f} a CoT; padding of the prompts {1 - batch.mask.float().mean():.1%}; "
-          f"{whole / args.repeats:.2f} s a step\n")
+          f"{tokens / thoughts.mask[..., 0].numel():.0f} a CoT; padding of the prompts "
+          f"{1 - batch.mask.float().mean():.1%}; {whole / args.repeats:.2f} s a step\n")
     print("| part | s | share |\n| --- | ---: | ---: |")
-    for part in ("decode videos", "vision tower", "prefill", "decode steps", "sampling", "reference", "update: forward",
-                 "update: backward", "optimiser"):
+    for part in ("decode videos", "vision tower", "prefill", "decode steps", "sampling", "reference",
+                 "update: forward", "update: backward", "optimiser"):
         print(f"| {part} | {SPENT[part] / args.repeats:.3f} | {SPENT[part] / whole:.0%} |")
 
 

@@ -1,8 +1,8 @@
 """Start the project's scripts as processes of their own, without importing torch anew for each.
 
-Importing the packages takes longer than most of what is tested. A server process imports them once and forks for every
-start (multiprocessing's forkserver); what runs in the fork is the script's file, as `__main__`, with its own arguments,
-environment and output. It can be killed like any process.
+Importing the packages takes longer than most of what is tested. A server process imports them once and forks
+for every start (multiprocessing's forkserver); what runs in the fork is the script's file, as `__main__`,
+with its own arguments, environment and output. It can be killed like any process.
 """
 
 import multiprocessing
@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # where the server finds what it preloads
+# Where the server finds what it preloads.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["infer", "run", "peft.tuners.lora"])
 
@@ -77,14 +78,16 @@ def run_ranks(processes: int, *command) -> list[subprocess.CompletedProcess]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    return checked([Started(*command, env={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                                           "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+    return checked([Started(*command,
+                            env={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                                 "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
                     for rank in range(processes)], True)
 
 
 def checked(started: list[Started], check: bool) -> list[subprocess.CompletedProcess]:
     ended = [process.wait() for process in started]
     if check and any(done.returncode for done in ended):
-        raise AssertionError("\n".join(f"{done.args} exited {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-                                       for done in ended))
+        raise AssertionError("\n".join(
+            f"{done.args} exited {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            for done in ended))
     return ended

@@ -60,7 +60,7 @@ def test_frames_are_sampled_at_two_a_second(tmp_path):
     assert found.shape == (8, 3, 64, 64) and found.dtype == torch.uint8
     indices = np.linspace(0, 19, 8).round()
     assert np.allclose(seconds, indices / 5)
-    assert np.allclose(found.float().mean((1, 2, 3)), 10 * indices, atol=3)  # what yuv420p leaves of a flat grey
+    assert np.allclose(found.float().mean((1, 2, 3)), 10 * indices, atol=3)  # yuv420p, a flat grey
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -76,8 +76,9 @@ def test_smart_nframes(total, fps, expected):
     assert smart_nframes(total, fps, VideoSettings()) == expected
 
 
-@pytest.mark.parametrize(("size", "pixels"), [((480, 720), 448 * 448), ((1080, 1920), 307200), ((64, 64), 307200),
-                                              ((2160, 3840), 448 * 448), ((33, 900), 307200)])
+@pytest.mark.parametrize(("size", "pixels"),
+                         [((480, 720), 448 * 448), ((1080, 1920), 307200), ((64, 64), 307200),
+                          ((2160, 3840), 448 * 448), ((33, 900), 307200)])
 def test_smart_resize_keeps_bounds_and_shape(size, pixels):
     settings = VideoSettings(max_pixels=pixels)
     h, w = smart_resize(*size, 8, settings)
@@ -119,7 +120,8 @@ def test_positions_are_those_of_qwen3_vl(processor):
     frames = torch.zeros(6, 3, 48, 80, dtype=torch.uint8)
     sample = processor.sample(frames, [0.5 * i for i in range(6)], "A red circle.")
     types = (sample.input_ids == config.video_token_id).int() * 2
-    expected, _ = qwen.get_rope_index(sample.input_ids[None], types[None], video_grid_thw=torch.tensor([sample.grid]))
+    expected, _ = qwen.get_rope_index(sample.input_ids[None], types[None],
+                                      video_grid_thw=torch.tensor([sample.grid]))
     assert torch.equal(sample.position_ids, expected[:, 0])
 
 
@@ -149,24 +151,27 @@ def test_text_from_users_stays_text(processor, hostile):
     assert [int((ids == token).sum()) for token in processor.special.values()] == special_tokens("A cat.")
 
 
-@pytest.mark.parametrize("text", ["Ein Vogel fliegt über Zürich", "一只猫在跑", "🦜🎬", "\x00\x07", "a" * 5000])
+@pytest.mark.parametrize("text",
+                         ["Ein Vogel fliegt über Zürich", "一只猫在跑", "🦜🎬", "\x00\x07", "a" * 5000])
 def test_any_text_survives_the_tokenizer(processor, text):
     assert processor.decode(processor.encode(text)) == text
 
 
 def test_an_answer_may_be_fenced_or_bare():
     scores = {"subject": 2, "dynamics": 0, "camera": "N/A", "environment": 1, "style": 2}
-    for answer in (json.dumps({"dimensional_scores": scores}), "```json\n" + json.dumps({"dimensional_scores": scores})
-                   + "\n```"):
-        assert parse_cot(f"<answer>{answer}</answer>") == {"dimensional_scores": scores, "overall_score": None}
+    bare = json.dumps({"dimensional_scores": scores})
+    for answer in (bare, f"```json\n{bare}\n```"):
+        found = parse_cot(f"<answer>{answer}</answer>")
+        assert found == {"dimensional_scores": scores, "overall_score": None}
 
 
 def test_pairs_survive_a_round_trip(tmp_path):
     (tmp_path / "v").mkdir()
     for name in "ab":
         (tmp_path / f"v/{name}.mp4").write_bytes(b"x")
-    pair = Pair("A \"cat\" 猫", str(tmp_path / "v/a.mp4"), str(tmp_path / "v/b.mp4"), "tie", cot_a="x\ny", scores_b={
-        "subject": 2, "dynamics": 0, "camera": "N/A", "environment": 1, "style": 2})
+    scores = {"subject": 2, "dynamics": 0, "camera": "N/A", "environment": 1, "style": 2}
+    pair = Pair("A \"cat\" 猫", str(tmp_path / "v/a.mp4"), str(tmp_path / "v/b.mp4"), "tie", cot_a="x\ny",
+                scores_b=scores)
     write_pairs(tmp_path / "deep/er/p.jsonl", [pair])
     assert json.loads((tmp_path / "deep/er/p.jsonl").read_text())["video_a"] == "../../v/a.mp4"
     (again,) = read_pairs(tmp_path / "deep/er/p.jsonl")
@@ -201,15 +206,15 @@ def test_an_empty_or_missing_file_is_named(tmp_path):
 
 def cot(overall=None, **scores):
     scores = {"subject": 1, "dynamics": 1, "camera": 1, "environment": 1, "style": 1} | scores
-    return "<answer>" + json.dumps({"dimensional_scores": scores} | ({"overall_score": overall} if overall else {})) + \
-        "</answer>"
+    answer = {"dimensional_scores": scores} | ({"overall_score": overall} if overall else {})
+    return f"<answer>{json.dumps(answer)}</answer>"
 
 
 @pytest.mark.parametrize(("label", "a", "b", "verdict"), [
     ("A", cot(4.0), cot(3.0), "kept"), ("B", cot(4.0), cot(3.0), "the CoTs imply the other"),
     ("tie", cot(4.0), cot(4.0), "kept"), ("tie", cot(4.0), cot(3.0), "the label is a tie"),
-    ("A", cot(4.0), cot(4.0), "the CoTs imply a tie"), ("A", cot(4.0), "nothing", "a CoT that cannot be parsed"),
-    ("A", cot(4.0), None, "no CoT"),
+    ("A", cot(4.0), cot(4.0), "the CoTs imply a tie"),
+    ("A", cot(4.0), "nothing", "a CoT that cannot be parsed"), ("A", cot(4.0), None, "no CoT"),
     ("A", cot(subject=2, style=0), cot(), "kept"),  # a primary dimension weighs more than a secondary one
     ("B", cot(environment=2, dynamics=0), cot(), "kept")])
 def test_the_filter_keeps_what_is_consistent(label, a, b, verdict):
@@ -219,7 +224,8 @@ def test_the_filter_keeps_what_is_consistent(label, a, b, verdict):
 def test_a_file_with_sound_alone_or_without_frames_is_named(tmp_path):
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), dtype=np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), dtype=np.float32), format="fltp",
+                                           layout="mono")
         frame.rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -250,18 +256,20 @@ def test_an_hour_is_read_in_flat_memory(tmp_path):
     for name, count in (("short", 32), ("hour", 3600)):
         frames = np.broadcast_to(flat[:count], (count, 512, 512, 3))
         world.write_video(tmp_path / f"{name}.mp4", frames, fps=1)
-    out = subprocess.check_output([sys.executable, "-c", code, tmp_path / "short.mp4", tmp_path / "hour.mp4"], cwd=ROOT)
+    out = subprocess.check_output([sys.executable, "-c", code, tmp_path / "short.mp4", tmp_path / "hour.mp4"],
+                                  cwd=ROOT)
     count, last, grown = out.split()
     assert (int(count), float(last)) == (16, 3599.0)
     assert int(grown) < 200_000  # kilobytes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The real vocabulary, where it is at hand
 
 
 def real_tokenizer():
-    """Qwen's tokenizer from the 151,643 byte-pair ranks in the PyPI package dashscope and Qwen3-VL's special tokens."""
+    """Qwen's tokenizer from the 151,643 byte-pair ranks in the PyPI package dashscope and Qwen3-VL's special
+    tokens."""
     found = os.environ.get("QWEN_TIKTOKEN")
     if not found:
         pytest.skip("QWEN_TIKTOKEN names no qwen.tiktoken (resources/ in the PyPI package dashscope)")
@@ -279,16 +287,17 @@ def real_tokenizer():
             merges.append(tuple("".join(table[byte] for byte in part) for part in parts))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
-    words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-             r"\s+(?!\S)|\s+")
+    words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+             r"\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(words), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([f"<|{name}|>" for name in (
-        "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
-        "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+        "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
+        "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>")
 
 
 def test_the_chat_format_on_the_real_vocabulary():
@@ -304,7 +313,8 @@ def test_the_chat_format_on_the_real_vocabulary():
         rendered = (f"<|im_start|>user\n<0.2 seconds>{video}<1.2 seconds>{video}{text}<|im_end|>\n"
                     "<|im_start|>assistant\n")
         assert sample.input_ids.tolist() == tokenizer.encode(rendered, add_special_tokens=False)
-    hostile = processor.sample(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), [0.0, 0.5, 1.0, 1.5], "<|im_end|>")
+    hostile = processor.sample(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), [0.0, 0.5, 1.0, 1.5],
+                               "<|im_end|>")
     assert int((hostile.input_ids == 151645).sum()) == 1
 
 
@@ -312,7 +322,8 @@ def test_a_prompt_may_be_a_whole_instruction(processor):
     whole = Processor(processor.tokenizer, SETTINGS, None)
     frames, seconds = torch.zeros(4, 3, 64, 64, dtype=torch.uint8), [0.0, 0.5, 1.0, 1.5]
     text = processor.tokenizer.decode(whole.sample(frames, seconds, "Watch <video> now").input_ids)
-    assert text.startswith("<|im_start|>user\nWatch <0.2 seconds><|vision_start|>") and "<|vision_end|> now<|im_end|>" in text
+    assert text.startswith("<|im_start|>user\nWatch <0.2 seconds><|vision_start|>")
+    assert "<|vision_end|> now<|im_end|>" in text
     text = processor.tokenizer.decode(whole.sample(frames, seconds, "Judge it").input_ids)
     assert text.startswith("<|im_start|>user\n<0.2 seconds>") and "<|vision_end|>Judge it<|im_end|>" in text
     with pytest.raises(DataError, match="must hold <video> exactly once"):
@@ -321,11 +332,13 @@ def test_a_prompt_may_be_a_whole_instruction(processor):
 
 def test_lengths_are_known_without_decoding(processor, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"x")
-    keys = [(str(ROOT / f"tests/golden/{name}.mp4"), "A red circle." * i) for i, name in enumerate(("five", "odd", "ntsc"))]
+    keys = [(str(ROOT / f"tests/golden/{name}.mp4"), "A red circle." * i)
+            for i, name in enumerate(("five", "odd", "ntsc"))]
     bounds = VideoSettings(min_pixels=4096, max_pixels=20_000, patch_size=8)  # of different sizes, then
     processor = Processor(processor.tokenizer, bounds)
     expected = [len(processor(*key).input_ids) for key in keys]
-    assert processor.lengths([*keys, (str(tmp_path / "broken.mp4"), "x")]) == [*expected, 0] and len(set(expected)) == 3
+    assert processor.lengths([*keys, (str(tmp_path / "broken.mp4"), "x")]) == [*expected, 0]
+    assert len(set(expected)) == 3
 
 
 @given(st.lists(st.integers(0, 50)), st.integers(1, 120))
@@ -352,7 +365,8 @@ def test_rows_side_by_side_are_alike(lengths, waste):
 def test_some_samples_of_a_batch_are_those_samples(processor):
     frames = torch.from_numpy(clip(4)).permute(0, 3, 1, 2)
     videos = [frames[: 2 * n] for n in (1, 2, 2)]
-    samples = [processor.sample(video, [0.0] * len(video), "A red circle." * n) for n, video in enumerate(videos, 1)]
+    samples = [processor.sample(video, [0.0] * len(video), "A red circle." * n)
+               for n, video in enumerate(videos, 1)]
     batch, some = processor.collate(samples), processor.collate([samples[1], samples[0]])
     tokens = [len(sample.patches) // 4 for sample in samples]
     level = torch.arange(sum(tokens) * 3).view(-1, 3)

@@ -86,7 +86,8 @@ def test_groups_without_signal_have_no_advantage(rewards):
         assert (group_advantages(torch.tensor(rewards, dtype=dtype)) == 0).all()
 
 
-@pytest.mark.parametrize(("n", "expected"), [(0, 0), (500, 0), (501, 1 / 1500), (1250, 0.5), (2000, 1), (9999, 1)])
+@pytest.mark.parametrize(("n", "expected"),
+                         [(0, 0), (500, 0), (501, 1 / 1500), (1250, 0.5), (2000, 1), (9999, 1)])
 def test_length_reward(n, expected):
     close(length_reward(n), expected)
 
@@ -97,8 +98,8 @@ def test_length_reward_falls_from_the_excess_on(n, expected):
 
 
 GOLD = {"subject": 2, "dynamics": 1, "camera": "N/A", "environment": 2, "style": 0}
-ANSWER = ('{"dimensional_scores": {"subject": 2, "dynamics": 1, "camera": "N/A", "environment": 0, "style": 1}, '
-          '"overall_score": 3.4}')
+ANSWER = ('{"dimensional_scores": {"subject": 2, "dynamics": 1, "camera": "N/A", "environment": 0, '
+          '"style": 1}, "overall_score": 3.4}')
 
 
 def test_quality_reward_counts_exact_matches():
@@ -179,7 +180,7 @@ def test_sampling_follows_the_distribution():
             probs = torch.where(torch.tensor([True, True, False, False]), probs, 0.0)  # 0.64 + 0.24 ≥ 0.7
             probs = probs / probs.sum()
         share = torch.bincount(drawn, minlength=4) / 40000
-        assert ((share - probs).abs() <= 5 * (probs * (1 - probs) / 40000).sqrt()).all()  # five standard errors
+        assert ((share - probs).abs() <= 5 * (probs * (1 - probs) / 40000).sqrt()).all()  # 5 standard errors
     assert (draw(logits.expand(5, 4), 0.0, 1.0, None) == 0).all()
 
 

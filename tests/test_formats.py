@@ -33,9 +33,11 @@ def write_csv(path, columns, *rows):
     return path
 
 
-@pytest.mark.parametrize(("label", "expected"), [(None, ["A", "tie"]), ("VQ", ["B", "A"]), ("Overall", ["tie", "B"])])
+@pytest.mark.parametrize(("label", "expected"),
+                         [(None, ["A", "tie"]), ("VQ", ["B", "A"]), ("Overall", ["tie", "B"])])
 def test_videogen_reward_bench(folder, label, expected):
-    path = write_csv(folder / "any.csv", ["path_A", "path_B", "A_model", "B_model", "prompt", "VQ", "MQ", "TA", "Overall"],
+    path = write_csv(folder / "any.csv",
+                     ["path_A", "path_B", "A_model", "B_model", "prompt", "VQ", "MQ", "TA", "Overall"],
                      ["a.mp4", "b.mp4", "gen3", "luma", "A cat, \"running\"", "B", "A", "A", "same"],
                      ["./b.mp4", "c.mp4", "luma", "kling", "A dog", "A", "A", "same", "B"])
     pairs = read_pairs(path, label)
@@ -71,12 +73,13 @@ def test_the_release_of_descore(folder):
               "video_2_scores": SCORES, "gsb_result": "Video 2 is better"}
     two = write_csv(folder / "2.csv", ["videos", "problem", "answer"],
                     ['["a.mp4", "b.mp4"]', "Judge: x", f"<answer>{json.dumps(answer)}</answer>"],
-                    ['["a.mp4", "b.mp4"]', "Judge: x", f"<answer>{json.dumps(answer | {'gsb_result': 'Both'})}</answer>"])
+                    ['["a.mp4", "b.mp4"]', "Judge: x",
+                     f"<answer>{json.dumps(answer | {'gsb_result': 'Both'})}</answer>"])
     pairs = read_pairs(two)
     assert [pair.preference for pair in pairs] == ["B", "tie"]
     assert pairs[0].scores_a == pairs[0].scores_b == SCORES and pairs[0].prompt == "Judge: x"
-    three = write_csv(folder / "3.csv", ["video_A", "video_B", "prompt", "answer"], ["a.mp4", "b.mp4", "x", "A"],
-                      ["a.mp4", "b.mp4", "x", "Video 1 is better"],
+    three = write_csv(folder / "3.csv", ["video_A", "video_B", "prompt", "answer"],
+                      ["a.mp4", "b.mp4", "x", "A"], ["a.mp4", "b.mp4", "x", "Video 1 is better"],
                       ["a.mp4", "b.mp4", "x", '<answer>{"gsb_result": "B"}</answer>'])
     assert [pair.preference for pair in read_pairs(three)] == ["A", "A", "B"]
 
@@ -86,8 +89,10 @@ def test_the_release_of_descore(folder):
     (["path_A", "path_B", "prompt", "VQ"], ["a.mp4", "b.mp4", "x", "A"], r"no label column TA or Overall"),
     (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4", "", "A"], r"row 1: the prompt is empty"),
     (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4"], r"row 1: not 4 columns"),
-    (["videos", "problem", "prompt", "CoT_A", "CoT_B", "GSB"], ["a.mp4", "p", "x", "", "", "A"], r"row 1: videos is not"),
-    (["videos", "problem", "answer"], ["['a.mp4','b.mp4']", "p", "<answer>{}</answer>"], r"row 1: the answer has no"),
+    (["videos", "problem", "prompt", "CoT_A", "CoT_B", "GSB"], ["a.mp4", "p", "x", "", "", "A"],
+     r"row 1: videos is not"),
+    (["videos", "problem", "answer"], ["['a.mp4','b.mp4']", "p", "<answer>{}</answer>"],
+     r"row 1: the answer has no"),
     (["x", "y"], ["1", "2"], r"none of the pair formats has these columns: x, y")])
 def test_what_cannot_be_understood_is_named(folder, columns, row, message):
     with pytest.raises(DataError, match=message):
@@ -112,7 +117,8 @@ def test_convert_and_check(world_dir, folder):
     good = run("data.py", "check", folder / "x.jsonl", *TOY_VIDEO)
     assert "8 read, 0 broken" in good.stdout and "video tokens a sample: 16 to 16" in good.stdout
     processor = Processor(AutoTokenizer.from_pretrained(ROOT / "toy/backbone"), SETTINGS)
-    sizes = [len(processor(*key).input_ids) for pair in read_pairs(folder / "x.jsonl") for key in pair.videos()]
+    sizes = [len(processor(*key).input_ids) for pair in read_pairs(folder / "x.jsonl")
+             for key in pair.videos()]
     assert f"\ntokens a sample: {min(sizes)} to {max(sizes)}, median" in good.stdout
     rows.append([str(folder / "a.mp4"), rows[0][1], "x", "A"])  # not a video
     write_csv(folder / "x.csv", ["path_A", "path_B", "prompt", "Overall"], *rows)
@@ -129,7 +135,7 @@ def test_png_is_read_back_by_another_decoder(tmp_path):
     assert (torch.from_numpy(decoded).permute(2, 0, 1) == frame).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # An endpoint that answers slowly, fails, and sends nonsense
 
 
@@ -148,8 +154,9 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
         prompt = body["messages"][0]["content"][-1]["text"]
         text = prompt.split("prompt:\n")[1].split("\n")[0]
         content = json.dumps({"choices": [{"message": {"content": f"<think>{text}</think>{ANSWER}"}}]})
-        status, content = {"429": (429, ""), "500": (500, "oh"), "401": (401, "no such key"), "nonsense": (200, "<html>"),
-                           "odd": (200, '{"choices": []}'), "empty": (200, '{"choices": [{"message": {"content": ""}}]}'),
+        status, content = {"429": (429, ""), "500": (500, "oh"), "401": (401, "no such key"),
+                           "nonsense": (200, "<html>"), "odd": (200, '{"choices": []}'),
+                           "empty": (200, '{"choices": [{"message": {"content": ""}}]}'),
                            }.get(action, (200, content))
         try:
             if action == "cut":
@@ -179,7 +186,8 @@ def endpoint():
 
 
 def make_api(endpoint, **options):
-    return Api(endpoint.url, "judge-1", SETTINGS, **{"first_wait": 0.01, "timeout": 0.8, "parallel": 3} | options)
+    return Api(endpoint.url, "judge-1", SETTINGS,
+               **{"first_wait": 0.01, "timeout": 0.8, "parallel": 3} | options)
 
 
 def make_keys(world_dir, count=8):
@@ -192,7 +200,8 @@ def test_the_api_is_asked_with_frames_and_answers_come_in_order(endpoint, world_
     keys = make_keys(world_dir)
     found = list(make_api(endpoint, key="secret")(keys, {}))
     assert [(record["video"], record["prompt"]) for record in found] == keys
-    assert [record["cot"].split("</think>")[0] for record in found] == [f"<think>{prompt}" for _, prompt in keys]
+    thoughts = [record["cot"].split("</think>")[0] for record in found]
+    assert thoughts == [f"<think>{prompt}" for _, prompt in keys]
     body, key = endpoint.seen[0]
     assert key == "Bearer secret" and body["model"] == "judge-1"
     images = [part for part in body["messages"][0]["content"] if part["type"] == "image_url"]
@@ -208,8 +217,9 @@ def test_the_api_is_not_asked_again(endpoint, world_dir):
     assert (record["video"], record["prompt"]) == keys[3] and len(endpoint.seen) == 1
 
 
-@pytest.mark.parametrize(("plan", "message"), [(["401"] * 9, "HTTP 401"), (["500"] * 9, "gave up on .* after 3 attempts"),
-                                               (["nonsense"] * 9, "no chat completion")])
+@pytest.mark.parametrize(("plan", "message"),
+                         [(["401"] * 9, "HTTP 401"), (["500"] * 9, "gave up on .* after 3 attempts"),
+                          (["nonsense"] * 9, "no chat completion")])
 def test_the_api_gives_up_with_a_clear_error(endpoint, world_dir, plan, message):
     endpoint.plan[:] = plan
     with pytest.raises(DataError, match=message):
@@ -217,8 +227,9 @@ def test_the_api_gives_up_with_a_clear_error(endpoint, world_dir, plan, message)
 
 
 def test_annotate_by_api_survives_a_failure_in_the_middle(endpoint, world_dir, tmp_path):
-    command = ["data.py", "annotate", world_dir / "train.jsonl", tmp_path / "out.jsonl", "--api", endpoint.url,
-               "--api-model", "judge-1", "--scores", "--parallel", 1, "--retries", 0, *TOY_VIDEO]
+    command = ["data.py", "annotate", world_dir / "train.jsonl", tmp_path / "out.jsonl", "--api",
+               endpoint.url, "--api-model", "judge-1",
+               "--scores", "--parallel", 1, "--retries", 0, *TOY_VIDEO]
     endpoint.plan[:] = ["ok"] * 5 + ["401"]
     failed = run(*command, check=False)
     assert failed.returncode == 1 and "HTTP 401" in failed.stderr and "Traceback" not in failed.stderr

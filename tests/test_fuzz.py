@@ -1,4 +1,4 @@
-"""Whatever stands in a text from outside: an answer, or an error that says what is wrong. And no way to cheat."""
+"""Whatever a text from outside holds: an answer, or an error that says what is wrong. And no way to cheat."""
 
 import json
 import time
@@ -18,11 +18,14 @@ quick = settings(max_examples=150, deadline=2000, suppress_health_check=list(Hea
 GOLD = dict(zip(DIMENSIONS, (2, 1, "N/A", 0, 2)))
 SCORES = st.fixed_dictionaries(dict.fromkeys(DIMENSIONS, st.sampled_from([0, 1, 2, "N/A"])))
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([0, 1, 2, "2", "N/A", *DIMENSIONS]),
-    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from([*DIMENSIONS, "dimensional_scores", "overall_score"])
-                                                    | st.text(), inner), max_leaves=12)
-PIECES = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "```json", "```", "{", "}", "[", '"', ":", ",",
-                          "dimensional_scores", *DIMENSIONS, "0", "2", "NaN", "Infinity", "N/A", " ", "\n", "\u2028", "é"])
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+    | st.sampled_from([0, 1, 2, "2", "N/A", *DIMENSIONS]),
+    lambda inner: st.lists(inner) | st.dictionaries(
+        st.sampled_from([*DIMENSIONS, "dimensional_scores", "overall_score"]) | st.text(), inner),
+    max_leaves=12)
+PIECES = st.sampled_from([
+    "<think>", "</think>", "<answer>", "</answer>", "```json", "```", "{", "}", "[", '"', ":", ",",
+    "dimensional_scores", *DIMENSIONS, "0", "2", "NaN", "Infinity", "N/A", " ", "\n", "\u2028", "é"])
 TEXTS = (st.text() | st.lists(PIECES, max_size=40).map("".join) | JSON.map(json.dumps)
          | JSON.map(lambda value: f"<think>x</think><answer>{json.dumps(value)}</answer>"))
 
@@ -55,9 +58,11 @@ def test_the_length_reward_stays_in_range(n, low, width, excess):
     assert 0 <= length_reward(n, low, low + width, excess) <= 1
 
 
-@pytest.mark.parametrize("text", ["[" * 10**6, "<answer>" * 10**5, "<answer>```" + " " * 10**6, "<think>" + "</think>" * 10**5,
-                                  "<answer>" + "[" * 10**6 + "</answer>", "<answer>" + "9" * 10**6 + "</answer>",
-                                  '<answer>{"a":' * 10**4 + "</answer>", "</answer>" * 10**5, "\n" * 10**6 + "<answer>"])
+@pytest.mark.parametrize("text",
+                         ["[" * 10**6, "<answer>" * 10**5, "</answer>" * 10**5, "\n" * 10**6 + "<answer>",
+                          "<answer>```" + " " * 10**6, "<think>" + "</think>" * 10**5,
+                          "<answer>" + "[" * 10**6 + "</answer>", "<answer>" + "9" * 10**6 + "</answer>",
+                          '<answer>{"a":' * 10**4 + "</answer>"])
 def test_huge_nonsense_takes_no_time(text):
     started = time.process_time()
     assert parse_cot(text) is None and not follows_format(text)
@@ -76,16 +81,19 @@ GOOD, OTHER = cot(), cot(dict.fromkeys(DIMENSIONS, 2))
     GOOD.replace('"subject": 2', '"subject": 2, "subject": 0'),  # one dimension, two scores
     GOOD.replace('"subject": 2', '"subject": [0, 1, 2]'), GOOD.replace('"subject": 2', '"subject": "0|1|2"'),
     GOOD.replace('"subject": 2', '"subject": true'), GOOD.replace('"subject": 2', '"subject": 2, "extra": 2'),
-    GOOD.replace('"subject": 2', '"subject": NaN'), GOOD.replace('"subject": 2', '"subject": 1e0, "subject": 2'),
+    GOOD.replace('"subject": 2', '"subject": NaN'),
+    GOOD.replace('"subject": 2', '"subject": 1e0, "subject": 2'),
     cot(overall_score=9), cot(overall_score="5"), cot(overall_score=float("inf")),
 ])
 def test_no_trick_earns_the_format_reward(text):
     assert format_reward(GOOD) == 1 and format_reward(text) == 0
 
 
-@pytest.mark.parametrize("text", [GOOD + OTHER, OTHER + GOOD, GOOD.replace('"subject": 2', '"subject": 2, "subject": 0'),
-                                  GOOD.replace('"subject": 2', '"subject": [0, 1, 2]'),
-                                  GOOD.replace('"subject": 2', '"subject": 2, "Subject": 0')])
+@pytest.mark.parametrize("text",
+                         [GOOD + OTHER, OTHER + GOOD,
+                          GOOD.replace('"subject": 2', '"subject": 2, "subject": 0'),
+                          GOOD.replace('"subject": 2', '"subject": [0, 1, 2]'),
+                          GOOD.replace('"subject": 2', '"subject": 2, "Subject": 0')])
 def test_no_trick_earns_the_quality_reward(text):
     assert quality_reward(GOOD, GOLD) == 1 and quality_reward(text, GOLD) == 0
 
@@ -96,14 +104,16 @@ def test_the_example_of_the_instruction_earns_only_what_it_says():
     example = INSTRUCTION[INSTRUCTION.index("{"): INSTRUCTION.rindex("}") + 1]
     text = f"<think>copied</think><answer>{example}</answer>"
     truth = dict.fromkeys(DIMENSIONS, 0)
-    assert quality_reward(text, truth) == sum(v == 0 for v in json.loads(example)["dimensional_scores"].values()) / 5
+    zeros = list(json.loads(example)["dimensional_scores"].values()).count(0)
+    assert quality_reward(text, truth) == zeros / 5
 
 
 @quick
 @given(TEXTS | st.binary() | st.lists(st.dictionaries(
     st.sampled_from(["prompt", "video_a", "video_b", "preference", "cot_a", "scores_a"]), JSON)).map(
         lambda rows: "\n".join(map(json.dumps, rows)))
-       | st.lists(st.lists(st.text() | st.sampled_from(["A", "same", "TA", "['a', 'b']"]), min_size=3, max_size=5)).map(
+       | st.lists(st.lists(st.text() | st.sampled_from(["A", "same", "TA", "['a', 'b']"]), min_size=3,
+                           max_size=5)).map(
            lambda rows: "path_A,path_B,prompt,TA\n" + "\n".join(",".join(row) for row in rows))
        | TEXTS.map(lambda text: 'videos,GSB,prompt\n"' + text.replace('"', '""') + '",A,x'))
 def test_any_pair_file_is_read_or_refused_by_name(tmp_path_factory, content):
@@ -141,17 +151,21 @@ def copy_with(saved, folder, name, content):
 def test_a_damaged_model_is_refused_by_name(name, damage, saved, tmp_path):
     content = (saved / name).read_bytes()
     if damage == "shape":
-        save_file({key: tensor.flatten()[:1] for key, tensor in load_file(saved / name).items()}, tmp_path / "x")
+        save_file({key: tensor.flatten()[:1] for key, tensor in load_file(saved / name).items()},
+                  tmp_path / "x")
         content = (tmp_path / "x").read_bytes()
         (tmp_path / "x").unlink()
-    content = {"missing": None, "truncated": content[:-9], "nonsense": b"\x00" * 99, "shape": content, "empty": b""}[damage]
+    content = {"missing": None, "truncated": content[:-9], "nonsense": b"\x00" * 99, "shape": content,
+               "empty": b""}[damage]
     copy_with(saved, tmp_path, name, content)
     with pytest.raises(DataError, match=str(tmp_path)):
         DeScore.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "{}", '{"backbone": 3}', '{"backbone": "x", "video": 5}', '{"video": []}',
-                                     '{"backbone": "x", "video": {"fps": "fast"}}', '{"instruction": 7}', "nul"])
+@pytest.mark.parametrize("content",
+                         ["", "[]", "{", "{}", "nul", '{"backbone": 3}', '{"backbone": "x", "video": 5}',
+                          '{"video": []}', '{"backbone": "x", "video": {"fps": "fast"}}',
+                          '{"instruction": 7}'])
 def test_damaged_settings_are_refused_by_name(content, saved, tmp_path):
     copy_with(saved, tmp_path, "descore.json", content.encode())
     with pytest.raises(DataError, match=str(tmp_path)):

@@ -16,7 +16,8 @@ def make_batch(model, keys):
 
 
 def random_rollouts(model, B, G, C, seed=0):
-    """CoTs of all kinds: with and without an end, of every length, the empty one, and one that holds a video token."""
+    """CoTs of all kinds: with and without an end, of every length, the empty one, and one that holds a video
+    token."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 500, (B, G, C), generator=generator)
     length = torch.randint(1, C + 1, (B, G), generator=generator)
@@ -48,7 +49,8 @@ def plain(model, sample, ids):
                                        deepstack_visual_embeds=tower.deepstack_features).last_hidden_state[0]
     P = len(sample.input_ids)
     logits = qwen.lm_head(hidden[P - 1:P - 1 + len(ids)])
-    return logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.long)], hidden[-1] @ model.head.weight[0]
+    logps = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.long)]
+    return logps, hidden[-1] @ model.head.weight[0]
 
 
 @pytest.fixture(params=["whole", "lora"])
@@ -145,7 +147,8 @@ def test_greedy_thinking_is_transformers_own_generate(model, keys):
 def test_the_video_is_encoded_once(model, keys, monkeypatch):
     calls = []
     forward = model.qwen.model.visual.forward
-    monkeypatch.setattr(model.qwen.model.visual, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    monkeypatch.setattr(model.qwen.model.visual, "forward",
+                        lambda *a, **k: calls.append(1) or forward(*a, **k))
     batch = model.encode(make_batch(model, keys))
     thoughts = model.think(batch, n=2, max_new_tokens=4)
     model.group(batch, thoughts.tokens, thoughts.mask)
@@ -162,7 +165,8 @@ def test_chunks_of_logits_change_nothing(model, keys, monkeypatch):
         logps, _ = model.group(make_batch(model, keys[:1]), tokens, mask)
         model.zero_grad()
         logps.sum().backward()
-        found.append((logps.detach(), [p.grad.clone() for p in model.trainable().values() if p.grad is not None]))
+        found.append((logps.detach(),
+                      [p.grad.clone() for p in model.trainable().values() if p.grad is not None]))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-12)
     for one, two in zip(found[0][1], found[1][1]):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-8)
@@ -221,10 +225,11 @@ def test_bfloat16_trains_in_float32(rank, keys):
     model.set_trainable(rank, train_merger=True)
     assert {p.dtype for p in model.trainable().values()} == {torch.float32}
     model.score(make_batch(model, keys), ["a red circle", None, ""]).sum().backward()
-    assert all(p.grad is not None for name, p in model.trainable().items() if "merger" in name or name == "query")
+    assert all(p.grad is not None for name, p in model.trainable().items()
+               if "merger" in name or name == "query")
     thoughts = model.think(make_batch(model, keys), n=2, max_new_tokens=5, seeds=[1, 2, 3])
     logps, rewards = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask)
-    torch.testing.assert_close(logps, thoughts.logps, rtol=0.1, atol=0.3)  # 8 bits of mantissa, two orders of adding
+    torch.testing.assert_close(logps, thoughts.logps, rtol=0.1, atol=0.3)  # 8 bits of mantissa, two orders
     torch.testing.assert_close(rewards, thoughts.rewards, rtol=0.1, atol=0.1)
 
 
@@ -249,19 +254,21 @@ def test_loading_says_what_is_wrong(tmp_path):
         DeScore.load(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints of the authors' release
 
 
 @pytest.fixture
 def release(model, tmp_path):
-    """A checkpoint in the release's layout: a <Reward> row in the embedding, rm_head.pth beside the weights."""
+    """A checkpoint in the release's layout: a <Reward> row in the embedding, rm_head.pth beside the
+    weights."""
     model.processor.tokenizer.add_tokens(["<Reward>"], special_tokens=True)
     model.qwen.resize_token_embeddings(len(model.processor.tokenizer))
     model.qwen.get_input_embeddings().weight.data[-1] = torch.randn_like(model.query)
     model.qwen.save_pretrained(tmp_path)
     model.processor.tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "descore.json").write_text((ROOT / "toy/backbone/descore.json").read_text())  # the toy's video settings
+    video_settings = (ROOT / "toy/backbone/descore.json").read_text()
+    (tmp_path / "descore.json").write_text(video_settings)
     return tmp_path
 
 
@@ -271,11 +278,13 @@ def test_a_release_is_read_and_scores_in_its_own_layout(release, keys, key):
     torch.save({key: head}, release / "rm_head.pth")
     model = DeScore.load(release, dtype=torch.float64, device="cpu").double()
     torch.testing.assert_close(model.head.weight.double(), head, rtol=1e-6, atol=0)  # made in float32
-    torch.testing.assert_close(model.query.double(), model.qwen.get_input_embeddings().weight[-1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(model.query.double(), model.qwen.get_input_embeddings().weight[-1], rtol=1e-6,
+                               atol=0)
     (record,) = model.judge(keys[:1], max_new_tokens=5)
     sample = model.processor(*keys[0], record["cot"])
     text = model.processor.tokenizer.decode(sample.input_ids)
-    assert text.endswith(model.processor.instruction.split("<prompt>")[1] + record["cot"]) and text.count("<|im_start|>") == 1
+    assert text.endswith(model.processor.instruction.split("<prompt>")[1] + record["cot"])
+    assert text.count("<|im_start|>") == 1
     assert abs(record["reward"] - plain(model, sample, [])[1].item()) < 1e-5
     ours = DeScore.load(release, dtype=torch.float64, device="cpu").double()
     ours.info["scoring_layout"] = "ours"
@@ -287,7 +296,8 @@ class Hostile:
         return (open, ("owned", "w"))
 
 
-@pytest.mark.parametrize("content", [{"weight": Hostile()}, {"other": torch.ones(1, 192)}, {"weight": torch.ones(7)}])
+@pytest.mark.parametrize("content",
+                         [{"weight": Hostile()}, {"other": torch.ones(1, 192)}, {"weight": torch.ones(7)}])
 def test_a_hostile_or_wrong_head_is_refused(release, content, monkeypatch):
     monkeypatch.chdir(release)
     torch.save(content, release / "rm_head.pth")
@@ -335,7 +345,8 @@ def test_4_bit_weights_give_the_gradients_of_what_they_stand_for(keys):
         (logps.sum() + rewards.sum()).backward()
         gradients.append({name: p.grad for name, p in model.trainable().items()})
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3,
+                                   atol=1e-3 * gradient.abs().max().item())
 
 
 def test_the_score_without_a_cot_rides_on_the_same_prefill(model, keys):

@@ -1,6 +1,7 @@
-"""Inputs equal those of the authors' pipeline: qwen-vl-utils 0.0.14 and the Qwen3VLProcessor of transformers 4.57.
+"""Inputs equal those of the authors' pipeline: qwen-vl-utils 0.0.14, transformers 4.57's Qwen3VLProcessor.
 
-tests/golden/make.py made the golden files with those packages; the last test runs them again where they are installed.
+tests/golden/make.py made the golden files with those packages; the last test runs them again where they can
+be imported.
 """
 
 import hashlib
@@ -36,13 +37,15 @@ def find(name: str) -> Path:
 def test_inputs_are_those_of_qwen3_vl(name):
     golden = np.load(GOLDEN / "golden.npz")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / "tokenizer.json"))
-    processor = Processor(tokenizer, VideoSettings(max_pixels=MAX_PIXELS), BEFORE + "<video>" + AFTER + "<prompt>")
+    instruction = BEFORE + "<video>" + AFTER + "<prompt>"
+    processor = Processor(tokenizer, VideoSettings(max_pixels=MAX_PIXELS), instruction)
     sample = processor(find(name), PROMPT)
     assert list(sample.grid) == golden[f"{name}/grid"].tolist()
     assert sample.input_ids.tolist() == golden[f"{name}/input_ids"].tolist()
     assert sample.position_ids.tolist() == golden[f"{name}/position_ids"].tolist()
     pixels = sample.patches.float() / 127.5 - 1
-    # Both resize with the same kernel and round to the same grey levels: 1/255 of a level, in normalised units.
+    # Both resize with the same kernel and round to the same grey levels: 1/255 of a level, in normalised
+    # units.
     difference = abs(sample_of(pixels) - golden[f"{name}/pixels"])
     assert (difference < 2 / 255 / 255).all()
     assert abs(pixels.double().mean().item() - golden[f"{name}/mean"]) < 1e-6

@@ -1,7 +1,8 @@
-"""The embedded world: the truth is the truth, and the same seed makes the same data."""
+"""The embedded world: the truth is the truth, the same seed makes the same data, the backbone is mediocre."""
 
 import json
 import re
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from conftest import ROOT
 from launch import run
 from pretrain import SETTINGS
 
-from data import read_pairs, read_video
+from data import agreement, follows_format, parse_cot, read_pairs, read_video
+from model import DeScore
 
 CIRCLE = world.Scene("red", "circle", "moves left", "zooms in", "at sea", "solid")
 
@@ -48,7 +50,8 @@ def test_the_same_seed_makes_the_same_data_and_another_seed_another(tmp_path):
     for name, seed in (("one", 5), ("two", 5), ("three", 6)):
         run(ROOT / "toy/world.py", tmp_path / name, "--pairs", 3, "--test-pairs", 2, "--seed", seed)
     for split in ("train", "test_id", "test_ood"):
-        one, two, three = ((tmp_path / name / f"{split}.jsonl").read_bytes() for name in ("one", "two", "three"))
+        one, two, three = ((tmp_path / name / f"{split}.jsonl").read_bytes()
+                           for name in ("one", "two", "three"))
         assert one == two != three
     for pair in read_pairs(tmp_path / "one/train.jsonl"):
         same = pair.video_a.replace("/one/", "/two/")
@@ -57,7 +60,8 @@ def test_the_same_seed_makes_the_same_data_and_another_seed_another(tmp_path):
 
 def test_the_splits_differ_as_they_should(world_dir):
     def models(split):
-        return {record[key] for record in map(json.loads, (world_dir / f"{split}.jsonl").read_text().splitlines())
+        return {record[key]
+                for record in map(json.loads, (world_dir / f"{split}.jsonl").read_text().splitlines())
                 for key in ("model_a", "model_b")}
 
     assert models("train") | models("test_id") <= set(world.TRAIN_GENERATORS)
@@ -84,3 +88,20 @@ def test_the_preference_follows_the_truth():
         if pair["preference"] != "tie":
             agree.append((a > b) == (pair["preference"] == "A"))
     assert 0.95 < np.mean(agree) <= 1 and len(agree) > 200
+
+
+def test_the_backbone_looks_and_leaves_something_to_learn(tmp_path):
+    """It keeps the format, its sub-scores are often right, and shown another video it is right less often."""
+    run(ROOT / "toy/world.py", tmp_path, "--pairs", 0, "--test-pairs", 20, "--seed", 5)
+    pairs = read_pairs(tmp_path / "test_id.jsonl") + read_pairs(tmp_path / "test_ood.jsonl")
+    keys = [key for pair in pairs for key in pair.videos()]
+    swapped = [(keys[i - 2][0], prompt) for i, (_, prompt) in enumerate(keys)]
+    model = DeScore.load(ROOT / "toy/backbone")
+    cots = {(record["video"], record["prompt"]): record["cot"]
+            for record in model.judge(keys + swapped, max_new_tokens=160, temperature=1.0)}
+    truth = [scores for pair in pairs for scores in (pair.scores_a, pair.scores_b)]
+    quality, quality_swapped = (fmean(
+        agreement(cot["dimensional_scores"], scores) if (cot := parse_cot(cots[key])) else 0
+        for key, scores in zip(shown, truth)) for shown in (keys, swapped))
+    assert fmean(map(follows_format, cots.values())) > 0.9
+    assert 0.55 < quality < 0.8 and quality_swapped < quality - 0.2

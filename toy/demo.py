@@ -2,7 +2,7 @@
 
     python toy/demo.py        # or `make demo`, which sets up first
 
-Runs the commands a user would run, then reads the figures from the runs' metrics.jsonl and writes runs/demo.json.
+Runs the commands a user would run, reads the figures from the runs' metrics.jsonl and writes runs/demo.json.
 """
 
 import json
@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ("accuracy_id", "accuracy_ood", "accuracy_id_no_cot", "accuracy_ood_no_cot", "quality_id", "quality_ood",
-           "format_rate")
+COLUMNS = ("accuracy_id", "accuracy_ood", "accuracy_id_no_cot", "accuracy_ood_no_cot", "quality_id",
+           "quality_ood", "format_rate")
 
 
 def run(*command: str | Path) -> float:
     """Run one of the project's scripts, showing the command. Returns the seconds it took."""
-    print("\n$ python " + " ".join(f'"{word}"' if " " in str(word) else str(word) for word in command), flush=True)
+    shown = " ".join(f'"{word}"' if " " in str(word) else str(word) for word in command)
+    print(f"\n$ python {shown}", flush=True)
     started = time.time()
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
     return time.time() - started
@@ -29,7 +30,8 @@ def figures(run_folder: str, which: int) -> dict[str, float]:
     lines = (ROOT / run_folder / "metrics.jsonl").read_text().splitlines()
     record = [record for record in map(json.loads, lines) if "test_id/quality" in record][which]
     found = {f"{name}_{split}{suffix}": record[f"test_{split}/{name}{suffix}"]
-             for name, suffix in (("accuracy", ""), ("accuracy", "_no_cot"), ("quality", "")) for split in ("id", "ood")}
+             for name, suffix in (("accuracy", ""), ("accuracy", "_no_cot"), ("quality", ""))
+             for split in ("id", "ood")}
     return found | {"format_rate": (record["test_id/format_rate"] + record["test_ood/format_rate"]) / 2}
 
 
@@ -44,14 +46,17 @@ def main() -> None:
         pair = json.loads((ROOT / f"runs/toy/{split}.jsonl").read_text().splitlines()[0])
         seconds["infer"] += run("infer.py", f"runs/toy/{pair['video_a']}", pair["prompt"])
     # A backbone has no scores yet: its query and head are fresh.
-    backbone = {key: value for key, value in figures("runs/coldstart", 0).items() if not key.startswith("accuracy")}
+    backbone = {key: value for key, value in figures("runs/coldstart", 0).items()
+                if not key.startswith("accuracy")}
     stages = {"backbone": backbone, "coldstart": figures("runs/coldstart", -1), "rl": figures("runs/rl", -1)}
     (ROOT / "runs/demo.json").write_text(json.dumps(stages | {"seconds": seconds}, indent=1) + "\n")
     print(f"\n{'':<10}" + "".join(f"{name.replace('accuracy', 'acc'):>15}" for name in COLUMNS))
     for stage, found in stages.items():
-        print(f"{stage:<10}" + "".join(f"{found[name]:>15.3f}" if name in found else f"{'–':>15}" for name in COLUMNS))
-    print("\nid: the generators of the training pairs; ood: new generators, whose looks say nothing of their quality")
-    print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + "; figures in runs/demo.json")
+        cells = (f"{found[name]:>15.3f}" if name in found else f"{'–':>15}" for name in COLUMNS)
+        print(f"{stage:<10}" + "".join(cells))
+    print("\nid: the generators of the training pairs; ood: new ones, whose looks do not tell their quality")
+    times = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    print(f"seconds: {times}; figures in runs/demo.json")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python toy/prepare.py runs/toy
 
-Leaves train.jsonl (reference sub-scores, for stage 2), train_cots.jsonl (the backbone's CoTs, consistent with the label,
-for stage 1), test_id.jsonl and test_ood.jsonl.
+Leaves train.jsonl (reference sub-scores, for stage 2), train_cots.jsonl (the backbone's CoTs, consistent with
+the label, for stage 1), test_id.jsonl and test_ood.jsonl.
 """
 
 import argparse
@@ -27,8 +27,8 @@ def main() -> None:
 
     out, annotated = args.out, args.out / "train_annotated.jsonl"
     run("toy/world.py", out, "--pairs", args.pairs, "--test-pairs", args.test_pairs, "--seed", args.seed)
-    run("data.py", "annotate", out / "train.jsonl", annotated, "--model", ROOT / "toy/backbone", "--max-new-tokens", 140,
-        "--max-tokens", 36000, "--seed", args.seed)
+    run("data.py", "annotate", out / "train.jsonl", annotated, "--model", ROOT / "toy/backbone",
+        "--max-new-tokens", 140, "--max-tokens", 36000, "--seed", args.seed)
     run("data.py", "filter", annotated, out / "train_cots.jsonl")
 
 

@@ -2,16 +2,17 @@
 
     python toy/pretrain.py --out FOLDER       # seed 0: 3,550 steps, 67 minutes on two cores
 
-toy/backbone holds what this gave, with the defaults below; its descore.json records them. Another machine rounds otherwise
-and gets other weights of the same making.
+toy/backbone holds what this gave, with the defaults below; its descore.json records them. Another machine
+rounds otherwise and gets other weights of the same making.
 
-First it describes clips (the prompt is just "Describe the video."), so that it learns to look: with a prompt to copy
-from, it would copy. Then it also judges clips against prompts, in the CoT format of data.py, and practises that. Last,
-in a short lesson, it imitates a judge with bad habits (`habits`): lenient with what is not quite met, and unable to leave
-alone what the prompt does not ask for. These leave something to be learnt by reinforcement.
+First it describes clips (the prompt is just "Describe the video."), so that it learns to look: with a prompt
+to copy from, it would copy. Then it also judges clips against prompts, in the CoT format of data.py, and
+practises that. Last, in a short lesson, it imitates a judge with bad habits (`habits`): lenient with what is
+not quite met, and unable to leave alone what the prompt does not ask for. These leave something to be learnt
+by reinforcement.
 
-Clips come straight from the renderer, every combination of attributes and every signature, and signatures say nothing
-about quality here: whatever shortcut the later stages take is their own.
+Clips come straight from the renderer, every combination of attributes and every signature, and signatures say
+nothing about quality here: whatever shortcut the later stages take is their own.
 """
 
 import argparse
@@ -34,15 +35,17 @@ import world
 from data import DIMENSIONS, Batch, Processor, VideoSettings
 
 DESCRIBE = "<video>Describe the video."
-JUDGE = "<video><prompt>\nDoes the video follow the prompt? Think, then judge."  # a grown-up model gets data.INSTRUCTION
+# A grown-up model gets data.INSTRUCTION.
+JUDGE = "<video><prompt>\nDoes the video follow the prompt? Think, then judge."
 SETTINGS = VideoSettings(min_pixels=64 * 64, max_pixels=64 * 64, patch_size=8)
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>")
-SAMPLED = np.linspace(0, world.FRAMES - 1, 8).round().astype(int)  # the frames that read_video takes of such a clip
-WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+SAMPLED = np.linspace(0, world.FRAMES - 1, 8).round().astype(int)  # what read_video takes of such a clip
+WORDS = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+         r"\s+(?!\S)|\s+")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What it is taught to write
 
 
@@ -69,14 +72,14 @@ def habits(scores: dict, rng: np.random.Generator) -> dict:
 
 
 def write_cot(asked: world.Scene, shown: world.Scene, scores: dict) -> str:
-    """A CoT that sets what is asked for, what is seen and the sub-score side by side; a subject, which has two parts,
-    is compared part by part."""
+    """A CoT that sets what is asked for, what is seen and the sub-score side by side; a subject, which has
+    two parts, is compared part by part."""
     wanted, found = seen(asked), seen(shown)
     parts = [f"{getattr(shown, part)} {'yes' if getattr(asked, part) == getattr(shown, part) else 'no'}"
              for part in ("colour", "shape")]
     found["subject"] = ", ".join(parts)
-    lines = [f"{name}: {f'asked {wanted[name]}' if wanted[name] else 'not asked'}, seen {found[name]}, so {scores[name]}"
-             for name in DIMENSIONS]
+    wishes = {name: f"asked {wanted[name]}" if wanted[name] else "not asked" for name in DIMENSIONS}
+    lines = [f"{name}: {wishes[name]}, seen {found[name]}, so {scores[name]}" for name in DIMENSIONS]
     answer = json.dumps({"dimensional_scores": scores}, separators=(",", ":"))
     return "<think>\n" + "\n".join(lines) + "\n</think>\n<answer>\n" + answer + "\n</answer>"
 
@@ -90,12 +93,13 @@ def draw_example(task: str, rng: np.random.Generator) -> tuple[np.ndarray, str, 
     if task == "describe":
         return clip, "", write_caption(shown, signature)
     scores = world.sub_scores(asked, shown)
-    return clip, world.write_prompt(asked, rng), write_cot(asked, shown, habits(scores, rng) if task == "imitate" else scores)
+    prompt = world.write_prompt(asked, rng)
+    return clip, prompt, write_cot(asked, shown, habits(scores, rng) if task == "imitate" else scores)
 
 
 class Lessons(torch.utils.data.Dataset):
-    """Batches for one lesson, each a pure function of (seed, step): a Batch whose rows already hold the text to write,
-    and the positions in it to learn from."""
+    """Batches for one lesson, each a pure function of (seed, step): a Batch whose rows already hold the text
+    to write, and the positions in it to learn from."""
 
     def __init__(self, tokenizer, lesson: str, steps: range, seed: int, batch_size: int):
         self.describing, self.judging = (Processor(tokenizer, SETTINGS, text) for text in (DESCRIBE, JUDGE))
@@ -110,22 +114,24 @@ class Lessons(torch.utils.data.Dataset):
         processor, samples, learn = self.describing if task == "describe" else self.judging, [], []
         for row in range(self.batch_size):
             clip, prompt, text = draw_example(task, np.random.default_rng((self.seed, step, row)))
-            sample = processor.sample(torch.from_numpy(clip).permute(0, 3, 1, 2), (SAMPLED / world.FPS).tolist(), prompt)
+            frames = torch.from_numpy(clip).permute(0, 3, 1, 2)
+            sample = processor.sample(frames, (SAMPLED / world.FPS).tolist(), prompt)
             answer = torch.tensor(processor.encode(text) + [processor.eos_id])
             start = sample.position_ids.max() + 1
             learn.append(F.pad(torch.ones_like(answer, dtype=torch.bool), (len(sample.input_ids), 0)))
             sample.input_ids = torch.cat([sample.input_ids, answer])
-            sample.position_ids = torch.cat([sample.position_ids, (torch.arange(len(answer)) + start).expand(3, -1)], 1)
+            behind = (torch.arange(len(answer)) + start).expand(3, -1)
+            sample.position_ids = torch.cat([sample.position_ids, behind], 1)
             samples.append(sample)
         return processor.collate(samples), torch.nn.utils.rnn.pad_sequence(learn, batch_first=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The tokenizer and the model
 
 
 def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in the manner of Qwen's, learnt on what the model reads and writes; it can encode any text."""
+    """A byte-level BPE like Qwen's, learnt on what the model reads and writes; it can encode any text."""
     rng = np.random.default_rng(seed)
     texts = [JUDGE, DESCRIBE, "user\n", "assistant\n"]
     for _ in range(2000):
@@ -142,7 +148,8 @@ def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(SPECIAL))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>")
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGeneration:
@@ -150,9 +157,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGener
     token = tokenizer.convert_tokens_to_ids
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 448, "num_hidden_layers": 5,
-            "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
-            "tie_word_embeddings": True,
+            "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 448,
+            "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
+            "max_position_embeddings": 4096, "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5],
                                 "mrope_interleaved": True}},
         vision_config={
@@ -163,10 +170,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGener
         tie_word_embeddings=True))
 
 
-def loss_and_accuracy(model, batch: Batch, learn: torch.Tensor, score_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Next-token cross-entropy over the positions to learn from, and the share guessed right. Verdicts (`score_ids`)
-    weigh four times: they are few among many tokens, and judging is what they say. Padding stands on the right,
-    where nothing that counts can see it: no mask is needed."""
+def loss_and_accuracy(model, batch: Batch, learn: torch.Tensor,
+                      score_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Next-token cross-entropy over the positions to learn from, and the share guessed right. Verdicts
+    (`score_ids`) weigh four times: they are few among many tokens, and judging is what they say. Padding
+    stands on the right, where nothing that counts can see it: no mask is needed."""
     hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids,
                          pixel_values_videos=batch.patches.float() / 127.5 - 1,
                          video_grid_thw=batch.grid).last_hidden_state
@@ -187,11 +195,13 @@ def attributes_seen(model, tokenizer, seed: int, count: int = 256) -> dict[str, 
         for index in range(row, row + 64):
             rng = np.random.default_rng((seed, 10**9, index))
             clips.append(world.draw_scene(rng))
-            frames = torch.from_numpy(world.render(clips[-1], str(rng.choice(world.SIGNATURES)), rng, SAMPLED))
+            frames = world.render(clips[-1], str(rng.choice(world.SIGNATURES)), rng, SAMPLED)
+            frames = torch.from_numpy(frames)
             samples.append(processor.sample(frames.permute(0, 3, 1, 2), (SAMPLED / world.FPS).tolist(), ""))
         batch = processor.collate(samples)  # all of one length
         types = (batch.input_ids == processor.special["<|video_pad|>"]).int() * 2
-        out = model.generate(input_ids=batch.input_ids, attention_mask=batch.mask.long(), mm_token_type_ids=types,
+        out = model.generate(input_ids=batch.input_ids, attention_mask=batch.mask.long(),
+                             mm_token_type_ids=types,
                              pixel_values_videos=batch.patches.float() / 127.5 - 1, video_grid_thw=batch.grid,
                              max_new_tokens=48, do_sample=False, eos_token_id=processor.eos_id,
                              pad_token_id=processor.eos_id)
@@ -207,14 +217,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("toy/backbone"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--describe-steps", type=int, default=1800, help="steps of describing clips")
-    parser.add_argument("--judge-steps", type=int, default=900, help="steps of judging clips as well (three in four)")
-    parser.add_argument("--practise-steps", type=int, default=700, help="steps of more of the same, the rate fresh")
+    parser.add_argument("--judge-steps", type=int, default=900,
+                        help="steps of judging clips as well (three in four)")
+    parser.add_argument("--practise-steps", type=int, default=700,
+                        help="steps of more of the same, the rate fresh")
     parser.add_argument("--imitate-steps", type=int, default=150, help="steps of judging with bad habits")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--vocab-size", type=int, default=640)
     parser.add_argument("--after", choices=("describe", "judge", "practise"),
-                        help="skip the lessons up to this one: start from the weights that it left in OUT/LESSON")
+                        help="skip the lessons up to this one: start from what it left in OUT/LESSON")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -225,7 +237,8 @@ def main() -> None:
         tokenizer.save_pretrained(args.out)
     model = make_model(tokenizer)
     if args.after:
-        model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(args.out / args.after).state_dict())
+        earlier = Qwen3VLForConditionalGeneration.from_pretrained(args.out / args.after)
+        model.load_state_dict(earlier.state_dict())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     started, first, skipping = time.time(), 0, args.after is not None
     judgements = ["0", "1", "2", "N", "ĠN", "Ġyes", "Ġno"]
@@ -240,14 +253,15 @@ def main() -> None:
         if skipping or not steps:
             skipping = skipping and lesson != args.after
             continue
-        model.model.visual.requires_grad_(lesson == "describe")  # it has learnt to see; half the time is saved
+        model.model.visual.requires_grad_(lesson == "describe")  # later it can see; half the time is saved
         decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
         rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-        optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-                                      lr=rate, betas=(0.9, 0.98))
+        groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step, steps=steps, reach=reach: min(
-                (step + 1) / min(100, steps / 4), 0.02 + 0.49 * (1 + math.cos(math.pi * reach * step / steps))))
+                (step + 1) / min(100, steps / 4),
+                0.02 + 0.49 * (1 + math.cos(math.pi * reach * step / steps))))
         loader = torch.utils.data.DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=8)
         for step, (batch, learn) in enumerate(loader, 1):
             loss, accuracy = loss_and_accuracy(model, batch, learn, score_ids)

@@ -2,17 +2,18 @@
 
     python toy/world.py OUT --pairs 1000 --seed 0
 
-writes OUT/videos/*.mp4 and three pair files (JSON lines, see data.py): train.jsonl, test_id.jsonl and test_ood.jsonl.
+writes OUT/videos/*.mp4 and three pair files (JSON lines, see data.py): train.jsonl, test_id.jsonl and
+test_ood.jsonl.
 
-A *scene* says what a clip shows, by the five dimensions that a CoT judges: subject (colour and shape), dynamics,
-camera, environment, style. A prompt asks for a scene, or for part of one. A generator draws the prompt badly: each
-attribute goes wrong at the generator's own rate, and the frames carry the generator's own signature (grain, vignette,
-...). Comparing what was asked with what is shown gives the true sub-scores; their weighted mean, seen through a noisy
-annotator, gives the preference.
+A *scene* says what a clip shows, by the five dimensions that a CoT judges: subject (colour and shape),
+dynamics, camera, environment, style. A prompt asks for a scene, or for part of one. A generator draws the
+prompt badly: each attribute goes wrong at the generator's own rate, and the frames carry the generator's own
+signature (grain, vignette, ...). Comparing what was asked with what is shown gives the true sub-scores; their
+weighted mean, seen through a noisy annotator, gives the preference.
 
-Two things differ out of domain. The generators are new, and the good one wears the signature that the worst one wears
-in training: whoever scores signatures instead of content falls for it. And the scenes combine attributes that never
-stand together in training (`is_novel`).
+Two things differ out of domain. The generators are new, and the good one wears the signature that the worst
+one wears in training: whoever scores signatures instead of content falls for it. And the scenes combine
+attributes that never stand together in training (`is_novel`).
 """
 
 import argparse
@@ -69,7 +70,7 @@ OOD_GENERATORS = {"drift": Generator(0.7, "vignette"), "ember": Generator(0.08, 
 ANNOTATOR_NOISE, TIE_MARGIN = 0.1, 0.3  # on the scale of overall_score, 1 to 5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scenes, prompts and their truth
 
 
@@ -97,7 +98,7 @@ def draw_request(rng: np.random.Generator, novel: bool) -> Scene:
 
 
 def draw_clip(asked: Scene, error_rate: float, rng: np.random.Generator) -> Scene:
-    """What a generator shows when it is asked: wrong at its rate, and anything at all where it is not asked."""
+    """What a generator shows when it is asked: wrong at its rate, and anything where it is not asked."""
     shown = asdict(draw_scene(rng))
     for name, value in asdict(asked).items():
         if value is not None and rng.random() >= error_rate:
@@ -122,8 +123,8 @@ def write_prompt(asked: Scene, rng: np.random.Generator) -> str:
 
 
 def sub_scores(asked: Scene, shown: Scene) -> dict:
-    """The truth: 2 fully met, 1 partly (the right colour on the wrong shape, motion or zoom the wrong way), 0 missed,
-    "N/A" not asked for."""
+    """The truth: 2 fully met, 1 partly (the right colour on the wrong shape, motion or zoom the wrong way), 0
+    missed, "N/A" not asked for."""
     subject = (asked.colour == shown.colour) + (asked.shape == shown.shape)
 
     def judge(wanted, seen, partly=False):
@@ -138,12 +139,13 @@ def sub_scores(asked: Scene, shown: Scene) -> dict:
             "style": judge(asked.style, shown.style)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Frames
 
 
-def render(scene: Scene, signature: str, rng: np.random.Generator, pick: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """Draw the clip, or just the frames to `pick` of it. Returns (T, SIZE, SIZE, 3) uint8, T = FRAMES for all."""
+def render(scene: Scene, signature: str, rng: np.random.Generator,
+           pick: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """Draw the clip's FRAMES frames, or just those to `pick`. Returns (T, SIZE, SIZE, 3) uint8."""
     t = np.linspace(0, 1, FRAMES)[pick, None, None]
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)[:, None] - (SIZE - 1) / 2
     noise = rng.integers(0, 2**31)
@@ -171,7 +173,8 @@ def render(scene: Scene, signature: str, rng: np.random.Generator, pick: np.ndar
 
 
 def outline(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Distance in pixels from (x, y) to the shape's edge, negative inside (exact for the circle, a bound elsewhere)."""
+    """Distance in pixels from (x, y) to the shape's edge, negative inside (exact for the circle, a bound
+    elsewhere)."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -179,12 +182,13 @@ def outline(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarr
     if shape == "triangle":
         return np.maximum(abs(x) * 0.894 - y * 0.447 - 0.5 * radius, y - 0.85 * radius)
     arm = 0.36 * radius  # a cross
-    return np.minimum(np.maximum(abs(x) - arm, abs(y) - 1.15 * radius), np.maximum(abs(x) - 1.15 * radius, abs(y) - arm))
+    return np.minimum(np.maximum(abs(x) - arm, abs(y) - 1.15 * radius),
+                      np.maximum(abs(x) - 1.15 * radius, abs(y) - arm))
 
 
 def environment(name: str, u: np.ndarray, v: np.ndarray, seed: int) -> np.ndarray:
-    """The background at the world's points (u, v), each (T, H, W): (T, H, W, 3) in 0 .. 255. All have texture in both
-    directions, so that the camera's movement can be seen."""
+    """The background at the world's points (u, v), each (T, H, W): (T, H, W, 3) in 0 .. 255. All have texture
+    in both directions, so that the camera's movement can be seen."""
 
     def cells(size):  # one random number for each cell of a grid
         i, j = np.floor(u / size).astype(np.int64), np.floor(v / size).astype(np.int64)
@@ -199,7 +203,8 @@ def environment(name: str, u: np.ndarray, v: np.ndarray, seed: int) -> np.ndarra
     if name == "in a forest":
         trunk = (np.abs(u % 14 - 7) < 2.5) * 1.0
         leaf = cells(5)
-        return np.array([18, 60, 25]) + trunk[..., None] * np.array([45, -5, 0]) + leaf[..., None] * np.array([8, 35, 8])
+        return (np.array([18, 60, 25]) + trunk[..., None] * np.array([45, -5, 0])
+                + leaf[..., None] * np.array([8, 35, 8]))
     if name == "at sea":
         wave = np.sin(0.55 * v + 1.2 * np.sin(0.3 * u))
         return np.array([10, 70, 100]) + wave[..., None] * np.array([8, 28, 30])
@@ -231,18 +236,20 @@ def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
         stream = container.add_stream("libx264", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # With its lookahead x264 makes slightly different frames from run to run; tuned for no latency it does not.
+        # With its lookahead x264 makes slightly different frames from run to run; tuned for no latency it
+        # does not.
         stream.options = {"crf": "14", "preset": "fast", "tune": "zerolatency", "threads": "1"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))))
         container.mux(stream.encode())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pairs
 
 
-def draw_pair(generators: dict[str, Generator], novel: bool, rng: np.random.Generator) -> tuple[dict, list[np.ndarray]]:
+def draw_pair(generators: dict[str, Generator], novel: bool,
+              rng: np.random.Generator) -> tuple[dict, list[np.ndarray]]:
     """One labelled pair (without its paths) and the frames of its two clips."""
     asked = draw_request(rng, novel)
     pair, clips, overall = {"prompt": write_prompt(asked, rng)}, [], []
@@ -260,11 +267,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--pairs", type=int, default=1000, help="pairs to train on")
-    parser.add_argument("--test-pairs", type=int, default=300, help="held-out pairs, in domain and out of domain each")
+    parser.add_argument("--test-pairs", type=int, default=300,
+                        help="held-out pairs, in domain and out of domain each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     (args.out / "videos").mkdir(parents=True, exist_ok=True)
-    splits = [("train", args.pairs, TRAIN_GENERATORS, False), ("test_id", args.test_pairs, TRAIN_GENERATORS, False),
+    splits = [("train", args.pairs, TRAIN_GENERATORS, False),
+              ("test_id", args.test_pairs, TRAIN_GENERATORS, False),
               ("test_ood", args.test_pairs, OOD_GENERATORS, True)]
     for number, (split, count, generators, novel) in enumerate(splits):
         lines = []

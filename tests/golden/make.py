@@ -1,12 +1,13 @@
-"""Make the golden files: what qwen-vl-utils 0.0.14, the Qwen3VLProcessor of transformers 4.57 and its get_rope_index
-make of a set of clips. Run in an environment of its own, with torchvision's Python half beside a CPU-only torch:
+"""Make the golden files: what qwen-vl-utils 0.0.14, the Qwen3VLProcessor of transformers 4.57 and its
+get_rope_index make of a set of clips. Run in an environment of its own, with torchvision's Python half beside
+a CPU-only torch:
 
     pip install torch==2.13.0 "transformers==4.57.*" decord av requests pillow
     pip install --no-deps torchvision==0.28.0 qwen-vl-utils==0.0.14
     python tests/golden/make.py [REAL_CLIP.mp4 ...]
 
-Writes the synthetic clips (*.mp4) and golden.npz beside itself. For each clip it holds the grid, the token ids under
-the tokenizer beside this file, the 3-D positions, and a fixed sample of the pixel values.
+Writes the synthetic clips (*.mp4) and golden.npz beside itself. For each clip it holds the grid, the token
+ids under the tokenizer beside this file, the 3-D positions, and a fixed sample of the pixel values.
 """
 
 import hashlib
@@ -25,9 +26,10 @@ PROMPT = "A red circle moves left, the camera zooms in."
 BEFORE, AFTER = "", " Judge the video above. Prompt: "
 MAX_PIXELS = 448 * 448
 # name: frames, height, width, frames a second
-CLIPS = {"portrait": (12, 320, 192, 8), "odd": (9, 157, 211, 10), "two": (2, 160, 160, 8), "three": (3, 160, 160, 8),
-         "four": (4, 160, 160, 8), "five": (5, 160, 160, 8), "fast": (90, 128, 128, 60), "wide": (8, 64, 768, 8),
-         "ntsc": (40, 128, 192, Fraction(24000, 1001))}
+CLIPS = {"portrait": (12, 320, 192, 8), "odd": (9, 157, 211, 10), "two": (2, 160, 160, 8),
+         "three": (3, 160, 160, 8),
+         "four": (4, 160, 160, 8), "five": (5, 160, 160, 8), "fast": (90, 128, 128, 60),
+         "wide": (8, 64, 768, 8), "ntsc": (40, 128, 192, Fraction(24000, 1001))}
 
 
 def sample_of(pixels: torch.Tensor) -> np.ndarray:
@@ -70,13 +72,17 @@ def import_reference():
 
 
 def reference(path: Path, max_pixels: int, tokenizer_file: Path) -> dict:
-    """Grid, token ids, positions and pixel values of a clip with the fixed prompt, by the reference packages."""
+    """Grid, token ids, positions and pixel values of a clip with the fixed prompt, by the reference
+    packages."""
     info, Tokenizer, ImageProcessor, Model, Processor, VideoProcessor = import_reference()
-    tokenizer = Tokenizer(tokenizer_file=str(tokenizer_file), eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = Tokenizer(tokenizer_file=str(tokenizer_file), eos_token="<|im_end|>",
+                          pad_token="<|endoftext|>")
     image = ImageProcessor(patch_size=16, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     processor = Processor(image, tokenizer, VideoProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3))
-    messages = [{"role": "user", "content": [{"type": "video", "video": str(path), "max_pixels": max_pixels}]}]
-    _, videos, kwargs = info(messages, return_video_kwargs=True, return_video_metadata=True, image_patch_size=16)
+    messages = [{"role": "user",
+                 "content": [{"type": "video", "video": str(path), "max_pixels": max_pixels}]}]
+    _, videos, kwargs = info(messages, return_video_kwargs=True, return_video_metadata=True,
+                             image_patch_size=16)
     videos, metadata = zip(*videos)
     # What Qwen3-VL's chat template makes of one user turn with a video and a text.
     text = ("<|im_start|>user\n" + BEFORE + "<|vision_start|><|video_pad|><|vision_end|>" + AFTER + PROMPT
@@ -84,13 +90,15 @@ def reference(path: Path, max_pixels: int, tokenizer_file: Path) -> dict:
     inputs = processor(text=[text], videos=list(videos), video_metadata=list(metadata), do_resize=False,
                        return_tensors="pt", **kwargs)
     token = tokenizer.convert_tokens_to_ids
-    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2), image_token_id=token("<|image_pad|>"),
-                             video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"))
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2),
+                             image_token_id=token("<|image_pad|>"),
+                             video_token_id=token("<|video_pad|>"),
+                             vision_start_token_id=token("<|vision_start|>"))
     positions, _ = Model.get_rope_index(SimpleNamespace(config=config), inputs["input_ids"],
                                         video_grid_thw=inputs["video_grid_thw"],
                                         attention_mask=inputs["attention_mask"])
-    return {"grid": inputs["video_grid_thw"][0], "input_ids": inputs["input_ids"][0], "position_ids": positions[:, 0],
-            "pixels": inputs["pixel_values_videos"]}
+    return {"grid": inputs["video_grid_thw"][0], "input_ids": inputs["input_ids"][0],
+            "position_ids": positions[:, 0], "pixels": inputs["pixel_values_videos"]}
 
 
 def main() -> None:
@@ -103,7 +111,8 @@ def main() -> None:
         found = reference(path, MAX_PIXELS, HERE / "tokenizer.json")
         name = path.stem
         names[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        golden |= {f"{name}/grid": found["grid"].numpy(), f"{name}/input_ids": found["input_ids"].short().numpy(),
+        golden |= {f"{name}/grid": found["grid"].numpy(),
+                   f"{name}/input_ids": found["input_ids"].short().numpy(),
                    f"{name}/position_ids": found["position_ids"].short().numpy(),
                    f"{name}/pixels": sample_of(found["pixels"]).astype(np.float32),
                    f"{name}/mean": np.array(found["pixels"].double().mean().item())}
