@@ -14,7 +14,6 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from data import MAX_TOKENS, DataError, Pair, Processor, Skipped, packed, read_pairs
-from infer import evaluate
+from infer import evaluate, read_tests
 from model import DeScore, draw_seed
 from run import Ranks, Run, make_optimizer, parse_args
 
@@ -142,15 +141,12 @@ def main() -> None:
                             "`python data.py annotate` writes them")
     steps = chunks(order(len(pairs), args.epochs, args.seed), args.batch_size)
     warmup = max(1, round(args.warmup * len(steps)))
-    tests = {Path(path).stem: read_pairs(path, args.label, args.root) for path in args.test}
+    tests = read_tests(args.test, args.label, args.root)
     done = run.begin(model, optimizer, skipped)
 
-    def test(step: int) -> dict:
-        figures = {}
-        for name, held_out in tests.items():
-            figures |= {f"{name}/{key}": value for key, value in evaluate(
-                model, held_out, ranks, args.max_new_tokens, args.eval_temperature, args.eval_tokens,
-                args.workers).items()}
+    def test(step: int) -> dict[str, float]:
+        figures = evaluate(model, tests, ranks, args.max_new_tokens, args.eval_temperature, args.eval_tokens,
+                           args.workers)
         run.log({"step": step, **figures})
         return figures
 

@@ -85,17 +85,29 @@ def measure(pairs: list[Pair], judged: dict[tuple[str, str], dict]) -> dict[str,
     return figures
 
 
-def evaluate(model: DeScore, pairs: list[Pair], ranks: Ranks, max_new_tokens: int, temperature: float,
-             max_tokens: int, workers: int = 0) -> dict[str, float]:
-    """Judge every video of the pairs once, with a CoT and without one, split over ranks, and measure."""
-    keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
-    mine, numbers = ranks.share(keys), ranks.share(list(range(len(keys))))
-    with model.gathered():
-        judged = model.judge(mine, max_new_tokens, temperature, max_tokens=max_tokens, without_cot=True,
-                             workers=workers, numbers=numbers)
-        judged = tqdm(judged, "evaluate", total=len(mine), disable=not ranks.first, leave=False)
-        judged = ranks.gather_all(list(judged))
-    return measure(pairs, by_key(judged))
+def read_tests(paths: list[str], label: str | None, root: str | None) -> dict[str, list[Pair]]:
+    """Test sets by the names of their files, under which their figures will stand."""
+    tests = {Path(path).stem: read_pairs(path, label, root) for path in paths}
+    if len(tests) < len(paths):
+        raise DataError(f"--test {' '.join(paths)}: two files have the same name, and figures go by it")
+    return tests
+
+
+def evaluate(model: DeScore, tests: dict[str, list[Pair]], ranks: Ranks, max_new_tokens: int,
+             temperature: float, max_tokens: int, workers: int = 0) -> dict[str, float]:
+    """Measure a model on test sets by name: figures by "name/figure". Every video of a set is judged once,
+    with a CoT and without one, the work split over ranks."""
+    figures = {}
+    for name, pairs in tests.items():
+        keys = list(dict.fromkeys(key for pair in pairs for key in pair.videos()))
+        mine, numbers = ranks.share(keys), ranks.share(list(range(len(keys))))
+        with model.gathered():
+            judged = model.judge(mine, max_new_tokens, temperature, max_tokens=max_tokens, without_cot=True,
+                                 workers=workers, numbers=numbers)
+            judged = tqdm(judged, f"evaluate {name}", total=len(mine), disable=not ranks.first, leave=False)
+            judged = ranks.gather_all(list(judged))
+        figures |= {f"{name}/{key}": value for key, value in measure(pairs, by_key(judged)).items()}
+    return figures
 
 
 def by_key(judged: list[dict]) -> dict[tuple[str, str], dict]:

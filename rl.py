@@ -18,7 +18,6 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -37,7 +36,7 @@ from data import (
     parse_cot,
     read_pairs,
 )
-from infer import evaluate
+from infer import evaluate, read_tests
 from model import DeScore, draw_seed
 from run import Ranks, Run, make_optimizer, parse_args
 
@@ -209,16 +208,13 @@ def main() -> None:
         if pair.scores_a is None or pair.scores_b is None:
             raise DataError(f"{args.train}: the pair of {pair.video_a} has no reference sub-scores "
                             "(scores_a, scores_b)")
-    tests = {Path(path).stem: read_pairs(path, args.label, args.root) for path in args.test}
+    tests = read_tests(args.test, args.label, args.root)
     G = args.group_size
     done = run.begin(model, optimizer, skipped)
 
-    def test(step: int) -> dict:
-        figures = {}
-        for name, held_out in tests.items():
-            figures |= {f"{name}/{key}": value for key, value in evaluate(
-                model, held_out, ranks, args.max_new_tokens, args.eval_temperature, args.eval_tokens,
-                args.workers).items()}
+    def test(step: int) -> dict[str, float]:
+        figures = evaluate(model, tests, ranks, args.max_new_tokens, args.eval_temperature, args.eval_tokens,
+                           args.workers)
         run.log({"step": step, **figures})
         return figures
 

@@ -9,7 +9,8 @@ from conftest import ROOT, TOY_VIDEO
 from launch import Started, run
 from safetensors.torch import load_file
 
-from data import follows_format, read_pairs
+from data import DataError, follows_format, read_pairs
+from infer import read_tests
 from model import DeScore
 
 QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--no-gradient-checkpointing"]
@@ -178,6 +179,14 @@ def test_filter_says_what_it_kept(world_dir, tmp_path):
     out = run("data.py", "filter", world_dir / "train_cots.jsonl", tmp_path / "kept.jsonl").stdout
     kept = read_pairs(tmp_path / "kept.jsonl")
     assert f"{len(kept)} kept" in out and 6 <= len(kept) <= 12  # true CoTs, noisy labels
+
+
+def test_test_sets_go_by_the_names_of_their_files(world_dir):
+    paths = [str(world_dir / "test_id.jsonl"), str(world_dir / "test_ood.jsonl")]
+    tests = read_tests(paths, None, None)
+    assert {name: len(pairs) for name, pairs in tests.items()} == {"test_id": 4, "test_ood": 4}
+    with pytest.raises(DataError, match="the same name"):
+        read_tests([paths[0], paths[0]], None, None)
 
 
 @pytest.mark.parametrize(("command", "message"), [
