@@ -56,7 +56,7 @@ class Args:
     min_pixels: int = HfArg(default=128 * 32 * 32, help="pixels a frame, at least")
     max_pixels: int = HfArg(default=448 * 448, help="pixels a frame, at most")
     # Running.
-    max_tokens: int = HfArg(default=24_576, help="tokens a forward, padding included; one pair at least")
+    max_tokens: int = HfArg(default=24_576, help="tokens at a time, padding included; one pair at least")
     gradient_checkpointing: bool = HfArg(default=True, help="less memory, one more forward")
     quant: Literal["4bit"] | None = HfArg(default=None, help="keep the frozen linear layers in NF4")
     optim: Literal["adamw", "adamw8bit"] = HfArg(default="adamw", help="8 bits: smaller moments")

@@ -56,6 +56,7 @@ transformers_logging.disable_progress_bar()
 # What LoRA adapts: the linear layers of the language model, not lm_head, embeddings, or the vision tower.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 LOGITS_CHUNK = 2048  # CoT tokens whose logits exist at one time; 2048 · 151,936 · 4 bytes = 1.2 GB
+FORWARD_TOKENS = 16_384  # of rows that go through the language model together, one row at least
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -395,13 +396,15 @@ class DeScore(nn.Module):
         return logps, rewards
 
     def runs(self, batch: Batch, tokens: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple]:
-        """`forward_rows` for rows of like length together, so that little of what is computed is padding: row
-        numbers and what it returns for them. A sharded model takes all rows at once, for its ranks have to
-        run in step."""
+        """`forward_rows` for rows of like length together, so that little of what is computed is padding, and
+        at most FORWARD_TOKENS: row numbers and what it returns for them. A sharded model takes all rows at
+        once, for its ranks have to run in step."""
         batch = self.encode(batch)
         read = mask & (tokens != self.processor.eos_id)
-        lengths = batch.mask.sum(1) + (read.sum(-1) + 1).sum(-1)
-        for rows in [list(range(len(batch)))] if isinstance(self, FSDPModule) else alike(lengths.tolist()):
+        lengths = (batch.mask.sum(1) + (read.sum(-1) + 1).sum(-1)).tolist()
+        lists = [rows for like in alike(lengths)
+                 for rows in packed(like, [lengths[row] for row in like], FORWARD_TOKENS)]
+        for rows in [list(range(len(batch)))] if isinstance(self, FSDPModule) else lists:
             yield rows, *self.forward_rows(batch.select(rows), tokens[rows], mask[rows])
 
     def forward_rows(self, batch: Batch, tokens: torch.Tensor, mask: torch.Tensor):

@@ -9,9 +9,11 @@ Counted, in bytes, for each GPU:
     training       4 for the gradient and 8 for AdamW's moments (2 with adamw8bit)
     reference      2 a weight for a copy of the policy (stage 2, full fine-tuning)
     gathered       2 a weight where a sharded model is whole for thinking
-    activations    of a group's row, with gradient checkpointing: the input of each layer, one layer
-                   recomputed, and logits of one chunk and their gradient in float32
-    cache          keys and values of a prompt and its rollouts
+    activations    of a pair's two rows, with gradient checkpointing: the input of each layer, and of what is
+                   in one forward (model.FORWARD_TOKENS) one layer recomputed, the copies of a prompt's
+                   keys and values that its CoTs attend to, and their gradients; or, if it is more, the
+                   logits of one chunk and their gradient in float32
+    cache          keys and values of a pair's prompts and rollouts
 
 What is not counted: CUDA's own (about 1 GB), the allocator's gaps, the batch's pixels.
 """
@@ -19,7 +21,7 @@ What is not counted: CUDA's own (about 1 GB), the allocator's gaps, the batch's 
 import argparse
 from dataclasses import dataclass
 
-LOGITS_CHUNK, GB = 2048, 1e9
+FORWARD_TOKENS, LOGITS_CHUNK, GB = 16_384, 2048, 1e9
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Shape:
 
 def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus: int, stage: int,
                 eight_bit: bool, rank: int = 64) -> dict[str, float]:
-    """GB a GPU by what takes them, with one video's group (stage 2) or one pair (stage 1) a forward."""
+    """GB a GPU by what takes them, with one pair at a time (--max-tokens 1 --max-new-tokens COT)."""
     total = shape.linear + shape.embeddings + shape.vision
     moments = 2 if eight_bit else 8
     parts = {}
@@ -69,15 +71,17 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
         frozen = shape.linear * (0.516 if mode == "4bit" else 2) + 2 * (shape.embeddings + shape.vision)
         parts["weights"] = frozen + 4 * trains * (2 if stage == 2 else 1)  # and the reference's adapter
         parts["training"] = (4 + moments) * trains
-    rows, length = (1, prompt + group * cot) if stage == 2 else (2, prompt + cot)
-    tokens = rows * length
-    layer = tokens * 2 * (6 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_size
+    length = prompt + (group * cot if stage == 2 else cot)
+    at_once = 2 if mode == "full" or 2 * length <= FORWARD_TOKENS else 1  # of the pair's two rows
+    layer = length * 2 * (6 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_size
                           + 4 * shape.mlp)
-    mask = length * length if stage == 2 else 0  # a dense boolean one, the price of not using flex attention
-    parts["activations"] = shape.layers * tokens * shape.hidden * 2 + 3 * layer + mask
+    # Flex attention spares the copies.
+    copies = 2 * 2 * group * shape.heads * shape.head_size * (prompt + cot) if stage == 2 else 0
+    logits = 4 * LOGITS_CHUNK * shape.vocabulary if stage == 2 else 0
+    parts["activations"] = (2 * shape.layers * length * shape.hidden * 2
+                            + max(at_once * (3 * layer + 2 * copies), 2 * logits))
     if stage == 2:
-        parts["activations"] += 2 * 4 * LOGITS_CHUNK * shape.vocabulary
-        parts["cache"] = 2 * 2 * shape.layers * shape.kv_heads * shape.head_size * (prompt + group * cot)
+        parts["cache"] = 2 * 2 * 2 * shape.layers * shape.kv_heads * shape.head_size * length
     return {name: size / GB for name, size in parts.items()}
 
 

@@ -64,7 +64,10 @@ def trained(request, model):
     return model.double()
 
 
-def test_group_forward_equals_separate_forwards_in_values_and_gradients(trained, keys):
+@pytest.mark.parametrize("forward_tokens", [1, 16_384])  # a row at a time, and all rows together
+def test_group_forward_equals_separate_forwards_in_values_and_gradients(trained, keys, forward_tokens,
+                                                                        monkeypatch):
+    monkeypatch.setattr("model.FORWARD_TOKENS", forward_tokens)
     model, (B, G, C) = trained, (2, 3, 6)
     tokens, mask = random_rollouts(model, B, G, C)
     samples = [model.processor(*key) for key in keys[:B]]
