@@ -188,7 +188,7 @@ class Batch:
     input_ids: torch.Tensor  # (B, P)
     mask: torch.Tensor  # (B, P) bool, False on padding
     position_ids: torch.Tensor  # (3, B, P)
-    patches: torch.Tensor  # (ΣN, D) uint8
+    patches: torch.Tensor  # (ΣN, D) uint8; empty once there are features
     grid: torch.Tensor  # (B, 3)
     features: tuple | None = None  # what the vision tower made of the patches, once it has (DeScore.encode)
 
@@ -212,7 +212,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "features"}
-        return Batch(**moved, features=self.features)
+        features = self.features and (self.features[0].to(device), [x.to(device) for x in self.features[1]])
+        return Batch(**moved, features=features)
 
 
 class Processor:

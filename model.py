@@ -234,6 +234,10 @@ class DeScore(nn.Module):
     def device(self) -> torch.device:
         return self.query.device
 
+    @property
+    def tower_trains(self) -> bool:
+        return any(p.requires_grad for p in self.qwen.model.visual.parameters())
+
     def autocast(self):
         """Lets float32 weights that train work among frozen ones in bfloat16."""
         half = self.dtype in (torch.bfloat16, torch.float16)
@@ -245,14 +249,13 @@ class DeScore(nn.Module):
         """Move a batch to the device and run the vision tower on its videos, if that has not been done yet.
         With the tower frozen the features may be kept for every later use of the same batch; they carry no
         gradient."""
+        batch = batch.to(self.device)
         if batch.features is not None:
             return batch
-        batch, tower = batch.to(self.device), self.qwen.model.visual
-        trains = any(p.requires_grad for p in tower.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()), self.autocast():
+        with torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()), self.autocast():
             pixels = (batch.patches.float() / 127.5 - 1).to(self.dtype)  # Qwen3-VL's: mean = std = 0.5
-            out = tower(pixels, grid_thw=batch.grid)
-        return replace(batch, features=(out.pooler_output, out.deepstack_features))
+            out = self.qwen.model.visual(pixels, grid_thw=batch.grid)
+        return replace(batch, patches=batch.patches[:0], features=(out.pooler_output, out.deepstack_features))
 
     def read(self, batch: Batch, ids, positions, in_prompt, is_reward=None, **kwargs) -> torch.Tensor:
         """Run the language model over rows that hold the batch's videos. ids (B, L), positions (3, B, L);
@@ -596,11 +599,12 @@ class DeScore(nn.Module):
         black = torch.zeros(frames, 3, side, side, dtype=torch.uint8)
         sample = self.processor.sample(black, [0.0] * frames, "")
         batch = self.processor.collate([sample]).to(self.device)
-        if with_logps:  # the update works on features that are there already
+        if with_logps and not self.tower_trains:  # the update works on features that are there already
             count = int((batch.input_ids == self.processor.special["<|video_pad|>"]).sum())
             nothing = torch.zeros(count, len(self.query), dtype=self.dtype, device=self.device)
             levels = len(self.qwen.config.vision_config.deepstack_visual_indexes)
             batch = replace(batch, features=(nothing, [nothing] * levels))
+        if with_logps:
             tokens = torch.full((1, 1, 1), self.processor.eos_id, device=self.device)
             out = sum(x.sum() for x in self.group(batch, tokens, torch.ones_like(tokens, dtype=torch.bool)))
         else:

@@ -74,7 +74,7 @@ class Args:
     weight_decay: float = HfArg(default=0.01, help="AdamW")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
     lora_rank: int = HfArg(default=64, help="adapters on the language model, as in stage 1")
-    train_merger: bool = HfArg(default=False, help="train the vision tower's mergers")
+    train_merger: bool = HfArg(default=False, help="train the vision tower's mergers; π_ref shares them")
     # Videos.
     fps: float = HfArg(default=2.0, help="frames sampled a second")
     min_pixels: int = HfArg(default=128 * 32 * 32, help="pixels a frame, at least")
@@ -172,7 +172,7 @@ RECORDED = ("reward", "reward_format", "reward_quality", "reward_length", "cot_t
 class Rollout:
     """Some pairs' rollouts and all that the update needs of them. B = 2 · pairs, preferred video first."""
 
-    batch: Batch  # its videos encoded
+    batch: Batch  # its videos encoded, unless the tower trains
     tokens: torch.Tensor  # (B, G, C)
     mask: torch.Tensor  # (B, G, C)
     old_logps: torch.Tensor  # (B, G, C)
@@ -237,9 +237,10 @@ def main() -> None:
         """Let the policy think about the videos of some pairs (place in the step, row in the file), reward
         what it wrote. One record a rollout for the log."""
         rows = [pairs[row] for _, row in micro]
-        batch = model.encode(batch)
+        with torch.no_grad():
+            encoded = model.encode(batch)
         seeds = [draw_seed(args.seed, step, place, side) for place, _ in micro for side in (0, 1)]
-        thoughts = model.think(batch, G, args.max_new_tokens, args.temperature, args.top_p, seeds)
+        thoughts = model.think(encoded, G, args.max_new_tokens, args.temperature, args.top_p, seeds)
         cut = model.truncated(thoughts)
         gold = [scores for pair in rows for scores in (
             (pair.scores_b, pair.scores_a) if pair.preference == "B" else (pair.scores_a, pair.scores_b))]
@@ -258,7 +259,7 @@ def main() -> None:
                                 # −log π of what was sampled: an unbiased estimate of the entropy
                                 "entropy": -thoughts.logps[b, g].sum().item() / length})
         rewards = torch.tensor([record["reward"] for record in records], device=model.device).view(-1, G)
-        ref_logps = model.reference_logps(batch, thoughts.tokens, thoughts.mask) if args.beta else None
+        ref_logps = model.reference_logps(encoded, thoughts.tokens, thoughts.mask) if args.beta else None
         preferred = torch.tensor([pair.preference != "tie" for pair in rows], device=model.device)
         advantages = group_advantages(rewards)
         spread = (rewards.amax(1) - rewards.amin(1)).repeat_interleave(G)
@@ -266,6 +267,9 @@ def main() -> None:
                                                     (advantages != 0).any(1).repeat_interleave(G), spread):
             record |= {"advantage_spread": advantage.abs().item(), "reward_range": width.item(),
                        "no_signal": float(not signal)}
+        # The features of a rollout batch's videos would fill a GPU: they wait on the CPU. Where the mergers
+        # train they are not kept, for the update needs their gradients.
+        batch = batch if args.train_merger else encoded.to("cpu")
         tokens, mask, old_logps, *_ = thoughts
         return Rollout(batch, tokens, mask, old_logps, ref_logps, advantages, preferred), records
 

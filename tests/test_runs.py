@@ -166,19 +166,20 @@ def test_processes_train_like_one(stage, processes, extra, world_dir, whole, tmp
     assert_close(whole(stage, *extra), tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["coldstart", "rl"])
-def test_sharded_training_is_the_same(stage, world_dir, whole, tmp_path):
-    """Three pairs for two ranks: one is idle for a turn in each step of stage 2. The test set is odd as
-    well."""
-    test = ("--test", world_dir / "test_id.jsonl")
-    run_ranks(2, *command(stage, world_dir, tmp_path, *FULL, "--shard", "full", *test))
-    assert_close(whole(stage, *FULL, *test), tmp_path)
+@pytest.mark.parametrize(("stage", "extra"),
+                         [("coldstart", ()), ("rl", ()), ("rl", ("--train-merger", "true"))])
+def test_sharded_training_is_the_same(stage, extra, world_dir, whole, tmp_path):
+    """Three pairs for two ranks: one is idle for a turn in each step of stage 2. The test set is odd too."""
+    extra = (*FULL, *extra, "--test", world_dir / "test_id.jsonl")
+    sharded = command(stage, world_dir, tmp_path, *extra, "--shard", "full")
+    run_ranks(2, *sharded)
+    assert_close(whole(stage, *extra), tmp_path)
     before, after = (next(record for record in metrics(out) if "test_id/quality" in record)
-                     for out in (whole(stage, *FULL, *test), tmp_path))
+                     for out in (whole(stage, *extra), tmp_path))
     assert before == pytest.approx(after, rel=1e-4)
-    done, _ = run_ranks(2, *command(stage, world_dir, tmp_path, *FULL, "--shard", "full", *test))
+    done, _ = run_ranks(2, *sharded)
     assert "going on after step 3" in done.stdout
-    assert_close(whole(stage, *FULL, *test), tmp_path)
+    assert_close(whole(stage, *extra), tmp_path)
 
 
 def test_a_rank_that_dies_is_brought_back(world_dir, whole, tmp_path):

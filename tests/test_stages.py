@@ -78,6 +78,13 @@ def test_stage_2_logs_every_part_of_its_loss(stage2):
     assert steps[-1]["kl"] > 0  # the policy has moved
 
 
+def test_stage_2_may_train_the_mergers(world_dir, stage1, tmp_path):
+    rl(world_dir, stage1, tmp_path, "--steps", 1, "--updates", 2, "--train-merger", "true")
+    before, after = (DeScore.load(run).qwen.model.visual.state_dict() for run in (stage1, tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "merger" in name}
+
+
 def test_a_model_of_stage_2_is_still_an_adapter_on_the_backbone(stage2):
     config = json.loads((stage2 / "model/descore.json").read_text())
     assert (stage2 / "model" / config["backbone"]).resolve() == ROOT / "toy/backbone"
