@@ -81,7 +81,7 @@ class Args:
     max_pixels: int = HfArg(default=307_200, help="pixels a frame, at most")
     max_prompt: int = HfArg(default=6200, help="tokens of a prompt; pairs with longer ones are left out")
     # Running.
-    max_tokens: int = HfArg(default=80_000, help="tokens at a time, prompts and G of the longest CoTs")
+    max_tokens: int = HfArg(default=80_000, help="tokens at a time with the longest CoTs; one pair at least")
     attention: Literal["sdpa", "flex"] = HfArg(default="sdpa", help="of the update; flex: by blocks, on GPUs")
     gradient_checkpointing: bool = HfArg(default=True, help="less memory, one more forward")
     quant: Literal["4bit"] | None = HfArg(default=None, help="keep the frozen linear layers in NF4")
@@ -267,9 +267,9 @@ def main() -> None:
                                                     (advantages != 0).any(1).repeat_interleave(G), spread):
             record |= {"advantage_spread": advantage.abs().item(), "reward_range": width.item(),
                        "no_signal": float(not signal)}
-        # The features of a rollout batch's videos would fill a GPU: they wait on the CPU. Where the mergers
-        # train they are not kept, for the update needs their gradients.
-        batch = batch if args.train_merger else encoded.to("cpu")
+        # The features of a rollout batch's videos would fill a GPU: they wait on the CPU. Where the tower
+        # trains they are not kept, for the update needs their gradients.
+        batch = batch if model.tower_trains else encoded.to("cpu")
         tokens, mask, old_logps, *_ = thoughts
         return Rollout(batch, tokens, mask, old_logps, ref_logps, advantages, preferred), records
 

@@ -19,9 +19,14 @@ What is not counted: CUDA's own (about 1 GB), the allocator's gaps, the batch's 
 """
 
 import argparse
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-FORWARD_TOKENS, LOGITS_CHUNK, GB = 16_384, 2048, 1e9
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import FORWARD_TOKENS, LOGITS_CHUNK
+
+GB = 1e9
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,10 @@ def run(script: str, out: str, *arguments: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--test-pairs", type=int, default=400,
-                        help="held-out pairs, in domain and out of domain each")
     args = parser.parse_args()
     if not (ROOT / HELD_OUT / "test_ood.jsonl").is_file():
-        subprocess.run([sys.executable, "toy/world.py", HELD_OUT, "--pairs", "0", "--test-pairs",
-                        str(args.test_pairs), "--seed", "1"], cwd=ROOT, check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, "toy/world.py", HELD_OUT, "--pairs", "0", "--test-pairs", "400",
+                        "--seed", "1"], cwd=ROOT, check=True, stdout=sys.stderr)
     found: dict[str, list[dict]] = {"backbone": [], "coldstart": [], "rl": [], "rl, λ = 0": []}
     for seed in map(str, range(args.seeds)):
         one, two, without = (f"runs/seeds/{seed}/{name}" for name in ("coldstart", "rl", "rl_no_bt"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "bench")]
 
 from launch import run
 

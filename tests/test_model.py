@@ -90,6 +90,22 @@ def test_group_forward_equals_separate_forwards_in_values_and_gradients(trained,
         assert (together[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
+def test_rows_share_a_forward_up_to_a_bound(model, keys, monkeypatch):
+    batch = model.encode(make_batch(model, [keys[0], keys[0], keys[0]]))
+    tokens = torch.zeros(3, 2, 4, dtype=torch.long)
+    row = int(batch.mask[0].sum()) + 2 * (4 + 1)  # the prompt, and two CoTs with their [Reward]
+    for bound, counts in ((3 * row, [3]), (3 * row - 1, [2, 1]), (1, [1, 1, 1])):
+        monkeypatch.setattr("model.FORWARD_TOKENS", bound)
+        assert [len(rows) for rows, *_ in model.runs(batch, tokens, torch.ones_like(tokens).bool())] == counts
+
+
+def test_what_the_tower_made_moves_with_its_batch(model, keys):
+    batch = model.encode(make_batch(model, keys))
+    features, deepstack = batch.to("meta").features
+    assert {part.device.type for part in (features, *deepstack)} == {"meta"} and len(deepstack) > 1
+    assert len(batch.patches) == 0  # they have served
+
+
 def test_what_sampling_records_is_what_the_group_forward_computes(model, keys):
     thoughts = model.think(make_batch(model, keys), n=3, max_new_tokens=12, temperature=1.0, seeds=[1, 2, 3])
     logps, rewards = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask)

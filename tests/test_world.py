@@ -2,7 +2,6 @@
 
 import json
 import re
-from statistics import fmean
 
 import numpy as np
 import pytest
@@ -10,8 +9,9 @@ import world
 from conftest import ROOT
 from launch import run
 from pretrain import SETTINGS
+from swapped import figures, with_other_videos
 
-from data import agreement, follows_format, parse_cot, read_pairs, read_video
+from data import read_pairs, read_video
 from model import DeScore
 
 CIRCLE = world.Scene("red", "circle", "moves left", "zooms in", "at sea", "solid")
@@ -94,14 +94,7 @@ def test_the_backbone_looks_and_leaves_something_to_learn(tmp_path):
     """It keeps the format, its sub-scores are often right, and shown another video it is right less often."""
     run(ROOT / "toy/world.py", tmp_path, "--pairs", 0, "--test-pairs", 20, "--seed", 5)
     pairs = read_pairs(tmp_path / "test_id.jsonl") + read_pairs(tmp_path / "test_ood.jsonl")
-    keys = [key for pair in pairs for key in pair.videos()]
-    swapped = [(keys[i - 2][0], prompt) for i, (_, prompt) in enumerate(keys)]
     model = DeScore.load(ROOT / "toy/backbone")
-    cots = {(record["video"], record["prompt"]): record["cot"]
-            for record in model.judge(keys + swapped, max_new_tokens=160, temperature=1.0)}
-    truth = [scores for pair in pairs for scores in (pair.scores_a, pair.scores_b)]
-    quality, quality_swapped = (fmean(
-        agreement(cot["dimensional_scores"], scores) if (cot := parse_cot(cots[key])) else 0
-        for key, scores in zip(shown, truth)) for shown in (keys, swapped))
-    assert fmean(map(follows_format, cots.values())) > 0.9
-    assert 0.55 < quality < 0.8 and quality_swapped < quality - 0.2
+    own, swapped = (figures(model, shown) for shown in (pairs, with_other_videos(pairs)))
+    assert own["format_rate"] > 0.9 and swapped["format_rate"] > 0.9
+    assert 0.55 < own["quality"] < 0.8 and swapped["quality"] < own["quality"] - 0.2
