@@ -14,7 +14,7 @@ test: .venv/test
 	.venv/bin/pip install -q -r requirements.txt -r toy/requirements.txt
 	touch $@
 
-.venv/test: requirements-dev.txt .venv/demo
+.venv/test: requirements-dev.txt support/requirements.txt .venv/demo
 	.venv/bin/pip install -q -r requirements-dev.txt
 	touch $@
 

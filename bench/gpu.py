@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import speed
 
+from support.command import run_command
+
 
 def clock(work, device: str, repeats: int) -> float:
     """Seconds of the quickest of some runs, after one to warm up."""
@@ -58,7 +60,7 @@ def quantise(model) -> None:
 
 
 def measure(quant: bool, args) -> None:
-    """Print the rows of one kind of weights."""
+    """Print the row of one kind of weights."""
     G, C, cuda = args.group_size, args.cot_tokens, args.device == "cuda"
     model = speed.make(args.size, args.device)
     text = model.qwen.config.text_config
@@ -76,21 +78,20 @@ def measure(quant: bool, args) -> None:
     mask, advantages = torch.ones_like(tokens, dtype=torch.bool), torch.randn(1, G, device=args.device)
     old = torch.full(tokens.shape, -9.0, device=args.device)
     model.train()
-    for model.attention in ("sdpa", "flex") if cuda else ("sdpa",):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        seconds = clock(lambda: speed.update(model, batch, tokens, mask, old, advantages), args.device,
-                        args.repeats)
-        peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if cuda else "–"
-        length = P + G * (C + 1)
-        pairs = P * P / 2 + G * (P * C + C * C / 2)  # of tokens that see each other
-        flop = 2 * linear * length + 2 * G * C * text.vocab_size * text.hidden_size
-        flop += 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs
-        flop *= 2  # a backward through activations costs as much as a forward; recomputing does not count
-        mfu = f"{flop / seconds / args.peak / 1e12:.1%}" if cuda else "–"
-        weights = "4-bit" if quant else str(model.dtype).removeprefix("torch.")
-        print(f"| {weights} + LoRA 64 | {model.attention} | {P} "
-              f"| {G * C / thought:.0f} | {thought:.2f} | {seconds:.2f} | {mfu} | {peak} |", flush=True)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = clock(lambda: speed.update(model, batch, tokens, mask, old, advantages), args.device,
+                    args.repeats)
+    peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if cuda else "–"
+    length = P + G * (C + 1)
+    pairs = P * P / 2 + G * (P * C + C * C / 2)  # of tokens that see each other
+    flop = 2 * linear * length + 2 * G * C * text.vocab_size * text.hidden_size
+    flop += 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs
+    flop *= 2  # a backward through activations costs as much as a forward; recomputing does not count
+    mfu = f"{flop / seconds / args.peak / 1e12:.1%}" if cuda else "–"
+    weights = "4-bit" if quant else str(model.dtype).removeprefix("torch.")
+    print(f"| {weights} + LoRA 64 | {P} | {G * C / thought:.0f} | {thought:.2f} | {seconds:.2f} | {mfu} "
+          f"| {peak} |", flush=True)
 
 
 def main() -> None:
@@ -105,12 +106,11 @@ def main() -> None:
                         help="dense bf16 TFLOP/s; 989 is an H100's or H200's (SXM)")
     args = parser.parse_args()
     print(torch.cuda.get_device_name() if args.device == "cuda" else "CPU: to try the script, not to measure")
-    print("| weights | attention | prompt | rollout tokens/s | rollouts, s | update, s | update MFU "
-          "| peak GB |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| weights | prompt | rollout tokens/s | rollouts, s | update, s | update MFU | peak GB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for quant in (False, True):
         measure(quant, args)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,7 +10,7 @@ Counted, in bytes, for each GPU:
     reference      2 a weight for a copy of the policy (stage 2, full fine-tuning)
     gathered       2 a weight where a sharded model is whole for thinking
     activations    of a pair's two rows, with gradient checkpointing: the input of each layer, and of what is
-                   in one forward (model.FORWARD_TOKENS) one layer recomputed, the copies of a prompt's
+                   in one forward (DeScore.max_tokens) one layer recomputed, the copies of a prompt's
                    keys and values that its CoTs attend to, and their gradients; or, if it is more, the
                    logits of one chunk and their gradient in float32
     cache          keys and values of a pair's prompts and rollouts
@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import FORWARD_TOKENS, LOGITS_CHUNK
+from model import LOGITS_CHUNK
+from rl import Args
 
 GB = 1e9
 
@@ -60,7 +61,8 @@ class Shape:
 
 def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus: int, stage: int,
                 eight_bit: bool, rank: int = 64) -> dict[str, float]:
-    """GB a GPU by what takes them, with one pair at a time (--max-tokens 1 --max-new-tokens COT)."""
+    """GB a GPU by what takes them, with one pair at a time: stage 1 with --max-tokens 1, stage 2 with
+    --think-tokens 1 --max-new-tokens COT."""
     total = shape.linear + shape.embeddings + shape.vision
     moments = 2 if eight_bit else 8
     parts = {}
@@ -77,10 +79,9 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
         parts["weights"] = frozen + 4 * trains * (2 if stage == 2 else 1)  # and the reference's adapter
         parts["training"] = (4 + moments) * trains
     length = prompt + (group * cot if stage == 2 else cot)
-    at_once = 2 if mode == "full" or 2 * length <= FORWARD_TOKENS else 1  # of the pair's two rows
+    at_once = 2 if mode == "full" or 2 * length <= Args.max_tokens else 1  # of the pair's two rows
     layer = length * 2 * (6 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_size
                           + 4 * shape.mlp)
-    # Flex attention spares the copies.
     copies = 2 * 2 * group * shape.heads * shape.head_size * (prompt + cot) if stage == 2 else 0
     logits = 4 * LOGITS_CHUNK * shape.vocabulary if stage == 2 else 0
     parts["activations"] = (2 * shape.layers * length * shape.hidden * 2

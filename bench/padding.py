@@ -1,4 +1,4 @@
-"""How much of what is computed is padding: rows as the file has them, and by length (data.packed, alike).
+"""How much of what is computed is padding: rows as the file has them, and by length (support/batches.py).
 
     python bench/padding.py                             # lengths drawn as in real use
     python bench/padding.py runs/toy/train_cots.jsonl   # of the embedded default, as its stages run
@@ -6,7 +6,7 @@
 The drawn pairs: clips of 2 to 10 seconds in the usual shapes, 2 frames a second and 448 x 448 pixels a frame
 at most, prompts of 20 to 150 words, CoTs of 150 to 900 tokens; the two clips of half of the pairs come from
 one generator and are of one length. Both ways keep the same budget of tokens and the two clips of a pair
-together.
+together; where CoTs are still to be written, the budget counts the longest.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from coldstart import chunks
-from data import Processor, VideoSettings, alike, packed, read_pairs, smart_nframes, smart_resize
+from data import Processor, VideoSettings, keys_of, read_pairs, smart_nframes, smart_resize
+from support.batches import alike, chunks, deal, prompt_lengths
+from support.ranks import Ranks
 
 SHAPES = ((480, 832), (512, 512), (720, 1280), (832, 480), (768, 1024))  # height, width
 
@@ -45,19 +46,27 @@ def read(path: Path) -> list[list[tuple[int, int]]]:
     processor = Processor(AutoTokenizer.from_pretrained(ROOT / "toy/backbone"),
                           VideoSettings(min_pixels=4096, max_pixels=4096, patch_size=8),
                           "<video><prompt>" + " x" * 20)
-    return [[(length, len(processor.encode(cot))) for length, cot in zip(processor.lengths(pair.videos()),
-                                                                         (pair.cot_a, pair.cot_b))]
-            for pair in read_pairs(path)]
+    pairs = read_pairs(path)
+    lengths = prompt_lengths(processor, keys_of(pairs))
+    return [[(lengths[key], len(processor.encode(cot))) for key, cot in zip(pair.videos(),
+                                                                            (pair.cot_a, pair.cot_b))]
+            for pair in pairs]
 
 
-def padding(units: list[list[int]], budget: int, by_length: bool) -> float:
-    """Share of padding where units of rows go together within a budget of tokens."""
-    widths = [len(rows) * max(rows) for rows in units]
-    lists = packed(units, widths, budget) if by_length else chunks(units, max(1, budget // max(widths)))
+def padding(units: list[list[int]], budget: int, by_length: bool, processes: int = 1, cots: int = 0) -> float:
+    """Share of padding where units of rows go together within a budget of tokens, on some processes. `cots`:
+    tokens that may be written behind a row."""
+    sizes, lists = [len(rows) * (max(rows) + cots) for rows in units], []
+    for rank in range(processes):
+        if by_length:
+            dealt = deal(units, sizes, budget, Ranks(rank, processes))
+            lists += [[unit for unit, _ in micro_batch] for micro_batch in dealt]
+        else:
+            lists += chunks(units[rank::processes], max(1, budget // max(sizes)))
     computed = 0
     for batch in [[row for rows in some for row in rows] for some in lists]:
-        runs = alike(batch) if by_length else [range(len(batch))]  # what DeScore.runs takes side by side
-        computed += sum(len(run) * max(batch[row] for row in run) for run in runs)
+        side_by_side = alike(batch) if by_length else [range(len(batch))]  # as DeScore.forwards
+        computed += sum(len(rows) * max(batch[row] for row in rows) for rows in side_by_side)
     return 1 - sum(map(sum, units)) / computed
 
 
@@ -73,14 +82,16 @@ def main() -> None:
     whole = [[prompt + 1 + (0 if mask else cot) for prompt, cot in pair] for pair, mask in zip(pairs, masked)]
     prompts = [[prompt for prompt, _ in pair] for pair in pairs]
     clips = [[row] for pair in prompts for row in pair]
-    step, budget = (16, 8192) if toy else (32, 24_576)
+    step, update, cot = (16, 8, 140) if toy else (32, 4, 4096)  # pairs, pairs, tokens
+    budget, thinking = (8192, 36_000) if toy else (24_576, 65_536)  # --max-tokens, --think-tokens
     print("| what | computed together | in the file's order | by length |\n| --- | --- | ---: | ---: |")
-    for what, units, size, tokens in (("stage 1, one process", whole, step, budget),
-                                      ("stage 1, 8 processes", whole, step // 8, budget),
-                                      ("stage 2, the prompts", prompts, 8 if toy else 64, 4 * budget),
-                                      ("evaluation, the prompts", clips, len(clips), 65_536)):
+    for what, units, size, tokens, *others in (
+            ("stage 1, one process", whole, step, budget),
+            ("stage 1, 8 processes", whole, step, budget, 8),
+            ("stage 2, the prompts", prompts, update, thinking, 1, 8 * cot),
+            ("evaluation, the prompts", clips, len(clips), thinking, 1, cot)):
         shares = [units[start : start + size] for start in range(0, len(units) - size + 1, size)]
-        figures = [np.mean([padding(share, tokens, by_length) for share in shares])
+        figures = [np.mean([padding(share, tokens, by_length, *others) for share in shares])
                    for by_length in (False, True)]
         print(f"| {what} | {size} {'clips' if units is clips else 'pairs'} within {tokens:,} tokens | "
               + " | ".join(f"{figure:.1%}" for figure in figures) + " |")

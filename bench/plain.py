@@ -18,7 +18,7 @@ def inputs(model: DeScore, batch: Batch, rows: list[int]) -> dict:
     patches = torch.cat([batch.patches.split(sizes)[row] for row in rows]).to(model.device)
     ids = batch.input_ids[rows].to(model.device)
     return {"input_ids": ids, "attention_mask": batch.mask[rows].long().to(model.device),
-            "mm_token_type_ids": (ids == model.processor.special["<|video_pad|>"]).int() * 2,
+            "mm_token_type_ids": (ids == model.processor.video_id).int() * 2,
             "pixel_values_videos": (patches.float() / 127.5 - 1).to(model.qwen.dtype),
             "video_grid_thw": batch.grid[rows].to(model.device)}
 
@@ -44,12 +44,14 @@ def whole_rows(model: DeScore, batch: Batch, tokens: torch.Tensor,
     tower = qwen.model.visual(given["pixel_values_videos"], grid_thw=given["video_grid_thw"])
     ids = torch.cat([given["input_ids"], tokens.flatten(0, 1)], 1)
     embeds = qwen.get_input_embeddings()(ids)
-    is_video = F.pad(given["input_ids"] == model.processor.special["<|video_pad|>"], (0, C))
+    is_video = F.pad(given["input_ids"] == model.processor.video_id, (0, C))
     embeds = embeds.masked_scatter(is_video[..., None], tower.pooler_output)
-    start = batch.position_ids.amax((0, 2))[rows, None].to(model.device) + 1
-    positions = (start + torch.arange(C + 1, device=model.device)).expand(3, -1, -1)
-    positions = positions[..., : C + with_reward]
-    positions = torch.cat([batch.position_ids[:, rows].to(model.device), positions], 2)
+    before, _ = qwen.model.get_rope_index(ids[:, : -C], given["mm_token_type_ids"],
+                                          video_grid_thw=given["video_grid_thw"],
+                                          attention_mask=given["attention_mask"])
+    start = before.amax((0, 2))[:, None] + 1
+    behind = start + torch.arange(C + with_reward, device=model.device)
+    positions = torch.cat([before, behind.expand(3, -1, -1)], 2)
     if with_reward:
         embeds = torch.cat([embeds, model.query.expand(len(rows), 1, -1)], 1)
         is_video = F.pad(is_video, (0, 1))
@@ -67,13 +69,13 @@ def logps(model: DeScore, hidden: torch.Tensor, prompt: int, tokens: torch.Tenso
         ..., 0].view(tokens.shape)
 
 
-def bt_of(rewards: torch.Tensor) -> torch.Tensor:
+def bt_of(scores: torch.Tensor) -> torch.Tensor:
     """L_BT of every second video over its neighbour; of a single video's rollouts, of half over half."""
-    if len(rewards) == 1:
-        G = rewards.shape[1]
+    if len(scores) == 1:
+        G = scores.shape[1]
         half = G // 2
-        return bt_loss(rewards[0, :half], rewards[0, G - half:]) if G > 1 else -F.logsigmoid(rewards).mean()
-    return bt_loss(rewards[0::2], rewards[1::2])
+        return bt_loss(scores[0, :half], scores[0, G - half:]) if G > 1 else -F.logsigmoid(scores).mean()
+    return bt_loss(scores[0::2], scores[1::2])
 
 
 def update(model: DeScore, batch: Batch, tokens: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor,
@@ -84,7 +86,7 @@ def update(model: DeScore, batch: Batch, tokens: torch.Tensor, old: torch.Tensor
     loss, _ = grpo_loss(found, old, None, advantages, torch.ones_like(tokens, dtype=torch.bool), beta=0.0)
     if passes == 2:
         hidden, _ = whole_rows(model, batch, tokens, with_reward=True)
-    rewards = model.reward(hidden[:, -1]).view(tokens.shape[:2])
-    loss = loss + 0.005 * bt_of(rewards)
+    scores = model.read_score(hidden[:, -1]).view(tokens.shape[:2])
+    loss = loss + 0.005 * bt_of(scores)
     loss.backward()
     return loss.item()

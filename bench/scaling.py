@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--video-tokens", type=int, default=1200, help="where the group varies")
     parser.add_argument("--cot-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/scaling.png", help="the picture")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -112,7 +113,7 @@ def main() -> None:
             ratio = [f"{worst[key] / row['ours'][key]:.1f}" if worst else "–"
                      for key in ("seconds", "gigabytes")]
             print(f"| {row[name]} | " + " | ".join(cells) + " | " + " | ".join(ratio) + " |", flush=True)
-    picture(rows, ROOT / "bench/scaling.png")
+    picture(rows, args.out)
 
 
 if __name__ == "__main__":

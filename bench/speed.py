@@ -23,10 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import plain
 
+import infer
 from coldstart import bt_loss
-from data import Processor, VideoSettings, read_pairs
+from data import Processor, VideoSettings, keys_of, read_pairs
 from model import DeScore
 from rl import grpo_loss
+from support.command import run_command
 
 # hidden, layers, heads, kv heads, head size, MLP, vocabulary; vision: depth, hidden, MLP, heads
 SIZES = {"20m": (384, 6, 6, 2, 64, 1024, 16000, 4, 192, 512, 3),
@@ -83,9 +85,9 @@ def update(model: DeScore, batch, tokens: torch.Tensor, mask: torch.Tensor, old:
            advantages: torch.Tensor) -> float:
     """Both losses of some videos' rollouts and their backward. With one video alone, the first half of its
     rollouts is scored against the second."""
-    found, rewards = model.group(batch, tokens, mask)
+    found, scores = model.group(batch, tokens, mask)
     loss, _ = grpo_loss(found, old, None, advantages, mask, beta=0.0)
-    loss = loss + 0.005 * plain.bt_of(rewards)
+    loss = loss + 0.005 * plain.bt_of(scores)
     loss.backward()
     return loss.item()
 
@@ -146,7 +148,7 @@ def main() -> None:
         think_only()
         hidden, _ = plain.whole_rows(model, one, torch.randint(0, 500, (1, 1, C), device=device),
                                      with_reward=True)
-        return model.reward(hidden[:, -1])
+        return model.read_score(hidden[:, -1])
 
     with torch.no_grad():
         row("one video: think, then score", "think only", think, think_only, "at least 0.97 ×")
@@ -202,12 +204,12 @@ def main() -> None:
         ids = torch.zeros(2, 1, C, dtype=torch.long, device=device)  # padded to the CoT's length
         hidden, _ = plain.whole_rows(model, pair, ids, with_reward=True)
         logits = model.qwen.lm_head(hidden)  # as a causal language model's forward returns them
-        rewards = model.reward(hidden[:, -1])
-        return bt_loss(rewards[0], rewards[1]) + 0.0 * logits.float().mean()
+        scores = model.read_score(hidden[:, -1])
+        return bt_loss(scores[0], scores[1]) + 0.0 * logits.float().mean()
 
     def cold_ours(cots):
-        rewards = model.score(pair, cots)
-        return bt_loss(rewards[0], rewards[1])
+        scores = model.score(pair, cots)
+        return bt_loss(scores[0], scores[1])
 
     row("cold start step: a pair with CoTs, one without", "full logits, padded", lambda: cold(cold_ours),
         lambda: cold(cold_plain), "1.3 ×")
@@ -216,12 +218,11 @@ def main() -> None:
         subprocess.run([sys.executable, ROOT / "toy/world.py", folder, "--pairs", "24", "--test-pairs", "1"],
                        check=True, stdout=subprocess.DEVNULL)
         toy = DeScore.load(ROOT / "toy/backbone", device=device)
-        keys = [key for found in read_pairs(f"{folder}/train.jsonl") for key in found.videos()]
+        keys = keys_of(read_pairs(f"{folder}/train.jsonl"))
 
-        def judge(max_tokens: int, workers: int) -> list[float]:
-            judged = {record["video"]: record["reward"]
-                      for record in toy.judge(keys, 160, max_tokens=max_tokens, workers=workers)}
-            return [judged[video] for video, _ in keys]
+        def judge(think_tokens: int, workers: int) -> list[float]:
+            judged = infer.by_key(infer.judge(toy, keys, 160, think_tokens=think_tokens, workers=workers))
+            return [judged[key]["score"] for key in keys]
 
         together, alone = torch.tensor(judge(6000, 1)), torch.tensor(judge(1, 0))
         assert (together - alone).abs().median() < 1e-3
@@ -230,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,10 +17,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from coldstart import bt_loss, winner_first
+from coldstart import bt_loss
 from data import read_pairs
 from model import DeScore
 from rl import group_advantages, grpo_loss
+from support.batches import read_ahead
+from support.command import run_command
 
 SPENT: dict[str, float] = defaultdict(float)
 
@@ -62,26 +64,26 @@ def main() -> None:
     model.keep_reference()
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=0.0)
     pairs = [pair for pair in read_pairs(args.train) if pair.human][: args.pairs]
-    keys = [winner_first(pair, True)[0] for pair in pairs]
-    step, read = model.decode_step, model.read
+    videos = [pair.winner_first().videos() for pair in pairs]
+    step, prefill = model.decode_step, model.prefill
     for repeat in range(args.repeats + 1):  # the first is to warm up
         if repeat == 1:
             SPENT.clear()
         with timed("decode videos"):
-            ((batch, _, _),) = model.processor.batches([keys])
+            ((batch, _),) = read_ahead(model.processor, [videos])
         with timed("vision tower"):
             batch = model.encode(batch)
-        model.decode_step, model.read = timing("decode steps", step), timing("prefill", read)
+        model.decode_step, model.prefill = timing("decode steps", step), timing("prefill", prefill)
         with timed("thinking"):
             thoughts = model.think(batch, G, args.max_new_tokens, seeds=list(range(len(batch))))
-        del model.decode_step, model.read
+        del model.decode_step, model.prefill
         with timed("reference"):
             reference = model.reference_logps(batch, thoughts.tokens, thoughts.mask)
         with timed("update: forward"):
-            logps, rewards = model.group(batch, thoughts.tokens, thoughts.mask)
-            advantages = group_advantages(torch.randn_like(rewards))
+            logps, scores = model.group(batch, thoughts.tokens, thoughts.mask)
+            advantages = group_advantages(torch.randn_like(scores))
             loss, _ = grpo_loss(logps, thoughts.logps, reference, advantages, thoughts.mask)
-            r_w, r_l = rewards.view(-1, 2, G).unbind(1)
+            r_w, r_l = scores.view(-1, 2, G).unbind(1)
             loss = loss + 0.005 * bt_loss(r_w, r_l)
         with timed("update: backward"):
             loss.backward()
@@ -91,7 +93,7 @@ def main() -> None:
     SPENT["sampling"] = SPENT.pop("thinking") - SPENT["decode steps"] - SPENT["prefill"]
     whole = sum(SPENT.values())
     tokens = int(thoughts.mask.sum())
-    print(f"{len(keys)} pairs, groups of {G}, {batch.mask.sum(1).float().mean():.0f} tokens a prompt, "
+    print(f"{len(pairs)} pairs, groups of {G}, {batch.mask.sum(1).float().mean():.0f} tokens a prompt, "
           f"{tokens / thoughts.mask[..., 0].numel():.0f} a CoT; padding of the prompts "
           f"{1 - batch.mask.float().mean():.1%}; {whole / args.repeats:.2f} s a step\n")
     print("| part | s | share |\n| --- | ---: | ---: |")
@@ -101,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

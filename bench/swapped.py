@@ -15,9 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import Pair, read_pairs
-from infer import by_key, measure
+from data import Pair, keys_of, read_pairs
+from infer import by_key, judge, measure
 from model import DeScore
+from support.command import run_command
 
 
 def with_other_videos(pairs: list[Pair]) -> list[Pair]:
@@ -28,8 +29,8 @@ def with_other_videos(pairs: list[Pair]) -> list[Pair]:
 
 def figures(model: DeScore, pairs: list[Pair]) -> dict[str, float]:
     """`infer.measure` on CoTs sampled at temperature 1."""
-    keys = [key for pair in pairs for key in pair.videos()]
-    return measure(pairs, by_key(model.judge(keys, max_new_tokens=160, temperature=1.0)))
+    judged = by_key(judge(model, keys_of(pairs), max_new_tokens=160, temperature=1.0))
+    return measure(pairs, judged, model.processor.dimensions)
 
 
 def main() -> None:
@@ -49,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

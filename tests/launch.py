@@ -19,15 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # Where the server finds what it preloads.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["infer", "run", "peft.tuners.lora"])
+SERVER.set_forkserver_preload(["infer", "support.run", "peft.tuners.lora"])
 
 
-def body(command: list[str], env: dict[str, str], out: str, err: str, largest_file: int | None) -> None:
+def body(command: list[str], env: dict[str, str], out: str, err: str, largest_file: int | None,
+         root: Path) -> None:
     """What a started process does."""
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.chdir(ROOT)
+    os.chdir(root)
     os.environ.update(env)
+    if root != ROOT:
+        forget_the_project()
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if command[0] == "-m":
@@ -39,13 +42,24 @@ def body(command: list[str], env: dict[str, str], out: str, err: str, largest_fi
         runpy.run_path(command[0], run_name="__main__")
 
 
-class Started:
-    """A process that runs `python command…` in the project's folder."""
+def forget_the_project() -> None:
+    """Import nothing from here any more, for it is a copy of the project that is to be run."""
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"support"}
+    for name in list(sys.modules):
+        if name.split(".")[0] in ours:
+            del sys.modules[name]
 
-    def __init__(self, *command, env: dict[str, str] | None = None, largest_file: int | None = None):
+
+class Started:
+    """A process that runs `python command…` in the project's folder, or in that of a copy."""
+
+    def __init__(self, *command, env: dict[str, str] | None = None, largest_file: int | None = None,
+                 root: Path = ROOT):
         self.command = list(map(str, command))
         self.files = [tempfile.mkstemp()[1] for _ in range(2)]
-        self.process = SERVER.Process(target=body, args=(self.command, env or {}, *self.files, largest_file))
+        arguments = (self.command, env or {}, *self.files, largest_file, root)
+        self.process = SERVER.Process(target=body, args=arguments)
         self.process.start()
         self.pid, self.kill = self.process.pid, self.process.kill
 
@@ -67,9 +81,9 @@ class Started:
         return subprocess.CompletedProcess(self.command, self.process.exitcode, out, err)
 
 
-def run(*command, check=True, env=None) -> subprocess.CompletedProcess:
+def run(*command, check=True, env=None, root=ROOT) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user would, to its end."""
-    (done,) = checked([Started(*command, env=env)], check)
+    (done,) = checked([Started(*command, env=env, root=root)], check)
     return done
 
 

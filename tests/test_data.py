@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -18,26 +19,33 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from data import (
+    DIMENSIONS,
     INSTRUCTION,
     DataError,
     Pair,
     Processor,
     VideoSettings,
-    alike,
-    consistent,
-    packed,
+    both,
+    follows_format,
+    is_scores,
+    keys_of,
+    make_instruction,
+    overall_score,
     parse_cot,
     patchify,
     read_pairs,
     read_video,
     smart_nframes,
     smart_resize,
-    write_pairs,
 )
+from support import formats
+from support.batches import alike, packed, prompt_lengths, read_ahead
+from support.filter import consistent, implied_overall
+from support.formats import write_pairs
 
 BACKBONE = ROOT / "toy/backbone"
 SETTINGS = VideoSettings(min_pixels=4096, max_pixels=4096, patch_size=8)
@@ -114,15 +122,27 @@ def test_patches_stand_in_the_order_of_the_merger():
     assert torch.equal(patches[24 + 5], expected)
 
 
-def test_positions_are_those_of_qwen3_vl(processor):
-    config = AutoConfig.from_pretrained(BACKBONE)
-    qwen = Qwen3VLForConditionalGeneration(config).model
-    frames = torch.zeros(6, 3, 48, 80, dtype=torch.uint8)
-    sample = processor.sample(frames, [0.5 * i for i in range(6)], "A red circle.")
-    types = (sample.input_ids == config.video_token_id).int() * 2
-    expected, _ = qwen.get_rope_index(sample.input_ids[None], types[None],
-                                      video_grid_thw=torch.tensor([sample.grid]))
-    assert torch.equal(sample.position_ids, expected[:, 0])
+def test_positions_are_those_of_qwen3_vl(model):
+    """Text goes on by one in all three axes; a temporal patch has one time, its rows and columns as heights
+    and widths, and takes as many positions as its longer side has tokens. Padding stands apart."""
+    processor, samples = model.processor, []
+    for frames, height, width in ((6, 48, 80), (2, 64, 32), (4, 32, 32)):
+        video = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
+        samples.append(processor.sample(video, [0.5 * i for i in range(frames)], "A red circle." * frames))
+    batch = model.encode(processor.collate(samples))
+    for sample, row, mask in zip(samples, batch.position_ids.unbind(1), batch.mask):
+        (_, height, width), expected, next_one = sample.grid, [], 0
+        ids = sample.input_ids.tolist()
+        while len(expected) < len(ids):
+            if ids[len(expected)] != processor.video_id:
+                expected.append([next_one] * 3)
+                next_one += 1
+                continue
+            for place in range(height // 2 * width // 2):
+                expected.append([next_one, next_one + place // (width // 2), next_one + place % (width // 2)])
+            next_one += max(height, width) // 2
+        assert row[:, mask].T.tolist() == expected
+    assert batch.position_ids.shape == (3, *batch.input_ids.shape)
 
 
 def test_the_prompt_is_in_qwen3_vls_chat_format(processor):
@@ -202,23 +222,6 @@ def test_an_empty_or_missing_file_is_named(tmp_path):
     for name in ("empty.jsonl", "missing.jsonl"):
         with pytest.raises(DataError, match=name):
             read_pairs(tmp_path / name)
-
-
-def cot(overall=None, **scores):
-    scores = {"subject": 1, "dynamics": 1, "camera": 1, "environment": 1, "style": 1} | scores
-    answer = {"dimensional_scores": scores} | ({"overall_score": overall} if overall else {})
-    return f"<answer>{json.dumps(answer)}</answer>"
-
-
-@pytest.mark.parametrize(("label", "a", "b", "verdict"), [
-    ("A", cot(4.0), cot(3.0), "kept"), ("B", cot(4.0), cot(3.0), "the CoTs imply the other"),
-    ("tie", cot(4.0), cot(4.0), "kept"), ("tie", cot(4.0), cot(3.0), "the label is a tie"),
-    ("A", cot(4.0), cot(4.0), "the CoTs imply a tie"),
-    ("A", cot(4.0), "nothing", "a CoT that cannot be parsed"), ("A", cot(4.0), None, "no CoT"),
-    ("A", cot(subject=2, style=0), cot(), "kept"),  # a primary dimension weighs more than a secondary one
-    ("B", cot(environment=2, dynamics=0), cot(), "kept")])
-def test_the_filter_keeps_what_is_consistent(label, a, b, verdict):
-    assert consistent(Pair("p", "a", "b", label, cot_a=a, cot_b=b)) == verdict
 
 
 def test_a_file_with_sound_alone_or_without_frames_is_named(tmp_path):
@@ -337,7 +340,8 @@ def test_lengths_are_known_without_decoding(processor, tmp_path):
     bounds = VideoSettings(min_pixels=4096, max_pixels=20_000, patch_size=8)  # of different sizes, then
     processor = Processor(processor.tokenizer, bounds)
     expected = [len(processor(*key).input_ids) for key in keys]
-    assert processor.lengths([*keys, (str(tmp_path / "broken.mp4"), "x")]) == [*expected, 0]
+    broken = (str(tmp_path / "broken.mp4"), "x")
+    assert prompt_lengths(processor, [*keys, broken, *keys]) == dict(zip([*keys, broken], [*expected, 0]))
     assert len(set(expected)) == 3
 
 
@@ -368,10 +372,141 @@ def test_some_samples_of_a_batch_are_those_samples(processor):
     samples = [processor.sample(video, [0.0] * len(video), "A red circle." * n)
                for n, video in enumerate(videos, 1)]
     batch, some = processor.collate(samples), processor.collate([samples[1], samples[0]])
+    P = batch.input_ids.shape[1]
     tokens = [len(sample.patches) // 4 for sample in samples]
     level = torch.arange(sum(tokens) * 3).view(-1, 3)
     rows = [*range(tokens[0], tokens[0] + tokens[1]), *range(tokens[0])]
-    found = replace(batch, features=(level, [level, 2 * level])).select([1, 0])
-    for name in ("input_ids", "mask", "position_ids", "patches", "grid"):
+    positions = torch.arange(3 * 3 * P).view(3, 3, P)
+    encoded = replace(batch, patches=batch.patches[:0], position_ids=positions,
+                      features=(level, [level, 2 * level]))
+    found = encoded.select([1, 0])
+    for name in ("input_ids", "mask", "grid"):
         assert torch.equal(getattr(found, name), getattr(some, name)), name
+    assert some.input_ids.shape[1] < P and len(found) == 2
+    assert torch.equal(found.position_ids, positions[:, [1, 0], : some.input_ids.shape[1]])
     assert torch.equal(found.features[0], level[rows]) and torch.equal(found.features[1][1], 2 * level[rows])
+    assert encoded.select([0, 1, 2]) is encoded
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Dimensions of one's own
+
+THREE = {"object": 2, "motion": 1, "text rendering": 1}
+SIX = {"subject": 2, "dynamics": 2, "camera": 1, "environment": 1, "style": 1, "text rendering": 2}
+
+
+def test_the_instruction_names_the_dimensions_and_shows_an_answer():
+    cases = [
+        (DIMENSIONS, "subject and dynamics (primary), camera, environment and style (secondary)"),
+        (THREE, "object (primary), motion and text rendering (secondary)"),
+        (SIX, "subject, dynamics and text rendering (primary), camera, environment and style (secondary)"),
+        ({"a": 2, "b": 2}, "a and b (primary)"), ({"a": 1}, "a (secondary)")]
+    for dimensions, listed in cases:
+        assert f"Judge these dimensions: {listed}. " in make_instruction(dimensions)
+    assert make_instruction(DIMENSIONS) == INSTRUCTION
+    for dimensions in (DIMENSIONS, THREE, SIX):
+        text = make_instruction(dimensions)
+        assert text.count("<video>") == text.count("<prompt>") == 1
+        example = text[text.index("{"): text.rindex("}") + 1]
+        cot = f"<think>x</think><answer>{example}</answer>"
+        assert follows_format(cot, dimensions)  # the form that is shown is the form that is asked for
+        assert list(parse_cot(cot, dimensions)["dimensional_scores"]) == list(dimensions)
+
+
+@pytest.mark.parametrize("dimensions", [THREE, SIX])
+def test_scores_are_about_the_dimensions_at_hand(dimensions):
+    scores = dict(zip(dimensions, (2, 0, "N/A", 1, 1, 2)))
+    cot = f"<think>x</think><answer>{json.dumps({'dimensional_scores': scores})}</answer>"
+    assert parse_cot(cot, dimensions) == {"dimensional_scores": scores, "overall_score": None}
+    assert is_scores(scores, dimensions) and follows_format(cot, dimensions)
+    for other in (DIMENSIONS, THREE, SIX):
+        if other is not dimensions:
+            assert parse_cot(cot, other) is None and not follows_format(cot, other)
+            assert not is_scores(scores, other) and implied_overall(cot, other) is None
+    mean = (2 * 2 + 1 * 0) / 3 if dimensions is THREE else (2 * 2 + 2 * 0 + 1 + 1 + 2 * 2) / 8
+    assert overall_score(scores, dimensions) == pytest.approx(1 + 2 * mean)
+    assert implied_overall(cot, dimensions) == overall_score(scores, dimensions)
+
+
+def test_pair_files_hold_scores_of_the_dimensions_at_hand(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").write_bytes(b"x")
+    scores = {"object": 2, "motion": "N/A", "text rendering": 0}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(GOOD | {"scores_a": scores}) + "\n")
+    for read in (partial(read_pairs, dimensions=THREE), partial(formats.read_pairs, dimensions=THREE)):
+        assert read(tmp_path / "pairs.jsonl")[0].scores_a == scores
+    for read in (read_pairs, formats.read_pairs, partial(read_pairs, dimensions=SIX)):
+        with pytest.raises(DataError, match='row 1: scores_a is not 0, 1, 2 or "N/A" for each of subject'):
+            read(tmp_path / "pairs.jsonl")
+
+
+def test_the_filter_goes_by_the_dimensions_at_hand():
+    def cot(*scores):
+        return f"<answer>{json.dumps({'dimensional_scores': dict(zip(THREE, scores))})}</answer>"
+
+    pair = Pair("p", "a", "b", "A", cot_a=cot(2, 0, 0), cot_b=cot(0, 1, 2))  # 4 / 4 over 3 / 4
+    assert consistent(pair, THREE) == "kept" and consistent(replace(pair, preference="B"), THREE) != "kept"
+    assert consistent(pair) == "a CoT that cannot be parsed"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pairs, one by one and together
+
+
+def test_the_winner_comes_first():
+    one, two = {"subject": 1}, {"subject": 2}
+    pair = Pair("p", "a.mp4", "b.mp4", "B", "cot a", "cot b", one, two, "gen a", "gen b", "problem")
+    turned = Pair("p", "b.mp4", "a.mp4", "A", "cot b", "cot a", two, one, "gen b", "gen a", "problem")
+    assert pair.winner_first() == turned
+    assert pair.preference == "B" and pair.video_a == "a.mp4"  # itself unchanged
+    for label in ("A", "tie"):
+        assert replace(pair, preference=label).winner_first() == replace(pair, preference=label)
+
+
+def test_both_sides_of_pairs_stand_in_the_order_of_their_keys():
+    pairs = [Pair(f"p{i}", f"{i}a", f"{i}b", "A", f"cot {i}a", f"cot {i}b", None, {"subject": i})
+             for i in range(2)]
+    assert keys_of(pairs) == [("0a", "p0"), ("0b", "p0"), ("1a", "p1"), ("1b", "p1")]
+    assert both(pairs, "cot") == ["cot 0a", "cot 0b", "cot 1a", "cot 1b"]
+    assert both(pairs, "scores") == [None, {"subject": 0}, None, {"subject": 1}]
+    assert keys_of([]) == both([], "cot") == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Videos read in batches
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_hold_each_group_and_stand_ins_for_what_cannot_be_read(model, tmp_path, workers):
+    processor = model.processor
+    (tmp_path / "broken.mp4").write_bytes(b"x")
+    good = [(str(ROOT / f"tests/golden/{name}.mp4"), "A red circle.") for name in ("four", "five")]
+    broken, long = (str(tmp_path / "broken.mp4"), "A red circle."), (good[0][0], "A red circle. " * 50)
+    limit = len(processor(*good[1]).input_ids)
+    units = [good, [good[1], broken], [long, good[0]], good[::-1]]
+    found = list(read_ahead(processor, [units, [[good[0]]]], workers, limit))
+    assert len(found) == 2
+    (batch, errors), (second, no_errors) = found
+    assert errors[0] is errors[3] is None and no_errors == [None]
+    assert errors[1].startswith(f"{broken[0]}: not a video that can be read")
+    assert errors[2] == f"{long[0]}: a prompt of {len(processor(*long).input_ids)} tokens, more than {limit}"
+    # Both videos of such a unit are stood in for: two black frames, of the smallest size.
+    grids = batch.grid.tolist()
+    read = [list(processor(*key).grid) for key in good]
+    assert grids == [*read, *[[1, 2, 2]] * 4, *read[::-1]]
+    parts = batch.patches.split(batch.grid.prod(1).tolist())
+    assert all(not part.any() for part in parts[2:6]) and all(part.any() for part in parts[:2] + parts[6:])
+    for row, key in ((0, good[0]), (1, good[1]), (6, good[1]), (7, good[0])):
+        sample = processor(*key)
+        assert torch.equal(batch.input_ids[row, batch.mask[row]], sample.input_ids)
+        assert torch.equal(parts[row], sample.patches)
+    assert torch.equal(second.input_ids[0], processor(*good[0]).input_ids) and len(second) == 1
+    if not workers:
+        assert torch.isfinite(model.score(batch, [None] * 8)).all()  # its rows can be computed
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_without_a_limit_any_prompt_is_read(model, limit):
+    key = (str(ROOT / "tests/golden/four.mp4"), "A red circle. " * 50)
+    ((_, errors),) = read_ahead(model.processor, [[[key]]], limit=limit)
+    assert errors == [None]

@@ -3,17 +3,24 @@
 import base64
 import csv
 import http.server
+import io
 import json
 import threading
 import time
+from time import sleep
 
+import numpy as np
 import pytest
-import torch
 from conftest import ROOT, TOY_VIDEO
-from launch import run
+from launch import Started, run
+from PIL import Image
 from transformers import AutoTokenizer
 
-from data import Api, DataError, Processor, VideoSettings, png, read_pairs
+from data import DIMENSIONS, DataError, Pair, Processor, VideoSettings, make_instruction, read_video
+from support import annotate
+from support.annotate import Api
+from support.filter import consistent
+from support.formats import read_pairs
 
 SETTINGS = VideoSettings(min_pixels=4096, max_pixels=4096)
 SCORES = {"subject": 2, "dynamics": 1, "camera": "N/A", "environment": 2, "style": 0}
@@ -78,6 +85,13 @@ def test_the_release_of_descore(folder):
     pairs = read_pairs(two)
     assert [pair.preference for pair in pairs] == ["B", "tie"]
     assert pairs[0].scores_a == pairs[0].scores_b == SCORES and pairs[0].prompt == "Judge: x"
+    quoted = {"video_1_scores": {name: str(value) for name, value in SCORES.items()}}
+    fenced = f"<think>x</think><answer>\n```json\n{json.dumps(answer | quoted)}\n```</answer>"
+    two = write_csv(folder / "2.csv", ["videos", "problem", "answer"], ["['a.mp4', 'b.mp4']", "x", fenced],
+                    ["['a.mp4', 'b.mp4']", "x", "Video 1 is better"])
+    pairs = read_pairs(two)
+    assert [pair.preference for pair in pairs] == ["B", "A"]
+    assert pairs[0].scores_a == pairs[0].scores_b == SCORES
     three = write_csv(folder / "3.csv", ["video_A", "video_B", "prompt", "answer"],
                       ["a.mp4", "b.mp4", "x", "A"], ["a.mp4", "b.mp4", "x", "Video 1 is better"],
                       ["a.mp4", "b.mp4", "x", '<answer>{"gsb_result": "B"}</answer>'])
@@ -87,16 +101,30 @@ def test_the_release_of_descore(folder):
 @pytest.mark.parametrize(("columns", "row", "message"), [
     (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4", "x", "C"], r"row 1: the label is 'C'"),
     (["path_A", "path_B", "prompt", "VQ"], ["a.mp4", "b.mp4", "x", "A"], r"no label column TA or Overall"),
-    (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4", "", "A"], r"row 1: the prompt is empty"),
+    (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4", "", "A"], r"row 1: 'prompt' is missing"),
     (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4"], r"row 1: not 4 columns"),
     (["videos", "problem", "prompt", "CoT_A", "CoT_B", "GSB"], ["a.mp4", "p", "x", "", "", "A"],
      r"row 1: videos is not"),
     (["videos", "problem", "answer"], ["['a.mp4','b.mp4']", "p", "<answer>{}</answer>"],
      r"row 1: the answer has no"),
+    (["videos", "problem", "answer"], ["['a.mp4','b.mp4']", "p", json.dumps(
+        {"gsb_result": "A", "video_1_scores": {"subject": "3"}})], r"row 1: scores_a is not"),
+    (["left_model", "right_model", "vote_type", "prompt"], ["m", "n", "leftvote", "x"],
+     r"without left_video"),
     (["x", "y"], ["1", "2"], r"none of the pair formats has these columns: x, y")])
 def test_what_cannot_be_understood_is_named(folder, columns, row, message):
     with pytest.raises(DataError, match=message):
         read_pairs(write_csv(folder / "bad.csv", columns, row))
+
+
+def test_other_dimensions_are_read_where_they_are_asked_for(folder):
+    record = {"prompt": "x", "video_a": "a.mp4", "video_b": "b.mp4", "preference": "A",
+              "scores_a": {"faces": 2, "hands": "N/A"}}
+    (folder / "own.jsonl").write_text(json.dumps(record))
+    (pair,) = read_pairs(folder / "own.jsonl", dimensions={"faces": 2, "hands": 1})
+    assert pair.scores_a == record["scores_a"]
+    with pytest.raises(DataError, match="row 1: scores_a is not"):
+        read_pairs(folder / "own.jsonl")
 
 
 def test_the_real_example_of_videoalign():
@@ -111,28 +139,20 @@ def test_convert_and_check(world_dir, folder):
     rows = [[pair.video_a, pair.video_b, pair.prompt, "same" if pair.human == 0 else pair.preference]
             for pair in read_pairs(world_dir / "test_id.jsonl")]
     path = write_csv(folder / "x.csv", ["path_A", "path_B", "prompt", "Overall"], *rows)
-    run("data.py", "convert", path, folder / "x.jsonl")
+    run("-m", "support.convert", path, folder / "x.jsonl")
     assert [(p.preference, p.prompt) for p in read_pairs(folder / "x.jsonl")] == [
         (p.preference, p.prompt) for p in read_pairs(world_dir / "test_id.jsonl")]
-    good = run("data.py", "check", folder / "x.jsonl", *TOY_VIDEO)
+    good = run("-m", "support.check", folder / "x.jsonl", *TOY_VIDEO)
     assert "8 read, 0 broken" in good.stdout and "video tokens a sample: 16 to 16" in good.stdout
-    processor = Processor(AutoTokenizer.from_pretrained(ROOT / "toy/backbone"), SETTINGS)
+    processor = Processor(AutoTokenizer.from_pretrained(ROOT / "toy/backbone"), SETTINGS,
+                          make_instruction(DIMENSIONS), DIMENSIONS)
     sizes = [len(processor(*key).input_ids) for pair in read_pairs(folder / "x.jsonl")
              for key in pair.videos()]
     assert f"\ntokens a sample: {min(sizes)} to {max(sizes)}, median" in good.stdout
     rows.append([str(folder / "a.mp4"), rows[0][1], "x", "A"])  # not a video
     write_csv(folder / "x.csv", ["path_A", "path_B", "prompt", "Overall"], *rows)
-    bad = run("data.py", "check", folder / "x.csv", *TOY_VIDEO, check=False)
+    bad = run("-m", "support.check", folder / "x.csv", *TOY_VIDEO, check=False)
     assert bad.returncode == 1 and "1 broken" in bad.stdout and "a.mp4: not a video" in bad.stdout
-
-
-def test_png_is_read_back_by_another_decoder(tmp_path):
-    import av
-    frame = torch.randint(0, 256, (3, 37, 53), dtype=torch.uint8)
-    (tmp_path / "f.png").write_bytes(png(frame))
-    with av.open(str(tmp_path / "f.png")) as file:
-        decoded = next(file.decode(video=0)).to_ndarray(format="rgb24")
-    assert (torch.from_numpy(decoded).permute(2, 0, 1) == frame).all()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -140,6 +160,8 @@ def test_png_is_read_back_by_another_decoder(tmp_path):
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
+    """Does with each request what `plan` says next, else answers with a CoT that repeats the prompt."""
+
     plan, seen, lock, under_way, most = [], [], threading.Lock(), 0, 0
 
     def do_POST(self):
@@ -150,7 +172,7 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
             cls.under_way += 1
             cls.most = max(cls.most, cls.under_way)
             action = cls.plan.pop(0) if cls.plan else "ok"
-        time.sleep({"slow": 1.5}.get(action, 0.05))
+        sleep({"slow": 1.5}.get(action, 0.05))
         prompt = body["messages"][0]["content"][-1]["text"]
         text = prompt.split("prompt:\n")[1].split("\n")[0]
         content = json.dumps({"choices": [{"message": {"content": f"<think>{text}</think>{ANSWER}"}}]})
@@ -175,10 +197,11 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def endpoint():
+def endpoint(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 50))  # between attempts
     handler = type("Fresh", (Endpoint,), {"plan": [], "seen": [], "under_way": 0, "most": 0})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     handler.url = f"http://127.0.0.1:{server.server_port}/v1"
     yield handler
     server.shutdown()
@@ -187,7 +210,7 @@ def endpoint():
 
 def make_api(endpoint, **options):
     return Api(endpoint.url, "judge-1", SETTINGS,
-               **{"first_wait": 0.01, "timeout": 0.8, "parallel": 3} | options)
+               **{"timeout": 0.8, "parallel": 3} | options)
 
 
 def make_keys(world_dir, count=8):
@@ -198,36 +221,73 @@ def make_keys(world_dir, count=8):
 def test_the_api_is_asked_with_frames_and_answers_come_in_order(endpoint, world_dir):
     endpoint.plan[:] = ["slow", "429", "nonsense", "odd", "500", "empty", "cut", "ok"]
     keys = make_keys(world_dir)
-    found = list(make_api(endpoint, key="secret")(keys, {}))
+    found = list(make_api(endpoint, key="secret")(keys, done={}))
     assert [(record["video"], record["prompt"]) for record in found] == keys
     thoughts = [record["cot"].split("</think>")[0] for record in found]
     assert thoughts == [f"<think>{prompt}" for _, prompt in keys]
     body, key = endpoint.seen[0]
     assert key == "Bearer secret" and body["model"] == "judge-1"
-    images = [part for part in body["messages"][0]["content"] if part["type"] == "image_url"]
-    assert len(images) == 8  # frames of a toy clip
-    assert base64.b64decode(images[0]["image_url"]["url"].split(",")[1]).startswith(b"\x89PNG")
     assert len(endpoint.seen) == 8 + 7  # each of the seven troubles is asked again, once
     assert endpoint.most <= 3 + 1  # three at a time, and the server may still hold the one that timed out
 
 
+def test_the_images_are_the_sampled_frames(endpoint, world_dir):
+    ((video, prompt),) = keys = make_keys(world_dir, 1)
+    list(make_api(endpoint)(keys, done={}))
+    ((body, _),) = endpoint.seen
+    parts = body["messages"][0]["content"]
+    frames, seconds = read_video(video, SETTINGS)
+    assert [part["text"] for part in parts[:-1:2]] == [f"<{second:.1f} seconds>" for second in seconds]
+    for part, frame in zip(parts[1::2], frames, strict=True):
+        header, _, encoded = part["image_url"]["url"].partition(",")
+        image = Image.open(io.BytesIO(base64.b64decode(encoded)))
+        assert header == "data:image/png;base64" and (image.format, image.mode) == ("PNG", "RGB")
+        assert np.array_equal(np.asarray(image), frame.permute(1, 2, 0))
+    assert prompt in parts[-1]["text"]
+
+
 def test_the_api_is_not_asked_again(endpoint, world_dir):
     keys = make_keys(world_dir, 4)
-    (record,) = make_api(endpoint)(keys, dict.fromkeys(keys[:3], ""))
+    (record,) = make_api(endpoint)(keys, done=dict.fromkeys(keys[:3], ""))
     assert (record["video"], record["prompt"]) == keys[3] and len(endpoint.seen) == 1
 
 
-@pytest.mark.parametrize(("plan", "message"),
-                         [(["401"] * 9, "HTTP 401"), (["500"] * 9, "gave up on .* after 3 attempts"),
-                          (["nonsense"] * 9, "no chat completion")])
-def test_the_api_gives_up_with_a_clear_error(endpoint, world_dir, plan, message):
-    endpoint.plan[:] = plan
-    with pytest.raises(DataError, match=message):
-        list(make_api(endpoint, retries=2, parallel=1)(make_keys(world_dir, 1), {}))
+def test_no_key_is_sent_but_the_one_that_was_named(endpoint, world_dir, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "not for others")
+    list(make_api(endpoint)(make_keys(world_dir, 1), done={}))
+    assert [key for _, key in endpoint.seen] == [None]
+
+
+@pytest.mark.parametrize(("plan", "requests", "message"), [
+    ("401", 1, "gave up on .* after 1 attempt: HTTP 401 Unauthorized: no such key$"),
+    ("500", 3, "gave up on .* after 3 attempts: HTTP 500"),
+    ("cut", 3, "gave up on .* after 3 attempts: Connection error"),
+    ("nonsense", 3, "after 3 attempts: an answer that is no chat completion"),
+    ("odd", 3, "after 3 attempts: an answer that is no chat completion"),
+    ("empty", 3, "after 3 attempts: an empty answer")])
+def test_the_api_gives_up_with_a_clear_error(endpoint, world_dir, plan, requests, message):
+    endpoint.plan[:] = [plan] * 9
+    with pytest.raises(DataError, match=message) as caught:
+        list(make_api(endpoint, retries=2, parallel=1)(make_keys(world_dir, 1), done={}))
+    assert str(caught.value).startswith(endpoint.url) and "\n" not in str(caught.value)
+    assert len(endpoint.seen) == requests
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/v1", "127.0.0.1/v1", "nonsense"])
+def test_an_endpoint_that_is_none_is_named(world_dir, url):
+    api = Api(url, "judge-1", SETTINGS, retries=0)
+    with pytest.raises(DataError, match="after 1 attempt"):
+        list(api(make_keys(world_dir, 1), done={}))
+
+
+def test_an_endpoint_needs_the_packages_and_says_which(monkeypatch):
+    monkeypatch.setattr(annotate, "openai", None)
+    with pytest.raises(DataError, match="pip install -r support/requirements.txt"):
+        Api("http://127.0.0.1/v1", "judge-1", SETTINGS)
 
 
 def test_annotate_by_api_survives_a_failure_in_the_middle(endpoint, world_dir, tmp_path):
-    command = ["data.py", "annotate", world_dir / "train.jsonl", tmp_path / "out.jsonl", "--api",
+    command = ["-m", "support.annotate", world_dir / "train.jsonl", tmp_path / "out.jsonl", "--api",
                endpoint.url, "--api-model", "judge-1",
                "--scores", "--parallel", 1, "--retries", 0, *TOY_VIDEO]
     endpoint.plan[:] = ["ok"] * 5 + ["401"]
@@ -239,3 +299,115 @@ def test_annotate_by_api_survives_a_failure_in_the_middle(endpoint, world_dir, t
     assert len(endpoint.seen) - asked == 24 - 5
     pairs = read_pairs(tmp_path / "out.jsonl")
     assert len(pairs) == 12 and all(p.scores_a == SCORES and p.prompt in p.cot_a for p in pairs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Annotation by a model here, and the filter
+
+
+def test_annotate_writes_one_cot_a_video_and_goes_on_where_it_was_killed(world_dir, tmp_path):
+    pairs = world_dir / "train.jsonl"
+    command = ["-m", "support.annotate", pairs, tmp_path / "whole.jsonl", "--model", "toy/backbone",
+               "--max-new-tokens", 160, "--max-tokens", 1200]  # --think-tokens' old name
+    run(*command)
+    whole = read_pairs(tmp_path / "whole.jsonl")
+    assert all(pair.cot_a and pair.cot_b for pair in whole)
+    command[3] = tmp_path / "cut.jsonl"
+    process = Started(*command)
+    written = tmp_path / "cut.jsonl.cots"
+    while process.running() and (not written.is_file() or written.read_bytes().count(b"\n") < 5):
+        sleep(0.01)
+    process.kill()
+    process.wait()
+    assert written.is_file() and not (tmp_path / "cut.jsonl").is_file()
+    assert "going on after" in run(*command).stdout
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not written.is_file()
+
+
+def repeat(keys, done):
+    """Stands for a model: a CoT with whatever Unicode calls the end of a line."""
+    for video, prompt in keys:
+        if (video, prompt) not in done:
+            cot = f"<think>\u2028\x85\r\n{prompt}</think>"
+            yield {"video": video, "prompt": prompt, "cot": cot, "reward": 1}
+
+
+@pytest.mark.parametrize("cut", ["", '{"video": "', '{"video": "caf\u00e9'])
+def test_annotate_goes_on_behind_the_last_whole_line(world_dir, tmp_path, cut, capsys):
+    keys = list(dict.fromkeys(make_keys(world_dir, 24)))
+    records = [record | {"reward": None} for record in repeat(keys[:3], {})]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (tmp_path / "out.jsonl.cots").write_bytes("".join([*lines, cut]).encode()[: None if cut == "" else -1])
+    asked = []
+
+    def write(keys, done):
+        for record in repeat(keys, done):
+            if len(asked) == 2:
+                asked.append("cut off")
+                raise DataError("cut off")
+            asked.append((record["video"], record["prompt"]))
+            yield record
+
+    with pytest.raises(DataError, match="cut off"):
+        annotate.annotate(world_dir / "train.jsonl", tmp_path / "out.jsonl", write)
+    annotate.annotate(world_dir / "train.jsonl", tmp_path / "out.jsonl", write)
+    assert asked == [*keys[3:5], "cut off", *keys[5:]]
+    assert "going on after 5 of 24 videos" in capsys.readouterr().out
+    for pair in read_pairs(tmp_path / "out.jsonl"):
+        assert pair.cot_a == pair.cot_b == f"<think>\u2028\x85\r\n{pair.prompt}</think>"
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('{"video": "v.mp4", "prompt": "x", "cot": "y"}\n', "holds judgements of other videos"),
+    ('{"video": "v.mp4"}\n', "row 1: not of this command"), ("\xff\n", "row 1: not of this command"),
+    ("[]\n", "row 1: not of this command")])
+def test_annotate_leaves_the_file_of_somebody_else_alone(world_dir, tmp_path, content, message):
+    written = tmp_path / "out.jsonl.cots"
+    written.write_text(content, encoding="latin-1")
+    with pytest.raises(DataError, match=rf"out\.jsonl\.cots.*{message}"):
+        annotate.annotate(world_dir / "train.jsonl", tmp_path / "out.jsonl", repeat)
+    assert written.read_text(encoding="latin-1") == content
+
+
+def cot(overall=None, **scores):
+    scores = {"subject": 1, "dynamics": 1, "camera": 1, "environment": 1, "style": 1} | scores
+    answer = {"dimensional_scores": scores} | ({"overall_score": overall} if overall else {})
+    return f"<answer>{json.dumps(answer)}</answer>"
+
+
+@pytest.mark.parametrize(("label", "a", "b", "verdict"), [
+    ("A", cot(4.0), cot(3.0), "kept"), ("B", cot(4.0), cot(3.0), "the CoTs imply the other"),
+    ("tie", cot(4.0), cot(4.0), "kept"), ("tie", cot(4.0), cot(3.0), "the label is a tie"),
+    ("A", cot(4.0), cot(4.0), "the CoTs imply a tie"),
+    ("A", cot(4.0), "nothing", "a CoT that cannot be parsed"), ("A", cot(4.0), None, "no CoT"),
+    ("A", cot(subject=2, style=0), cot(), "kept"),  # a primary dimension weighs more than a secondary one
+    ("B", cot(environment=2, dynamics=0), cot(), "kept")])
+def test_the_filter_keeps_what_is_consistent(label, a, b, verdict):
+    assert consistent(Pair("p", "a", "b", label, cot_a=a, cot_b=b)) == verdict
+
+
+def test_filter_says_what_it_kept(world_dir, tmp_path):
+    out = run("-m", "support.filter", world_dir / "train_cots.jsonl", tmp_path / "kept.jsonl").stdout
+    kept = read_pairs(tmp_path / "kept.jsonl")
+    assert f"{len(kept)} kept" in out and 6 <= len(kept) <= 12  # true CoTs, noisy labels
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (["support.filter", "missing.jsonl", "out.jsonl"], "missing.jsonl: no such file"),
+    (["support.convert", "missing.csv", "out.jsonl"], "missing.csv: no such file"),
+    (["support.check", "missing.csv"], "missing.csv: no such file"),
+    (["support.check", "missing.csv", "--model", "toy"], "toy: no tokenizer"),
+    (["support.annotate", "missing.csv", "out.jsonl", "--api", "http://127.0.0.1/v1", "--api-model", "x"],
+     "missing.csv: no such file"),
+    (["support.annotate", "missing.csv", "out.jsonl"], "annotate needs --model, or --api and --api-model")])
+def test_errors_are_one_clear_line(command, message):
+    done = run("-m", *command, check=False)
+    assert done.returncode == 1 and f"error: {message}" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["annotate", "filter", "convert", "check"])
+def test_data_says_where_its_commands_have_gone(command):
+    done = run("data.py", command, "pairs.csv", "out.jsonl", check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert f"is now python -m support.{command}" in done.stderr and "Traceback" not in done.stderr

@@ -9,9 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from data import DIMENSIONS, DataError, follows_format, implied_overall, parse_cot, read_pairs
+from data import DIMENSIONS, DataError, follows_format, parse_cot
 from model import DeScore
 from rl import format_reward, length_reward, quality_reward
+from support.filter import implied_overall
+from support.formats import read_pairs
 
 quick = settings(max_examples=150, deadline=2000, suppress_health_check=list(HealthCheck))
 
@@ -164,8 +166,8 @@ def test_a_damaged_model_is_refused_by_name(name, damage, saved, tmp_path):
 
 @pytest.mark.parametrize("content",
                          ["", "[]", "{", "{}", "nul", '{"backbone": 3}', '{"backbone": "x", "video": 5}',
-                          '{"video": []}', '{"backbone": "x", "video": {"fps": "fast"}}',
-                          '{"instruction": 7}'])
+                          '{"video": []}', '{"instruction": 7}', '{"dimensions": ["subject"]}',
+                          json.dumps({"backbone": str(ROOT / "toy/backbone"), "video": {"fps": "fast"}})])
 def test_damaged_settings_are_refused_by_name(content, saved, tmp_path):
     copy_with(saved, tmp_path, "descore.json", content.encode())
     with pytest.raises(DataError, match=str(tmp_path)):

@@ -1,11 +1,17 @@
-"""The five decisions that make the code small and fast change no number."""
+"""The decisions that make the code small and fast change no number."""
+
+import subprocess
+import sys
+from dataclasses import replace
 
 import bitsandbytes
 import pytest
 import torch
 from conftest import ROOT
 
-from data import DataError
+import model as descore
+from data import DIMENSIONS, DataError
+from infer import judge
 from model import DeScore
 
 EXACT = {"rtol": 0, "atol": 1e-5}  # float64 but for RMSNorm, which transformers computes in float32
@@ -30,9 +36,9 @@ def random_rollouts(model, B, G, C, seed=0):
     return torch.where(last, model.processor.eos_id, tokens), mask
 
 
-def plain(model, sample, ids):
+def plain(model, sample, ids, temperature=1.0):
     """One CoT the plain way: the whole sequence through transformers' own forward, no cache, no packing.
-    Returns the log-probabilities of ids and the reward behind them."""
+    Returns the log-probabilities of ids and the score behind them."""
     qwen, eos = model.qwen, model.processor.eos_id
     read = [token for token in ids if token != eos]
     tower = qwen.model.visual((sample.patches / 127.5 - 1).double(), grid_thw=torch.tensor([sample.grid]))
@@ -41,16 +47,28 @@ def plain(model, sample, ids):
     is_video = sample.input_ids == model.processor.special["<|video_pad|>"]
     prompt = prompt.masked_scatter(is_video[:, None], tower.pooler_output)
     rows = torch.cat([prompt, embed(torch.tensor(read, dtype=torch.long)), model.query[None]])[None]
-    after = sample.position_ids.max() + 1 + torch.arange(len(read) + 1)
-    positions = torch.cat([sample.position_ids, after.expand(3, -1)], 1)[:, None]
+    of_prompt, _ = qwen.model.get_rope_index(sample.input_ids[None], 2 * is_video[None].int(),
+                                             video_grid_thw=torch.tensor([sample.grid]))
+    after = of_prompt.max() + 1 + torch.arange(len(read) + 1)
+    positions = torch.cat([of_prompt, after.expand(3, 1, -1)], 2)
     visual = torch.zeros(1, rows.shape[1], dtype=torch.bool)
     visual[0, :len(is_video)] = is_video
     hidden = qwen.model.language_model(inputs_embeds=rows, position_ids=positions, visual_pos_masks=visual,
                                        deepstack_visual_embeds=tower.deepstack_features).last_hidden_state[0]
     P = len(sample.input_ids)
-    logits = qwen.lm_head(hidden[P - 1:P - 1 + len(ids)])
+    logits = qwen.lm_head(hidden[P - 1:P - 1 + len(ids)]) / temperature
     logps = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.long)]
     return logps, hidden[-1] @ model.head.weight[0]
+
+
+def as_transformers_asks(model, key):
+    """A video and its prompt as the arguments of Qwen3VLForConditionalGeneration itself."""
+    sample = model.processor(*key)
+    ids = sample.input_ids[None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == model.processor.special["<|video_pad|>"]).int() * 2,
+            "pixel_values_videos": (sample.patches / 127.5 - 1).double(),
+            "video_grid_thw": torch.tensor([sample.grid])}
 
 
 @pytest.fixture(params=["whole", "lora"])
@@ -64,25 +82,24 @@ def trained(request, model):
     return model.double()
 
 
-@pytest.mark.parametrize("forward_tokens", [1, 16_384])  # a row at a time, and all rows together
-def test_group_forward_equals_separate_forwards_in_values_and_gradients(trained, keys, forward_tokens,
-                                                                        monkeypatch):
-    monkeypatch.setattr("model.FORWARD_TOKENS", forward_tokens)
+@pytest.mark.parametrize("max_tokens", [1, 16_384])  # a row at a time, and all rows together
+def test_group_forward_equals_separate_forwards_in_values_and_gradients(trained, keys, max_tokens):
     model, (B, G, C) = trained, (2, 3, 6)
+    model.max_tokens = max_tokens
     tokens, mask = random_rollouts(model, B, G, C)
     samples = [model.processor(*key) for key in keys[:B]]
     weight_l, weight_r = torch.randn(B, G, C).double(), torch.randn(B, G).double()
-    logps, rewards = model.group(model.processor.collate(samples), tokens, mask)
-    ((logps * weight_l)[mask].sum() + (rewards * weight_r).sum()).backward()
+    logps, scores = model.group(model.processor.collate(samples), tokens, mask)
+    ((logps * weight_l)[mask].sum() + (scores * weight_r).sum()).backward()
     together = {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
     model.zero_grad()
     for b in range(B):
         for g in range(G):
             n = int(mask[b, g].sum())
-            own_logps, own_reward = plain(model, samples[b], tokens[b, g, :n].tolist())
+            own_logps, own_score = plain(model, samples[b], tokens[b, g, :n].tolist())
             torch.testing.assert_close(logps[b, g, :n].double(), own_logps, **EXACT)
-            torch.testing.assert_close(rewards[b, g].double(), own_reward, **EXACT)
-            ((own_logps * weight_l[b, g, :n]).sum() + own_reward * weight_r[b, g]).backward()
+            torch.testing.assert_close(scores[b, g].double(), own_score, **EXACT)
+            ((own_logps * weight_l[b, g, :n]).sum() + own_score * weight_r[b, g]).backward()
     assert not logps[~mask].any()
     apart = {name: p.grad for name, p in model.trainable().items() if p.grad is not None}
     assert together.keys() == apart.keys() and "query" in apart and len(apart) > 40
@@ -90,13 +107,14 @@ def test_group_forward_equals_separate_forwards_in_values_and_gradients(trained,
         assert (together[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
-def test_rows_share_a_forward_up_to_a_bound(model, keys, monkeypatch):
+def test_rows_share_a_forward_up_to_a_bound(model, keys):
     batch = model.encode(make_batch(model, [keys[0], keys[0], keys[0]]))
     tokens = torch.zeros(3, 2, 4, dtype=torch.long)
     row = int(batch.mask[0].sum()) + 2 * (4 + 1)  # the prompt, and two CoTs with their [Reward]
     for bound, counts in ((3 * row, [3]), (3 * row - 1, [2, 1]), (1, [1, 1, 1])):
-        monkeypatch.setattr("model.FORWARD_TOKENS", bound)
-        assert [len(rows) for rows, *_ in model.runs(batch, tokens, torch.ones_like(tokens).bool())] == counts
+        model.max_tokens = bound
+        found = model.forwards(batch, tokens, torch.ones_like(tokens).bool())
+        assert [len(rows) for rows, *_ in found] == counts
 
 
 def test_what_the_tower_made_moves_with_its_batch(model, keys):
@@ -108,9 +126,9 @@ def test_what_the_tower_made_moves_with_its_batch(model, keys):
 
 def test_what_sampling_records_is_what_the_group_forward_computes(model, keys):
     thoughts = model.think(make_batch(model, keys), n=3, max_new_tokens=12, temperature=1.0, seeds=[1, 2, 3])
-    logps, rewards = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask)
+    logps, scores = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask)
     torch.testing.assert_close(logps, thoughts.logps.to(logps.dtype), **EXACT)
-    torch.testing.assert_close(rewards, thoughts.rewards.to(rewards.dtype), **EXACT)
+    torch.testing.assert_close(scores, thoughts.scores.to(scores.dtype), **EXACT)
     assert model.truncated(thoughts).all()
 
 
@@ -121,25 +139,64 @@ def test_the_score_on_the_cache_is_the_score_of_one_full_forward(model, keys):
         for g in range(2):
             ids = thoughts.tokens[b, g][thoughts.mask[b, g]].tolist()
             assert ids.index(model.processor.eos_id) == len(ids) - 1
-            logps, reward = plain(model, model.processor(*key), ids)
-            torch.testing.assert_close(thoughts.rewards[b, g].double(), reward, **EXACT)
+            logps, score = plain(model, model.processor(*key), ids)
+            torch.testing.assert_close(thoughts.scores[b, g].double(), score, **EXACT)
             torch.testing.assert_close(thoughts.logps[b, g, :len(ids)].double(), logps, **EXACT)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_log_probabilities_are_those_of_what_is_sampled_from(model, keys, temperature):
+    thoughts = model.think(make_batch(model, keys), n=2, max_new_tokens=12, temperature=temperature,
+                           seeds=[1, 2, 3])
+    logps, scores = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask, temperature)
+    for b, key in enumerate(keys):
+        sample = model.processor(*key)
+        for g in range(2):
+            ids = thoughts.tokens[b, g][thoughts.mask[b, g]].tolist()
+            expected, score = plain(model, sample, ids, temperature)
+            torch.testing.assert_close(thoughts.logps[b, g, :len(ids)].double(), expected, **EXACT)
+            torch.testing.assert_close(logps[b, g, :len(ids)].double(), expected, **EXACT)
+            torch.testing.assert_close(scores[b, g].double(), score, **EXACT)
+    of_one, _ = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask)
+    assert (logps - of_one).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(3.0, 1.0), (4.0, 1.0), (4.0, 0.6)])
+def test_tokens_are_drawn_from_the_tempered_distribution(model, keys, temperature, top_p):
+    n = 2500
+    logits = model.qwen(**as_transformers_asks(model, keys[0])).logits[0, -1]
+    probs = (logits / temperature).softmax(-1).detach()
+    if top_p < 1:
+        likeliest = probs.argsort(descending=True)
+        needed = int((probs[likeliest].cumsum(0) < top_p).sum()) + 1  # the smallest set of mass top_p
+        probs[likeliest[needed:]] = 0
+        probs = probs / probs.sum()
+    thoughts = model.think(make_batch(model, keys[:1]), n, 1, temperature, top_p, seeds=[5])
+    share = torch.bincount(thoughts.tokens.flatten(), minlength=len(probs)) / n
+    assert ((share - probs).abs() <= 5 * (probs * (1 - probs) / n).sqrt() + 1 / n).all()
+    assert 0.1 < probs.max() < 0.9  # there was a choice
+
+
+def test_the_likeliest_token_has_the_log_probability_of_temperature_1(model, keys):
+    thoughts = model.think(make_batch(model, keys), max_new_tokens=12, temperature=0)
+    logps, _ = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask)
+    torch.testing.assert_close(logps, thoughts.logps, **EXACT)
 
 
 def test_score_of_a_text_is_the_score_of_its_tokens(model, keys):
     text = "<think>\nsubject: a red circle\n</think>"
-    rewards = model.score(make_batch(model, keys), [text] * 3)
-    for key, reward in zip(keys, rewards):
+    scores = model.score(make_batch(model, keys), [text] * 3)
+    for key, score in zip(keys, scores):
         _, expected = plain(model, model.processor(*key), model.processor.encode(text))
-        torch.testing.assert_close(reward.double(), expected, **EXACT)
+        torch.testing.assert_close(score.double(), expected, **EXACT)
 
 
 def test_a_masked_cot_is_no_cot(model, keys):
     masked = model.score(make_batch(model, keys), [None, "a red circle", None])
     alone = model.score(make_batch(model, keys), [None] * 3)
     torch.testing.assert_close(masked[[0, 2]], alone[[0, 2]], **EXACT)
-    for key, reward in zip(keys, alone):
-        torch.testing.assert_close(reward.double(), plain(model, model.processor(*key), [])[1], **EXACT)
+    for key, score in zip(keys, alone):
+        torch.testing.assert_close(score.double(), plain(model, model.processor(*key), [])[1], **EXACT)
     assert (masked[1] - alone[1]).abs() > 1e-3
 
 
@@ -147,18 +204,55 @@ def test_a_video_thinks_the_same_in_any_company(model, keys):
     together = model.think(make_batch(model, keys), n=2, max_new_tokens=10, seeds=[5, 6, 7])
     alone = model.think(make_batch(model, keys[1:2]), n=2, max_new_tokens=10, seeds=[6])
     assert torch.equal(together.tokens[1], alone.tokens[0])
-    torch.testing.assert_close(together.rewards[1], alone.rewards[0], **EXACT)
+    torch.testing.assert_close(together.scores[1], alone.scores[0], **EXACT)
+
+
+def test_letting_finished_rollouts_go_changes_nothing(model, keys, monkeypatch):
+    sizes, real = [], descore.let_go
+
+    def watched(cache, rows, hidden, live):
+        rows, hidden = real(cache, rows, hidden, live)
+        sizes.append(rows.numel())
+        return rows, hidden
+
+    def think(which):
+        return model.think(make_batch(model, [keys[b] for b in which]), 12, 160, temperature=2.0,
+                           seeds=[5 + b for b in which])
+
+    monkeypatch.setattr("model.let_go", watched)
+    together = think([0, 1, 2])
+    assert sizes[0] == 36 and len(set(sizes)) > 3  # they left by and by
+    lengths = together.mask.sum(-1)
+    assert lengths.min() < 40 and lengths.max() > 100
+    alone = [think([b]) for b in range(3)]
+    monkeypatch.setattr("model.let_go", lambda cache, rows, hidden, live: (rows, hidden))
+    all_stay = think([0, 1, 2])
+    for b in range(3):
+        for other in (alone[b], type(together)(*(x[b:b + 1] for x in all_stay[:4]))):
+            C = int(lengths[b].max())
+            assert torch.equal(other.mask[0].sum(-1), lengths[b])
+            for g in range(12):
+                here = slice(int(lengths[b, g]))
+                assert torch.equal(together.tokens[b, g, here], other.tokens[0, g, here])
+            torch.testing.assert_close(together.logps[b, :, :C], other.logps[0, :, :C], **EXACT)
+            torch.testing.assert_close(together.scores[b], other.scores[0], **EXACT)
+
+
+def test_some_run_into_the_limit_while_others_have_gone(model, keys):
+    """[Reward] follows the last token of what never ended, and only there."""
+    thoughts = model.think(make_batch(model, keys), 12, 60, temperature=2.0, seeds=[5, 6, 7])
+    truncated = model.truncated(thoughts)
+    assert 0.1 < truncated.double().mean() < 0.9 and thoughts.mask[truncated].all()
+    logps, scores = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask, 2.0)
+    torch.testing.assert_close(scores, thoughts.scores, **EXACT)
+    torch.testing.assert_close(logps, thoughts.logps, **EXACT)
 
 
 def test_greedy_thinking_is_transformers_own_generate(model, keys):
-    sample = model.processor(*keys[0])
-    ids = sample.input_ids[None]
-    types = (ids == model.processor.special["<|video_pad|>"]).int() * 2
-    grid = torch.tensor([sample.grid])
+    asked = as_transformers_asks(model, keys[0])
     expected = model.qwen.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, video_grid_thw=grid,
-        pixel_values_videos=(sample.patches / 127.5 - 1).double(), max_new_tokens=40, do_sample=False,
-        eos_token_id=model.processor.eos_id, pad_token_id=model.processor.eos_id)[0, ids.shape[1]:]
+        **asked, max_new_tokens=40, do_sample=False, eos_token_id=model.processor.eos_id,
+        pad_token_id=model.processor.eos_id)[0, asked["input_ids"].shape[1]:]
     thoughts = model.think(make_batch(model, keys[:1]), max_new_tokens=40, temperature=0)
     assert thoughts.tokens[0, 0].tolist() == expected.tolist()
 
@@ -214,28 +308,33 @@ def test_the_reference_is_the_policy_as_it_was(model, keys):
     for name, parameter in model.trainable().items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
-    before, _ = model.group(make_batch(model, keys[:2]), tokens, mask)
+    before = {t: model.group(make_batch(model, keys[:2]), tokens, mask, t)[0] for t in (1.0, 0.7)}
     model.keep_reference()
     trains = set(model.trainable())
     for name, parameter in model.trainable().items():
         if "lora" in name:
             parameter.data.add_(0.01)
-    reference = model.reference_logps(make_batch(model, keys[:2]), tokens, mask)
     after, _ = model.group(make_batch(model, keys[:2]), tokens, mask)
-    torch.testing.assert_close(reference, before.detach(), rtol=0, atol=5e-6)  # float32 of about 10
-    assert (after - before).abs().max() > 1e-3
+    for temperature, expected in before.items():
+        reference = model.reference_logps(make_batch(model, keys[:2]), tokens, mask, temperature)
+        torch.testing.assert_close(reference, expected.detach(), rtol=0, atol=5e-6)  # float32 of about 10
+    assert (after - before[1.0]).abs().max() > 1e-3
     assert set(model.trainable()) == trains and not any("reference" in name for name in trains)
 
 
 def test_the_reference_of_a_whole_model_is_a_copy(model, keys):
     tokens, mask = random_rollouts(model, 1, 2, 5)
     model.set_trainable(0)
-    before, _ = model.group(make_batch(model, keys[:1]), tokens, mask)
+    assert model.reference is None
+    before = {t: model.group(make_batch(model, keys[:1]), tokens, mask, t)[0] for t in (1.0, 0.7)}
     model.keep_reference()
     model.qwen.lm_head.weight.data.mul_(1.1)
-    reference = model.reference_logps(make_batch(model, keys[:1]), tokens, mask)
-    torch.testing.assert_close(reference, before.detach(), rtol=0, atol=2e-5)  # float64 against float32
-    assert (model.group(make_batch(model, keys[:1]), tokens, mask)[0] - before).abs().max() > 1e-3
+    for temperature, expected in before.items():
+        reference = model.reference_logps(make_batch(model, keys[:1]), tokens, mask, temperature)
+        torch.testing.assert_close(reference, expected.detach(), rtol=0, atol=2e-5)  # float64 against float32
+    assert (model.group(make_batch(model, keys[:1]), tokens, mask)[0] - before[1.0]).abs().max() > 1e-3
+    assert not any(p.requires_grad for p in model.reference.parameters())
+    assert not any(name.startswith("_reference") for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -247,9 +346,9 @@ def test_bfloat16_trains_in_float32(rank, keys):
     assert all(p.grad is not None for name, p in model.trainable().items()
                if "merger" in name or name == "query")
     thoughts = model.think(make_batch(model, keys), n=2, max_new_tokens=5, seeds=[1, 2, 3])
-    logps, rewards = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask)
+    logps, scores = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask)
     torch.testing.assert_close(logps, thoughts.logps, rtol=0.1, atol=0.3)  # 8 bits of mantissa, two orders
-    torch.testing.assert_close(rewards, thoughts.rewards, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(scores, thoughts.scores, rtol=0.1, atol=0.1)
 
 
 def test_only_what_is_asked_for_trains(model):
@@ -271,6 +370,52 @@ def test_loading_says_what_is_wrong(tmp_path):
     (tmp_path / "descore.json").write_text("{")
     with pytest.raises(DataError, match=r"descore\.json: not JSON"):
         DeScore.load(tmp_path)
+
+
+EARLIER = ROOT / "tests/golden/earlier_model"
+EARLIER_SCORES = (0.3667387366294861, -0.4442671835422516)  # as it gave them, without a CoT and with one
+
+
+def test_a_model_that_an_earlier_version_saved_scores_the_same():
+    model = DeScore.load(EARLIER, device="cpu")
+    key = (str(ROOT / "tests/golden/four.mp4"), "A red circle moves left.")
+    cots = [None, "<think>\nsubject: a red circle\n</think>"]
+    scores = model.score(make_batch(model, [key, key]), cots)
+    assert scores.tolist() == pytest.approx(EARLIER_SCORES, abs=1e-5)
+    found = [model.info[name] for name in ("stage", "score_mean", "score_std")]
+    assert found == ["coldstart", 0.25, 0.5]
+    assert model.processor.dimensions == DIMENSIONS
+
+
+def test_importing_the_code_changes_no_global_state():
+    code = """
+import importlib, logging, pathlib, signal, sys, warnings
+import bitsandbytes, bitsandbytes.optim, decord, huggingface_hub, openai, peft, torch, transformers
+import torch.distributed.fsdp
+from transformers.utils import logging as transformers_logging
+
+def state():
+    loggers = [logging.root, *(logging.getLogger(name) for name in sorted(logging.root.manager.loggerDict))]
+    levels = {logger.name: (logger.level, logger.disabled, len(logger.handlers)) for logger in loggers}
+    return {"transformers": levels["transformers"], "bitsandbytes": levels["bitsandbytes"],
+            "root": levels["root"], "filters": list(warnings.filters),
+            "bars": transformers_logging.is_progress_bar_enabled(),
+            "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+            "dtype": torch.get_default_dtype(), "seed": torch.initial_seed(), "grad": torch.is_grad_enabled()}
+
+logging.getLogger("bitsandbytes")
+before = state()
+import model
+after = state()
+assert before == after, (before, after)
+for path in sorted(pathlib.Path("support").glob("[a-z]*.py")):
+    importlib.import_module(f"support.{path.stem}")
+import coldstart, infer, rl
+assert before == state(), (before, state())
+print("unchanged", len(before["filters"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("unchanged"), done.stderr[-3000:]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -299,15 +444,16 @@ def test_a_release_is_read_and_scores_in_its_own_layout(release, keys, key):
     torch.testing.assert_close(model.head.weight.double(), head, rtol=1e-6, atol=0)  # made in float32
     torch.testing.assert_close(model.query.double(), model.qwen.get_input_embeddings().weight[-1], rtol=1e-6,
                                atol=0)
-    (record,) = model.judge(keys[:1], max_new_tokens=5)
-    sample = model.processor(*keys[0], record["cot"])
+    (record,) = judge(model, keys[:1], max_new_tokens=5)
+    outline = model.processor.outline(*keys[0], record["cot"])
+    sample = replace(model.processor(*keys[0]), input_ids=outline.input_ids)
     text = model.processor.tokenizer.decode(sample.input_ids)
     assert text.endswith(model.processor.instruction.split("<prompt>")[1] + record["cot"])
     assert text.count("<|im_start|>") == 1
-    assert abs(record["reward"] - plain(model, sample, [])[1].item()) < 1e-5
+    assert abs(record["score"] - plain(model, sample, [])[1].item()) < 1e-5
     ours = DeScore.load(release, dtype=torch.float64, device="cpu").double()
     ours.info["scoring_layout"] = "ours"
-    assert abs(next(ours.judge(keys[:1], max_new_tokens=5))["reward"] - record["reward"]) > 1e-3
+    assert abs(next(judge(ours, keys[:1], max_new_tokens=5))["score"] - record["score"]) > 1e-3
 
 
 class Hostile:
@@ -323,18 +469,6 @@ def test_a_hostile_or_wrong_head_is_refused(release, content, monkeypatch):
     with pytest.raises(DataError, match=r"rm_head\.pth: holds no head"):
         DeScore.load(release)
     assert not (release / "owned").exists()
-
-
-def test_flex_attention_gives_the_numbers_of_sdpa(model, keys):
-    """Forward only: flex attention has no backward on a CPU."""
-    model = model.float()
-    tokens, mask = random_rollouts(model, 3, 4, 9)
-    found = {}
-    with torch.no_grad():
-        for model.attention in ("sdpa", "flex"):
-            found[model.attention] = model.group(make_batch(model, keys), tokens, mask)
-    for one, other in zip(found["sdpa"], found["flex"]):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
 
 
 def test_4_bit_weights_give_the_gradients_of_what_they_stand_for(keys):
@@ -360,8 +494,8 @@ def test_4_bit_weights_give_the_gradients_of_what_they_stand_for(keys):
         model.train()
         tokens, mask = random_rollouts(model, 3, 2, 5)
         model.think(make_batch(model, keys), 2, 3, seeds=[0, 1, 2])
-        logps, rewards = model.group(make_batch(model, keys), tokens, mask)
-        (logps.sum() + rewards.sum()).backward()
+        logps, scores = model.group(make_batch(model, keys), tokens, mask)
+        (logps.sum() + scores.sum()).backward()
         gradients.append({name: p.grad for name, p in model.trainable().items()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3,
@@ -372,6 +506,6 @@ def test_the_score_without_a_cot_rides_on_the_same_prefill(model, keys):
     batch = make_batch(model, keys)
     plainly = model.think(batch, n=2, max_new_tokens=10, seeds=[1, 2, 3])
     thoughts = model.think(batch, n=2, max_new_tokens=10, seeds=[1, 2, 3], without_cot=True)
-    assert plainly.rewards_no_cot is None
+    assert plainly.scores_no_cot is None
     assert all(torch.equal(one, other) for one, other in zip(plainly[:4], thoughts[:4]))
-    torch.testing.assert_close(thoughts.rewards_no_cot, model.score(batch, [None] * 3), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(thoughts.scores_no_cot, model.score(batch, [None] * 3), rtol=1e-6, atol=1e-6)

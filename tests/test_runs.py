@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 
 from data import read_pairs
 
-QUICK = [*TOY_VIDEO, "--workers", 0, "--max-new-tokens", 40, "--lr", 1e-3, "--max-tokens", 1]
+QUICK = [*TOY_VIDEO, "--workers", 0, "--max-new-tokens", 40, "--lr", 1e-3]
 LORA, FULL = ("--lora-rank", 4), ("--lora-rank", 0, "--lr", 1e-4)
 
 
 def command(stage, world_dir, out, *extra):
-    """A short run of a stage: coldstart takes 3 steps of 4 pairs, rl 3 steps of 3 pairs."""
+    """A short run of a stage: coldstart takes 3 steps of 4 pairs, rl 3 steps of 3 pairs, a pair at a time."""
     model = ["--model", ROOT / "toy/backbone", "--out", out]
     if stage == "coldstart":
         return ["coldstart.py", *model, "--train", world_dir / "train_cots.jsonl", "--epochs", 1,
-                "--batch-size", 4, *QUICK, *extra]
+                "--batch-size", 4, "--max-tokens", 1, *QUICK, *extra]
     return ["rl.py", *model, "--train", world_dir / "train.jsonl", "--steps", 3, "--batch-size", 3,
-            "--group-size", 2, "--updates", 1, *QUICK, *extra]
+            "--group-size", 2, "--updates", 1, "--think-tokens", 700, *QUICK, *extra]
 
 
 def torchrun(processes, *arguments):
@@ -48,6 +48,7 @@ def weights(out):
 
 def assert_same(one, other):
     assert metrics(one) == metrics(other)
+    assert (one / "rollouts.jsonl").read_bytes() == (other / "rollouts.jsonl").read_bytes()
     assert weights(one).keys() == weights(other).keys()
     assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
 
@@ -198,7 +199,7 @@ def test_a_restarted_rank_does_not_look_for_a_dead_one(tmp_path):
     (tmp_path / "ranks.py").write_text(f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from run import Ranks
+from support.ranks import Ranks
 late = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
 time.sleep(3 * late)  # time for the other to find what was there before
 ranks = Ranks.start()

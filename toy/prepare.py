@@ -22,14 +22,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    def run(script: str, *arguments) -> None:
-        subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], check=True)
+    def run(*command) -> None:
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
 
-    out, annotated = args.out, args.out / "train_annotated.jsonl"
+    out = args.out.resolve()
+    annotated = out / "train_annotated.jsonl"
     run("toy/world.py", out, "--pairs", args.pairs, "--test-pairs", args.test_pairs, "--seed", args.seed)
-    run("data.py", "annotate", out / "train.jsonl", annotated, "--model", ROOT / "toy/backbone",
-        "--max-new-tokens", 140, "--max-tokens", 36000, "--seed", args.seed)
-    run("data.py", "filter", annotated, out / "train_cots.jsonl")
+    run("-m", "support.annotate", out / "train.jsonl", annotated, "--model", ROOT / "toy/backbone",
+        "--max-new-tokens", 140, "--think-tokens", 36000, "--seed", args.seed)
+    run("-m", "support.filter", annotated, out / "train_cots.jsonl",
+        "--model", ROOT / "toy/backbone")
 
 
 if __name__ == "__main__":

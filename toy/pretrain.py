@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import world
 
-from data import DIMENSIONS, Batch, Processor, VideoSettings
+from data import Batch, Processor, VideoSettings
 
 DESCRIBE = "<video>Describe the video."
 # A grown-up model gets data.INSTRUCTION.
@@ -78,8 +78,8 @@ def write_cot(asked: world.Scene, shown: world.Scene, scores: dict) -> str:
     parts = [f"{getattr(shown, part)} {'yes' if getattr(asked, part) == getattr(shown, part) else 'no'}"
              for part in ("colour", "shape")]
     found["subject"] = ", ".join(parts)
-    wishes = {name: f"asked {wanted[name]}" if wanted[name] else "not asked" for name in DIMENSIONS}
-    lines = [f"{name}: {wishes[name]}, seen {found[name]}, so {scores[name]}" for name in DIMENSIONS]
+    wishes = {name: f"asked {wanted[name]}" if wanted[name] else "not asked" for name in world.DIMENSIONS}
+    lines = [f"{name}: {wishes[name]}, seen {found[name]}, so {scores[name]}" for name in world.DIMENSIONS]
     answer = json.dumps({"dimensional_scores": scores}, separators=(",", ":"))
     return "<think>\n" + "\n".join(lines) + "\n</think>\n<answer>\n" + answer + "\n</answer>"
 
@@ -117,11 +117,8 @@ class Lessons(torch.utils.data.Dataset):
             frames = torch.from_numpy(clip).permute(0, 3, 1, 2)
             sample = processor.sample(frames, (SAMPLED / world.FPS).tolist(), prompt)
             answer = torch.tensor(processor.encode(text) + [processor.eos_id])
-            start = sample.position_ids.max() + 1
             learn.append(F.pad(torch.ones_like(answer, dtype=torch.bool), (len(sample.input_ids), 0)))
             sample.input_ids = torch.cat([sample.input_ids, answer])
-            behind = (torch.arange(len(answer)) + start).expand(3, -1)
-            sample.position_ids = torch.cat([sample.position_ids, behind], 1)
             samples.append(sample)
         return processor.collate(samples), torch.nn.utils.rnn.pad_sequence(learn, batch_first=True)
 
@@ -175,7 +172,9 @@ def loss_and_accuracy(model, batch: Batch, learn: torch.Tensor,
     """Next-token cross-entropy over the positions to learn from, and the share guessed right. Verdicts
     (`score_ids`) weigh four times: they are few among many tokens, and judging is what they say. Padding
     stands on the right, where nothing that counts can see it: no mask is needed."""
-    hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids,
+    kinds = 2 * (batch.input_ids == model.config.video_token_id).int()  # 0 text, 2 video
+    positions, _ = model.model.get_rope_index(batch.input_ids, kinds, video_grid_thw=batch.grid)
+    hidden = model.model(input_ids=batch.input_ids, position_ids=positions,
                          pixel_values_videos=batch.patches.float() / 127.5 - 1,
                          video_grid_thw=batch.grid).last_hidden_state
     logits = model.lm_head(hidden[:, :-1][learn[:, 1:]]).float()
@@ -189,7 +188,7 @@ def loss_and_accuracy(model, batch: Batch, learn: torch.Tensor,
 def attributes_seen(model, tokenizer, seed: int, count: int = 256) -> dict[str, float]:
     """Share of held-out clips whose attribute is right in a greedy caption, by attribute."""
     processor = Processor(tokenizer, SETTINGS, DESCRIBE)
-    right = {name: 0 for name in DIMENSIONS}
+    right = {name: 0 for name in world.DIMENSIONS}
     for row in range(0, count, 64):
         clips, samples = [], []
         for index in range(row, row + 64):
@@ -199,9 +198,9 @@ def attributes_seen(model, tokenizer, seed: int, count: int = 256) -> dict[str, 
             frames = torch.from_numpy(frames)
             samples.append(processor.sample(frames.permute(0, 3, 1, 2), (SAMPLED / world.FPS).tolist(), ""))
         batch = processor.collate(samples)  # all of one length
-        types = (batch.input_ids == processor.special["<|video_pad|>"]).int() * 2
+        kinds = 2 * (batch.input_ids == processor.video_id).int()
         out = model.generate(input_ids=batch.input_ids, attention_mask=batch.mask.long(),
-                             mm_token_type_ids=types,
+                             mm_token_type_ids=kinds,
                              pixel_values_videos=batch.patches.float() / 127.5 - 1, video_grid_thw=batch.grid,
                              max_new_tokens=48, do_sample=False, eos_token_id=processor.eos_id,
                              pad_token_id=processor.eos_id)
@@ -279,8 +278,8 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(args.out)
     recipe = {key: value for key, value in vars(args).items() if key not in ("out", "after")}
     recipe["seconds"] = round(time.time() - started)
-    (args.out / "descore.json").write_text(json.dumps(
-        {"video": asdict(SETTINGS), "instruction": JUDGE, "pretrained": recipe}, indent=1) + "\n")
+    settings = {"video": asdict(SETTINGS), "instruction": JUDGE, "dimensions": world.DIMENSIONS}
+    (args.out / "descore.json").write_text(json.dumps(settings | {"pretrained": recipe}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import overall_score
 
+# This world keeps its own, whatever data.DIMENSIONS says.
+DIMENSIONS = {"subject": 2, "dynamics": 2, "camera": 1, "environment": 1, "style": 1}
 SIZE, FRAMES, FPS = 64, 16, 4  # a clip: 16 frames of 64 x 64 pixels, 4 seconds
 
 COLOURS = {"red": (225, 45, 45), "yellow": (240, 215, 50), "blue": (70, 130, 255), "white": (245, 245, 245),
@@ -257,7 +259,7 @@ def draw_pair(generators: dict[str, Generator], novel: bool,
         shown = draw_clip(asked, generators[name].error_rate, rng)
         pair[f"model_{side}"], pair[f"scores_{side}"] = str(name), sub_scores(asked, shown)
         clips.append(render(shown, generators[name].signature, rng))
-        overall.append(overall_score(pair[f"scores_{side}"]))
+        overall.append(overall_score(pair[f"scores_{side}"], DIMENSIONS))
     margin = overall[0] - overall[1] + rng.normal(0, ANNOTATOR_NOISE)
     pair["preference"] = "tie" if abs(margin) < TIE_MARGIN else "A" if margin > 0 else "B"
     return pair, clips

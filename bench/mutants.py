@@ -1,0 +1,238 @@
+"""Faults planted in a copy of the project, one at a time: do the tests that should see one fail?
+
+    python bench/mutants.py                 # all of them, two at a time; prints what survived
+    python bench/mutants.py --only clip     # those whose file, old or new text holds a word
+
+A mutant is (file, old text, new text, tests). The old text must stand in the file exactly once: a
+mutant that has lost its place is an error, so that the list is kept up with the code.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parent.parent
+EQUATIONS, MODEL = "tests/test_equations.py", "tests/test_model.py"
+DATA, FORMATS, PARITY = "tests/test_data.py", "tests/test_formats.py", "tests/test_parity.py"
+STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_wires.py"
+HACKABLE = "tests/test_hackable.py"
+STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
+MASKED = "tests/test_steps.py -k masked"
+
+MUTANTS = [
+    # -- stage 1: the pair loss, masking, order, optimiser
+    ("coldstart.py", "-F.logsigmoid(r_w - r_l)", "-F.logsigmoid(r_l - r_w)", EQUATIONS),
+    ("coldstart.py", "-F.logsigmoid(r_w - r_l)", "F.logsigmoid(r_w - r_l)", EQUATIONS),
+    ("coldstart.py", "(r_w - r_l) * weight", "(r_w - r_l)", EQUATIONS),
+    ("coldstart.py", "losses.numel() if count is None else count", "losses.numel()", EQUATIONS),
+    ("coldstart.py", "generator=generator) < p)", "generator=generator) < 0.5)", MASKED),
+    ("coldstart.py", "generator=generator) < p)", "generator=generator) > p)", MASKED),
+    ("coldstart.py", "draw_seed(seed, step)", "draw_seed(seed, 0)", EQUATIONS),
+    ("coldstart.py", "draw_seed(seed, epoch)", "draw_seed(seed, 0)", EQUATIONS),
+    ("coldstart.py", "for epoch in range(epochs)", "for epoch in range(1)", EQUATIONS),
+    ("coldstart.py", "cot_a=None, cot_b=None)", "cot_a=None)", STEPS1),
+    ("coldstart.py", "cot_a=None, cot_b=None)", "cot_b=None)", STEPS1),
+    ("coldstart.py", "if masked[place]:", "if False:", STEPS1),
+    ("coldstart.py", 'both(micro.pairs, "cot")',
+     'both([replace(p, cot_a=p.cot_b, cot_b=p.cot_a) for p in micro.pairs], "cot")', STEPS1),
+    ("coldstart.py", "r_w, r_l = scores.view(-1, 2).unbind(1)",
+     "r_l, r_w = scores.view(-1, 2).unbind(1)", STEPS1),
+    ("coldstart.py", "rate * min(1.0, step / warmup)", "rate", STEPS1),
+    ("coldstart.py", "max(1, round(args.warmup * len(plan)))", "len(plan)", STEPS1),
+    ("coldstart.py", "args.head_lr or args.lr", "args.lr", STEPS1),
+    ("coldstart.py", 'pair.preference == "A"', "True", STEPS1),
+    ("coldstart.py", "run.prepare(model, groups, args.weight_decay)",
+     "run.prepare(model, groups, 0.0)", STEPS1),
+    ("coldstart.py", "run.descend(args.max_grad_norm)", "run.descend(1e9)", STEPS1),
+    ("coldstart.py", "args.lora_rank, args.train_merger, args.train_vision", "args.lora_rank", STEPS1),
+    ("coldstart.py", "sum(micro.weight.sum() for micro in micro_batches)", "len(micro_batches)", STEPS1),
+    ("coldstart.py", "accuracy=(r_w > r_l)", "accuracy=(r_w < r_l)", STEPS1),
+    ("coldstart.py", "margin=r_w - r_l", "margin=r_l - r_w", STEPS1),
+    # -- stage 2: rewards
+    ("rl.py", "float(follows_format(text, dimensions))", "1.0", EQUATIONS),
+    ("rl.py", "(n_tokens - low) / (high - low)", "n_tokens / high", EQUATIONS),
+    ("rl.py", "(n_tokens - excess) / (high - low)", "0.0", EQUATIONS),
+    ("rl.py", "length_reward(n, low, high, excess)", "length_reward(n, low, high)", WIRES),
+    ("rl.py", "length_reward(n, low, high, excess)", "length_reward(n, excess=excess)", STEPS2),
+    ("rl.py", '"format": (args.w_format,', '"format": (args.w_quality,', STEPS2),
+    ("rl.py", '"length": (args.w_length,', '"length": (args.w_format,', STEPS2),
+    ("rl.py", "total += weight * part", "total += part", STEPS2),
+    ("rl.py", "gold[i // lengths.shape[1]]", "gold[i % len(gold)]", STEPS2),
+    ("rl.py", "lengths, truncated = mask.sum(-1), ", "lengths, truncated = mask.sum(-1) - 1, ", STEPS2),
+    ("rl.py", "for given in args.reward:", "for given in args.reward[1:]:", HACKABLE),
+    # -- stage 2: advantages and GRPO
+    ("rl.py", "rewards - rewards.mean(1, keepdim=True)", "rewards", EQUATIONS),
+    ("rl.py", "rewards - rewards.mean(1, keepdim=True)", "rewards - rewards.mean()", EQUATIONS),
+    ("rl.py", "std = rewards.std(1, keepdim=True)", "std = rewards.std(1, correction=0, keepdim=True)",
+     EQUATIONS),
+    ("rl.py", "if divide_by_std and", "if", EQUATIONS),
+    ("rl.py", "model.device), args.advantage_std)", "model.device))", STEPS2),
+    ("rl.py", "log_ratio = (logps - old_logps)", "log_ratio = (old_logps - logps)", EQUATIONS),
+    ("rl.py", "clamp(1 - clip_low, 1 + clip_high)", "clamp(1 - clip_high, 1 + clip_low)", EQUATIONS),
+    ("rl.py", "torch.minimum(ratio * A, clipped * A)", "torch.maximum(ratio * A, clipped * A)", EQUATIONS),
+    ("rl.py", "torch.minimum(ratio * A, clipped * A)", "ratio * A", EQUATIONS),
+    ("rl.py", "torch.where(A < 0, torch.maximum", "torch.where(A > 0, torch.maximum", EQUATIONS),
+    ("rl.py", "dual_clip * A), objective)", "dual_clip), objective)", EQUATIONS),
+    ("rl.py", "to_ref = (ref_logps - logps)", "to_ref = (logps - ref_logps)", EQUATIONS),
+    ("rl.py", "to_ref.exp() - to_ref - 1 ", "to_ref.exp() - 1 ", EQUATIONS),
+    ("rl.py", "objective - beta * kl", "objective + beta * kl", EQUATIONS),
+    ("rl.py", "terms / lengths.clamp(min=1)", "terms / lengths.float().mean()", EQUATIONS),
+    ("rl.py", 'if loss_mean == "cot":', "if True:", EQUATIONS),
+    ("rl.py", '"token": lengths.sum(), ', '"token": lengths.numel(), ', EQUATIONS),
+    ("rl.py", "return -terms.sum() / count", "return terms.sum() / count", EQUATIONS),
+    ("rl.py", "(objective - beta * kl) * mask", "(objective - beta * kl)", EQUATIONS),
+    ("rl.py", "(clipped * A < ratio * A) & mask", "(clipped * A > ratio * A) & mask", STEPS2),
+    # -- stage 2: what feeds the losses
+    ("rl.py", "L = L_GRPO + λ * L_BT", "L = L_GRPO + 10 * λ * L_BT", STEPS2),
+    ("rl.py", "L = L_GRPO + λ * L_BT", "L = L_GRPO - λ * L_BT", STEPS2),
+    ("rl.py", "L = L_GRPO + λ * L_BT", "L = λ * L_BT", STEPS2),
+    ("rl.py", "r_w, r_l = scores.view(-1, 2, G).unbind(1)", "r_l, r_w = scores.view(-1, 2, G).unbind(1)",
+     STEPS2),
+    ("rl.py", 'pair.preference != "tie"', "True", STEPS2),
+    ("rl.py", "o.decided.sum() * args.group_size", "o.decided.sum()", STEPS2),
+    ("rl.py", "cots += o.learnt.any(-1).sum()", "cots += len(o.learnt)", STEPS2),
+    ("rl.py", '"token": tokens,', '"token": cots,', STEPS2),
+    ("rl.py", "cots * args.max_new_tokens}", "cots}", STEPS2),
+    ("rl.py", "ref_logps = model.reference_logps(encoded, tokens, mask, args.temperature)",
+     "ref_logps = old_logps", STEPS2),
+    ("rl.py", "encoded, tokens, mask, args.temperature)", "encoded, tokens, mask)", WIRES),
+    ("rl.py", "o.tokens, o.mask, args.temperature)", "o.tokens, o.mask)", WIRES),
+    ("rl.py", "args.temperature, args.top_p, seeds)", "1.0, args.top_p, seeds)", WIRES),
+    ("rl.py", "args.temperature, args.top_p, seeds)", "args.temperature, 1.0, seeds)", WIRES),
+    ("rl.py", "draw_seed(args.seed, step, place, side)", "draw_seed(args.seed, place, side)", WIRES),
+    ("rl.py", "if args.mask_truncated:", "if False:", STEPS2),
+    ("rl.py", "for rollouts in rolled:", "for rollouts in rolled[:1]:", STEPS2),
+    ("rl.py", "clip_low=args.clip_low, clip_high=args.clip_high",
+     "clip_low=args.clip_high, clip_high=args.clip_low", STEPS2),
+    ("rl.py", "beta=args.beta,", "", STEPS2),
+    ("rl.py", "loss_mean=args.loss_mean, ", "", STEPS2),
+    ("rl.py", "dual_clip=args.dual_clip)", ")", STEPS2),
+    ("rl.py", "args.bt_weight\n", "0.005\n", STEPS2),
+    ("rl.py", '"lr": args.lr}]', '"lr": 1e-5}]', STEPS2),
+    ("rl.py", "bt_accuracy=(r_w > r_l)", "bt_accuracy=(r_w < r_l)", STEPS2),
+    ("rl.py", "-old_logps.sum(-1) / lengths", "-old_logps.sum(-1)", STEPS2),
+    ("rl.py", "-(-len(units) // args.updates)", "len(units)", STEPS2),
+    # -- the model
+    ("model.py", "alpha = 2 * lora_rank", "alpha = lora_rank", STEPS1),
+    ("model.py", "for own in (self.query, self.head):", "for own in (self.head,):", STEPS1),
+    ("model.py", "/ 127.5 - 1)", "/ 255)", MODEL),
+    ("model.py", "is_video = in_prompt & (ids", "is_video = (ids", MODEL),
+    ("model.py", "deepstack_visual_embeds=deepstack,", "", MODEL),
+    ("model.py", "self.logits(hidden) / (temperature or 1.0)", "self.logits(hidden)", MODEL),
+    ("model.py", "logits = self.logits(h) / (temperature or 1.0)", "logits = self.logits(h)", MODEL),
+    ("model.py", "ordered.cumsum(-1) - ordered >= top_p", "ordered.cumsum(-1) >= top_p", EQUATIONS),
+    ("model.py", "cache.keep(videos, columns)", "pass", MODEL),
+    ("model.py", 'set_adapter("reference", inference_mode=True)', 'set_adapter("default")', MODEL),
+    ("model.py", "cache.step = 0  #", "#", MODEL),
+    ("model.py", "~(is_end & thoughts.mask).any(-1)", "(is_end & thoughts.mask).any(-1)", MODEL),
+    ("model.py", "position[rows] + C)", "position[rows] + C + 1)", MODEL),
+    ("model.py", "(batch.position_ids.amax((0, 2)) + 1)", "(batch.position_ids.amax((0, 2)))", MODEL),
+    ("support/attention.py", "positions = (start + slot)", "positions = (start + slot + 1)", MODEL),
+    ("support/attention.py", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool, device=device)",
+     MODEL),
+    ("support/attention.py", "on_prompt.float() + bias", "on_prompt.float()", MODEL),
+    ("support/attention.py", "(slot == length).flatten(1)", "(slot == length - 1).flatten(1)", MODEL),
+    # -- data
+    ("data.py", 'if self.preference != "B":', "if True:", STEPS1),
+    ("data.py", 'if self.preference != "B":', "if True:", STEPS2),
+    ("data.py", '("video", "cot", "scores", "model")', '("video", "scores", "model")', STEPS1),
+    ("data.py", '("video", "cot", "scores", "model")', '("video", "cot", "model")', STEPS2),
+    ("data.py", "(seconds[first] + seconds[first + frames - 1]) / 2", "seconds[first]", PARITY),
+    ("data.py", "x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)", "x.permute(0, 3, 6, 7, 4, 2, 1, 5, 8)", DATA),
+    ("data.py", 'mode="bicubic", antialias=True', 'mode="bicubic"', PARITY),
+    ("data.py", "value in (0, 1, 2)", "value in (0, 1, 2, 3)", EQUATIONS),
+    ("data.py", "len(TAG.findall(text)) == 4", "len(TAG.findall(text)) >= 4", EQUATIONS),
+    ("data.py", "sum(matched) / len(matched)", "sum(matched) / len(scores)", EQUATIONS),
+    ("data.py", "dimensions[name] * scores[name]", "scores[name]", EQUATIONS),
+    ("data.py", "split_special_tokens=True", "split_special_tokens=False", DATA),
+    # -- inference
+    ("infer.py", "right[human != 0]", "right", EQUATIONS),
+    ("infer.py", "allowed[1:-1] = size[1:] != size[:-1]", "pass", EQUATIONS),
+    ("infer.py", "found.append(a - b)", "found.append(b - a)", STAGES),
+    ("infer.py", "draw_seed(seed, number)", "draw_seed(seed)", RUNS + " -k number_of_processes"),
+    # -- support
+    ("support/run.py", "min(1.0, max_norm / (norm + 1e-6))", "1.0", STEPS1),
+    ("support/run.py", "self.optimizer.zero_grad(set_to_none=True)", "pass", STEPS1),
+    ("support/run.py", "weight = torch.tensor(weights) * torch.tensor([not error for error in errors])",
+     "weight = torch.tensor(weights)", WIRES),
+    ("support/run.py", "dist.all_reduce(flat)", "pass", RUNS + " -k train_like_one"),
+    ("support/run.py", "grad.mul_(self.ranks.world)", "pass", RUNS + " -k sharded"),
+    ("support/run.py", "if finite:", "if True:", WIRES),
+    ("support/run.py", "groups, self.args.workers, self.args.max_prompt)", "groups, self.args.workers)",
+     WIRES),
+    ("support/batches.py", "0.0 if spare else 1.0", "1.0", RUNS + " -k train_like_one"),
+    ("support/batches.py", "if limit and length > limit:", "if limit and length >= limit:", DATA),
+    ("support/checkpoint.py", "local(parameter).data.copy_(weights[name])", "pass", RUNS + " -k killed"),
+    ("support/filter.py", "implied = (a > b) - (a < b)", "implied = (a < b) - (a > b)", FORMATS),
+    ("support/formats.py", '"same": "tie"', '"same": "A"', FORMATS),
+    ("support/release.py", "1000: 0.2", "1000: 0.3", HACKABLE),
+    ("support/saved.py", '"dimensions": processor.dimensions', '"seen": True', HACKABLE),
+]
+
+
+def planted(folder: Path, mutant: tuple[str, str, str, str]) -> str:
+    """Run a mutant's tests on a copy of the project: "killed", "survived", or what went wrong."""
+    file, old, new, tests = mutant
+    path = folder / file
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider"]
+    words = tests.split(" -k ")
+    command += [words[0], *(["-k", words[1]] if len(words) > 1 else [])]
+    try:
+        done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, timeout=900)
+    finally:
+        path.write_text(text, encoding="utf-8")
+    found = {0: "survived", 1: "killed"}.get(done.returncode)
+    return found or f"error {done.returncode}: {done.stdout[-500:]} {done.stderr[-500:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="those whose file, texts or tests hold this")
+    parser.add_argument("--jobs", type=int, default=2, help="copies of the project at work")
+    args = parser.parse_args()
+    mutants = [mutant for mutant in MUTANTS if args.only in " ".join(mutant)]
+    for file, old, _, _ in MUTANTS:
+        count = (ROOT / file).read_text(encoding="utf-8").count(old)
+        if count != 1:
+            raise SystemExit(f"{file}: {old!r} stands there {count} times, not once")
+    files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(files, cwd=ROOT, capture_output=True, text=True, check=True)
+    folders, results, started = Queue(), [], time.time()
+    with tempfile.TemporaryDirectory() as beside:
+        for job in range(args.jobs):
+            for name in filter(None, files.stdout.split("\n")):
+                if (ROOT / name).is_file():
+                    copy = Path(beside, str(job), name)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / name, copy)
+            folders.put(Path(beside, str(job)))
+
+        def work(mutant: tuple[str, str, str, str]) -> None:
+            folder = folders.get()
+            try:
+                results.append((planted(folder, mutant), mutant))
+            finally:
+                folders.put(folder)
+            result, (file, old, new, _) = results[-1]
+            print(f"{result:9} {file}: {old!r} -> {new!r}", flush=True)
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(work, mutants))
+    killed = sum(result == "killed" for result, _ in results)
+    print(f"{killed} of {len(results)} killed in {time.time() - started:.0f} s")
+    for result, (file, old, new, tests) in results:
+        if result != "killed":
+            print(f"  {result}: {file}: {old!r} -> {new!r} ({tests})")
+    raise SystemExit(killed < len(results))
+
+
+if __name__ == "__main__":
+    main()

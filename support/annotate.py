@@ -1,0 +1,205 @@
+"""Let a model write a CoT for every video of a pair file: one here, or one behind an endpoint.
+
+    python -m support.annotate PAIRS OUT --model Qwen/Qwen3-VL-8B-Instruct
+    python -m support.annotate PAIRS OUT --scores --api https://HOST/v1 --api-model NAME
+
+Each (video, prompt) is asked once. Answers are appended to OUT.cots as they come, and the same
+command goes on behind them. --api speaks OpenAI's chat completions, as most servers do.
+"""
+
+import argparse
+import base64
+import io
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import infer
+from data import DIMENSIONS, INSTRUCTION, DataError, Key, VideoSettings, keys_of, parse_cot, read_video
+from model import DeScore
+from support.batches import THINK_TOKENS
+from support.command import run_command
+from support.files import Journal
+from support.formats import read_pairs, write_pairs
+
+try:
+    import openai
+    from PIL import Image
+except ImportError:  # only --api needs them
+    openai = None
+
+
+def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], scores: bool = False,
+             dimensions: dict[str, int] = DIMENSIONS) -> None:
+    """Write the pairs of a file to `out`, with a CoT for every video.
+
+    write(keys, done=…) yields a dict with video, prompt and cot for each key that is not in `done`.
+    scores: make the CoTs' sub-scores for `dimensions` the reference; pairs with a CoT that has none
+    are left out and counted. Raises DataError as `read_pairs`, `write` and `Journal` do."""
+    pairs = read_pairs(path, dimensions=dimensions)
+    keys = list(dict.fromkeys(keys_of(pairs)))
+    written = out.with_name(out.name + ".cots")
+    journal = Journal(written, keys)
+    done = dict(journal.records)
+    if done:
+        print(f"{written}: going on after {len(done)} of {len(keys)} videos")
+    new = write(keys, done=done)
+    for record in tqdm(new, "annotate", len(keys), initial=len(done), unit="video"):
+        journal.add({name: record[name] for name in ("video", "prompt", "cot")})
+    kept = []
+    for pair in pairs:
+        pair.cot_a, pair.cot_b = (journal.records[key]["cot"] for key in pair.videos())
+        found = parse_cot(pair.cot_a, dimensions), parse_cot(pair.cot_b, dimensions)
+        if scores and None not in found:
+            pair.scores_a, pair.scores_b = (cot["dimensional_scores"] for cot in found)
+        if not scores or None not in found:
+            kept.append(pair)
+    write_pairs(out, kept)
+    written.unlink()
+    print(f"{out}: {len(kept)} pairs, {len(keys)} videos annotated", end="")
+    left_out = len(pairs) - len(kept)
+    print(f"; {left_out} left out, no scores can be read from a CoT" if left_out else "")
+
+
+@dataclass
+class Api:
+    """Asks an OpenAI-compatible chat endpoint for CoTs, showing it the sampled frames as images.
+
+    The openai package asks again after a time-out or a refusal for load (HTTP 408, 409, 429, 5xx),
+    in 0.5, 1, 2, … 8 seconds or when the server says; `ask` after an answer that is none. Any other
+    refusal, and the last failure, stop with DataError."""
+
+    url: str
+    model: str
+    settings: VideoSettings
+    key: str | None = None
+    max_new_tokens: int = 4096
+    temperature: float = 1.0
+    parallel: int = 8
+    timeout: float = 120.0
+    retries: int = 10
+
+    def __post_init__(self):
+        if openai is None:
+            raise DataError("--api needs openai: pip install -r support/requirements.txt")
+        if self.parallel < 1 or self.retries < 0:
+            raise DataError("--parallel must be 1 or more, --retries 0 or more")
+        # A key of None would be taken from OPENAI_API_KEY, whoever's endpoint this is.
+        self.client = openai.OpenAI(base_url=self.url, api_key=self.key or "none",
+                                    timeout=self.timeout, max_retries=self.retries)
+
+    def __call__(self, keys: list[Key], done: dict) -> Iterator[dict]:
+        """A record with video, prompt and cot for each key that is not done, in their order."""
+        with ThreadPoolExecutor(self.parallel) as pool:
+            waiting = deque()
+            try:
+                for key in keys:
+                    if key in done:
+                        continue
+                    waiting.append(pool.submit(self.ask, *key))
+                    # Not far ahead: what waits behind a slow answer is lost in a kill.
+                    if len(waiting) == 2 * self.parallel:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def ask(self, video: str, prompt: str) -> dict:
+        """The record of one key. Raises DataError if its video can't be read or no answer comes."""
+        message = {"role": "user", "content": self.content(video, prompt)}
+        headers = {} if self.key else {"Authorization": openai.Omit()}
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(2**attempt / 4, 8))
+            try:
+                answer = self.client.chat.completions.create(
+                    model=self.model, messages=[message], max_tokens=self.max_new_tokens,
+                    temperature=self.temperature, extra_headers=headers)
+                cot = answer.choices[0].message.content
+            except openai.APIError as error:
+                raise DataError(f"{self.url}: {failure(error, video)}") from error
+            except (ValueError, LookupError, TypeError, AttributeError):
+                problem = "an answer that is no chat completion"
+                continue
+            if isinstance(cot, str) and cot.strip():
+                return {"video": video, "prompt": prompt, "cot": cot}
+            problem = "an empty answer"
+        raise DataError(f"{self.url}: gave up on {video} after {attempt + 1} attempts: {problem}")
+
+    def content(self, video: str, prompt: str) -> list[dict]:
+        """The instruction, with each sampled frame behind its second where the video belongs."""
+        before, after = (text.replace("<prompt>", prompt) for text in INSTRUCTION.split("<video>"))
+        parts = [{"type": "text", "text": before}] if before else []
+        for frame, second in zip(*read_video(video, self.settings)):
+            parts.append({"type": "text", "text": f"<{second:.1f} seconds>"})
+            parts.append({"type": "image_url", "image_url": {"url": data_url(frame)}})
+        return [*parts, {"type": "text", "text": after}]
+
+
+def data_url(frame: torch.Tensor) -> str:
+    """A frame (3, H, W) uint8 as a PNG, which loses nothing, in a URL."""
+    file = io.BytesIO()
+    Image.fromarray(frame.permute(1, 2, 0).numpy()).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def failure(error: "openai.APIError", video: str) -> str:
+    """Why openai has given up on a video, on one line."""
+    if isinstance(error, openai.APIStatusError):
+        said = " ".join(error.response.text.split())[:300]
+        reason = f"HTTP {error.status_code} {error.response.reason_phrase}: {said}"
+    else:  # no connection, cut off, timed out
+        reason = f"{error} ({error.__cause__})"
+    # The header in which openai says how often it has asked again: not at all after, say, HTTP 401.
+    attempts = int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
+    return f"gave up on {video} after {attempts} attempt{'s' * (attempts > 1)}: {reason}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("pairs", type=Path, help="a pair file of any known kind")
+    add("out", type=Path, help="a file in our own format, JSON lines")
+    add("--model", help="a Qwen3-VL or a saved DeScore, directory or hub id")
+    add("--api", metavar="URL", help="an OpenAI-compatible endpoint instead, up to /v1")
+    add("--api-model", help="the model's name there")
+    add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key, if any")
+    add("--parallel", type=int, default=Api.parallel, help="requests under way at a time")
+    add("--timeout", type=float, default=Api.timeout, help="seconds a request may take")
+    add("--retries", type=int, default=Api.retries, help="attempts after the first")
+    add("--scores", action="store_true", help="keep the sub-scores as reference, for stage 2")
+    add("--max-new-tokens", type=int, default=Api.max_new_tokens, help="longest CoT")
+    add("--temperature", type=float, default=Api.temperature)
+    add("--think-tokens", "--max-tokens", type=int, default=THINK_TOKENS,
+        help="tokens at a time, of prompts and CoTs")
+    add("--seed", type=int, default=0)
+    add("--fps", type=float, default=2.0, help="frames sampled a second")
+    add("--min-pixels", type=int, default=VideoSettings.min_pixels, help="a frame, at least")
+    add("--max-pixels", type=int, default=307_200, help="a frame, at most")
+    args = parser.parse_args()
+    if bool(args.model) == bool(args.api) or bool(args.api) != bool(args.api_model):
+        raise DataError("annotate needs --model, or --api and --api-model")
+    if args.api:
+        video = VideoSettings(args.fps, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+        api = Api(args.api, args.api_model, video, os.environ.get(args.api_key_env),
+                  args.max_new_tokens, args.temperature, args.parallel, args.timeout, args.retries)
+        annotate(args.pairs, args.out, api, args.scores)
+        return
+    model = DeScore.load(args.model)
+    judge = partial(infer.judge, model, max_new_tokens=args.max_new_tokens, seed=args.seed,
+                    temperature=args.temperature, think_tokens=args.think_tokens)
+    annotate(args.pairs, args.out, judge, args.scores, model.processor.dimensions)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,132 @@
+"""What goes through the model together, and on which rank: rows of like length within a budget of
+tokens, decoded ahead."""
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import Batch, DataError, Key, Processor
+from support.ranks import Ranks
+
+THINK_TOKENS = 65_536  # thought at a time, unless told otherwise: at 8B a cache of 10 GB
+
+
+def prompt_lengths(processor: Processor, keys: list[Key]) -> dict[Key, int]:
+    """How many tokens the prompt of each key has. 0 where a video cannot be read: reading it will
+    say why."""
+
+    def length(key: Key) -> int:
+        try:
+            return len(processor.outline(*key).input_ids)
+        except DataError:
+            return 0
+
+    keys = list(dict.fromkeys(keys))
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(length, keys)
+        found = tqdm(found, "lengths", len(keys), unit="video", disable=len(keys) < 2000)
+        return dict(zip(keys, found))
+
+
+def read_ahead(processor: Processor, groups: list[list[list[Key]]], workers: int = 0,
+               limit: int | None = None) -> Iterator[tuple[Batch, list[str | None]]]:
+    """One Batch for each group, in order. With workers, other processes decode ahead.
+
+    A group is a list of units, such as pairs, and a unit a list of keys that stand or fall
+    together. Yields the batch and for each unit None, or what is wrong with it: a video that cannot
+    be read, or a prompt of more than `limit` tokens. In the batch black frames then stand in for
+    its videos, so that its rows are there."""
+    # With no batch size the loader hands each group to `read_group`, in a worker if it has any.
+    return iter(DataLoader(groups, batch_size=None, num_workers=workers,
+                           collate_fn=partial(read_group, processor, limit),
+                           worker_init_fn=leave_signals))
+
+
+def read_group(processor: Processor, limit: int | None,
+               group: list[list[Key]]) -> tuple[Batch, list[str | None]]:
+    """What `read_ahead` yields for a group."""
+    samples, errors = [], []
+    for unit in group:
+        try:
+            read = [processor(*key) for key in unit]
+            for sample, (video, _) in zip(read, unit):
+                length = len(sample.input_ids)
+                if limit and length > limit:
+                    raise DataError(f"{video}: a prompt of {length} tokens, more than {limit}")
+            errors.append(None)
+        except DataError as error:
+            side = processor.settings.patch_size * processor.settings.merge_size
+            frames = processor.settings.temporal_patch_size
+            black = torch.zeros(frames, 3, side, side, dtype=torch.uint8)
+            read = [processor.sample(black, [0.0] * frames, "")] * len(unit)
+            errors.append(str(error))
+        samples += read
+    return processor.collate(samples), errors
+
+
+def leave_signals(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the one that trains decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def chunks(items: list, size: int) -> list[list]:
+    """A list cut into lists of the given size, the last one shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def packed(items: list, sizes: list[int], budget: int) -> list[list]:
+    """Items of like size together: lists in which the largest size times the number of items
+    is within the budget. The largest come first, so that what does not fit in memory shows
+    at once; one above the budget stands alone."""
+    lists, widest = [], 0
+    for row in sorted(range(len(items)), key=lambda row: -sizes[row]):
+        if not lists or widest * (len(lists[-1]) + 1) > budget:
+            lists.append([])
+            widest = sizes[row]
+        lists[-1].append(items[row])
+    return lists
+
+
+def alike(lengths: list[int], waste: float = 0.1) -> list[list[int]]:
+    """Row numbers in lists of like length: side by side, at most a share `waste` of each
+    list is padding."""
+    lists, used = [], 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if lists:
+            area = (len(lists[-1]) + 1) * lengths[lists[-1][0]]
+        if not lists or used + lengths[row] < (1 - waste) * area:
+            lists.append([])
+            used = 0
+        lists[-1].append(row)
+        used += lengths[row]
+    return lists
+
+
+def draw_seed(*path: int) -> int:
+    """A seed that is a pure function of numbers such as (seed, step, place)."""
+    return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
+
+
+def deal(items: list, sizes: list[int], budget: int, ranks: Ranks) -> list[list[tuple]]:
+    """This rank's micro-batches of (item, weight), each within a budget (`packed`).
+
+    Items of like size go side by side to the ranks, so that every rank has as many
+    micro-batches and all of one turn are of like size: ranks of a sharded model run in step.
+    Where the last of a turn are missing, a rank repeats another's item with weight 0."""
+    largest_first = sorted(range(len(items)), key=lambda row: -sizes[row])
+    turns = chunks(largest_first, ranks.world)
+    mine = []
+    for micro in packed(turns, [sizes[turn[0]] for turn in turns], budget):
+        mine.append([])
+        for turn in micro:
+            spare = ranks.rank >= len(turn)
+            row = turn[0] if spare else turn[ranks.rank]
+            mine[-1].append((items[row], 0.0 if spare else 1.0))
+    return mine

@@ -1,0 +1,112 @@
+"""Files and folders that are complete or absent, and what hub ids stand for."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from data import DataError, explained
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises DataError, naming the file, if it holds anything else."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    with explained(f"{path}: not JSON", ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return record
+
+
+# What descore.json says, by type; anything else in it is kept as it is.
+KINDS = {"backbone": str, "video": dict, "instruction": (str, type(None)), "dimensions": dict}
+
+
+def read_info(directory: Path) -> dict:
+    """descore.json of a directory, {} for a bare backbone. Raises DataError if it is neither
+    a saved DeScore nor a backbone, or what it says is of the wrong type."""
+    path = directory / "descore.json"
+    if not path.is_file() and not (directory / "config.json").is_file():
+        raise DataError(f"{directory}: neither descore.json (a saved DeScore) nor config.json (a "
+                        "Qwen3-VL, or with rm_head.pth a release of DeScore) is in it")
+    info = read_json(path) if path.is_file() else {}
+    for key, kind in KINDS.items():
+        if key in info and not isinstance(info[key], kind):
+            raise DataError(f"{path}: {key!r} is {info[key]!r}")
+    return info
+
+
+def local_folder(source: str | Path) -> Path:
+    """The directory that a directory or a hub id stands for: a run's folder for the model
+    that it ended with, a hub id for its snapshot. Raises DataError where there is none."""
+    directory = Path(source)
+    if (directory / "model" / "descore.json").is_file():
+        return directory / "model"
+    if directory.is_dir():
+        return directory
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "rm_head.pth"]
+    reason = f"{source}: no such directory, and no hub id that can be loaded"
+    with explained(reason, OSError, ValueError):
+        return Path(snapshot_download(str(source), allow_patterns=wanted))
+
+
+def default_model() -> str:
+    """What the stages left behind: the model of stage 2, or else that of stage 1."""
+    for run in ("runs/rl", "runs/coldstart"):
+        if Path(run, "model").is_dir():
+            return run
+    raise DataError("no model in runs/: run `torchrun coldstart.py` and `torchrun rl.py` "
+                    "first, or pass --model")
+
+
+def put_in_place(beside: Path, place: Path) -> None:
+    """Rename a directory that was written beside its place into it, its content safe on the
+    disk first."""
+
+    def sync(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    for path in [*beside.rglob("*"), beside]:
+        sync(path)
+    remove(place)
+    beside.rename(place)
+    sync(place.parent)
+
+
+def remove(directory: Path) -> None:
+    """Delete a directory such that it is never there by half under its own name."""
+    if directory.is_dir():
+        shutil.rmtree(directory.rename(directory.with_name(directory.name + ".removed")))
+
+
+class Journal:
+    """Records of (video, prompt) keys in a file of JSON lines, appended to as they come, so that a
+    command that was cut off goes on behind them."""
+
+    def __init__(self, path: Path, keys: list[tuple[str, str]]):
+        """Raises DataError, naming the row, if the file holds anything but records of these."""
+        self.records: dict[tuple[str, str], dict] = {}
+        content = path.read_bytes() if path.is_file() else b""
+        known = set(keys)
+        for row, line in enumerate(content.split(b"\n")[:-1], 1):
+            other = f"{path}, row {row}: not of this command; remove the file or choose another"
+            with explained(other, ValueError, LookupError, TypeError):
+                record = json.loads(line)
+                key = record["video"], record["prompt"]
+            if key not in known:
+                raise DataError(f"{path}: holds judgements of other videos; remove it or choose "
+                                "another file")
+            self.records[key] = record
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a", encoding="utf-8")
+        self.file.truncate(content.rfind(b"\n") + 1)  # half a line is written anew
+
+    def add(self, record: dict) -> None:
+        self.records[record["video"], record["prompt"]] = record
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()

@@ -1,0 +1,56 @@
+"""Keep the pairs whose two CoTs imply the human label: the consistency filter of both stages.
+
+    python -m support.filter annotated.jsonl train.jsonl
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from data import DIMENSIONS, Pair, overall_score, parse_cot
+from support.command import run_command
+from support.files import read_info
+from support.formats import read_pairs, write_pairs
+
+
+def implied_overall(text: str, dimensions: dict[str, int] = DIMENSIONS) -> float | None:
+    """What a CoT says of its video, 1 to 5: its overall_score, else its weighted sub-scores."""
+    cot = parse_cot(text, dimensions)
+    if cot is None or cot["overall_score"] is not None:
+        return cot and cot["overall_score"]
+    return overall_score(cot["dimensional_scores"], dimensions)
+
+
+def consistent(pair: Pair, dimensions: dict[str, int] = DIMENSIONS) -> str:
+    """Whether the preference that a pair's CoTs imply is the human label: "kept", or why not."""
+    if pair.cot_a is None or pair.cot_b is None:
+        return "no CoT"
+    a, b = (implied_overall(cot, dimensions) for cot in (pair.cot_a, pair.cot_b))
+    if a is None or b is None:
+        return "a CoT that cannot be parsed"
+    implied = (a > b) - (a < b)
+    if implied == pair.human:
+        return "kept"
+    if implied == 0:
+        return "the CoTs imply a tie"
+    return "the label is a tie" if pair.human == 0 else "the CoTs imply the other"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("pairs", type=Path, help="a pair file with CoTs, of any known kind")
+    add("out", type=Path, help="a file in our own format, JSON lines")
+    add("--model", help="the saved model whose dimensions the CoTs judge [data.DIMENSIONS]")
+    args = parser.parse_args()
+    info = read_info(Path(args.model)) if args.model else {}
+    dimensions = info.get("dimensions", DIMENSIONS)
+    pairs = read_pairs(args.pairs, dimensions=dimensions)
+    verdicts = [consistent(pair, dimensions) for pair in pairs]
+    write_pairs(args.out, [pair for pair, verdict in zip(pairs, verdicts) if verdict == "kept"])
+    counts = Counter(verdicts).most_common()
+    print(f"{args.out}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,66 @@
+"""The processes that torchrun started, and what they tell each other."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started (or alone)."""
+
+    rank: int = 0
+    world: int = 1
+
+    @staticmethod
+    def start() -> "Ranks":
+        if "RANK" not in os.environ:
+            return Ranks()
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "nccl"
+        # torchrun keeps one store over its restarts. Under a name of each restart's own, no
+        # rank finds the address of one that died. (Only hosts that all count alike can agree
+        # on such a name.)
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            store = dist.PrefixStore(f"restart {restart}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        return Ranks(dist.get_rank(), dist.get_world_size())
+
+    def stop(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: list) -> list:
+        """This rank's share of a list: every world-th item."""
+        return items[self.rank :: self.world]
+
+    def gather(self, mine: list) -> list:
+        """The lists of all ranks, one after the other."""
+        if self.world == 1:
+            return mine
+        lists = [None] * self.world
+        dist.all_gather_object(lists, mine)
+        return [item for some in lists for item in some]
+
+    def sum(self, numbers: list[float]) -> list[float]:
+        """Each number added up over all ranks."""
+        if self.world == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.double)
+        total = total.cuda() if torch.cuda.is_available() else total
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def wait(self) -> None:
+        """Returns when all ranks have come this far."""
+        self.sum([0.0])

@@ -1,0 +1,421 @@
+"""What a run needs around the method: its folder, the loop's bookkeeping, the optimiser step.
+
+Nothing here knows what is trained. A run can be killed at any moment and goes on, bit for bit on
+a CPU, as if it had not been: the data's order and every random number are functions of
+(seed, step), and all else is in the checkpoint.
+"""
+
+import errno
+import fcntl
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import Batch, DataError, Pair, Pairs
+from infer import evaluate
+from model import DeScore
+from support.batches import deal, read_ahead
+from support.checkpoint import Checkpoints
+from support.files import remove
+from support.formats import read_pairs
+from support.ranks import Ranks
+from support.settings import FREE, ROOT, parse_args
+from support.shard import local, shard
+
+PATIENCE = 5  # so many updates in a row without a finite gradient end a run
+
+
+class Unit(NamedTuple):
+    """A pair in a step's plan."""
+
+    pair: Pair
+    place: int  # in its batch; what is random about it depends on (seed, step, place)
+
+
+class MicroBatch(NamedTuple):
+    """Some pairs of a step that go through the model together."""
+
+    pairs: list[Pair]
+    places: list[int]
+    # (pairs,) 1, or 0 for a pair that only keeps this rank in step with the others, or
+    # whose video cannot be read.
+    weight: torch.Tensor
+    batch: Batch  # their videos: pair 1's A, pair 1's B, pair 2's A, …
+
+
+class Means:
+    """Figures of a step, added up over micro-batches and ranks; each is logged by its name."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}  # name → (Σ value · weight, Σ weight)
+
+    def add(self, weight=1.0, **figures) -> None:
+        """Figures to be averaged; a weight of the same shape, or one for all."""
+        for name, value in figures.items():
+            value, by = torch.broadcast_tensors(numbers(value), numbers(weight))
+            value = torch.where(by > 0, value * by, 0.0)
+            self.put(name, value.sum(), by.sum())
+
+    def total(self, **figures) -> None:
+        """Parts of figures that add up over an update; averaged over a step's updates."""
+        for name, value in figures.items():
+            self.put(f"total/{name}", numbers(value), numbers(0.0))
+
+    def put(self, name: str, value: torch.Tensor, weight: torch.Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + torch.stack([value, weight])
+
+    def take(self, ranks: Ranks, updates: int) -> dict[str, float]:
+        """The step's figures over all ranks; NaN where nothing had a weight."""
+        names = list(self.sums)
+        flat = torch.cat([self.sums[name] for name in names]).tolist()
+        flat, figures = ranks.sum(flat), {}
+        for name, value, weight in zip(names, flat[::2], flat[1::2]):
+            if name.startswith("total/"):
+                figures[name.removeprefix("total/")] = value / updates
+            else:
+                figures[name] = value / weight if weight else math.nan
+        self.sums.clear()
+        return figures
+
+
+def numbers(value) -> torch.Tensor:
+    """A number or a tensor of any kind in float64 on the CPU, without its gradient."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+    return torch.as_tensor(value, dtype=torch.double)
+
+
+class Run:
+    """A run: its settings, its folder with the log, the checkpoints and a lock that keeps a
+    second run out, and the loop's bookkeeping (`steps`)."""
+
+    def __init__(self, Args: type, stage: str, shown: tuple[str, ...]):
+        """stage: "coldstart" or "rl"; shown: the figures that the progress bar shows."""
+        self.ranks, self.stage, self.shown = Ranks.start(), stage, shown
+        self.args, embedded = parse_args(Args, ROOT / f"toy/{stage}.json")
+        if self.args.model is None:
+            raise DataError("--train needs --model: a Qwen3-VL, directory or hub id")
+        self.out, self.means = Path(self.args.out), Means()
+        self.stop_asked, self.left_out, self.updates = False, 0, 0
+        self.kept: list[dict] = []  # what the step is to leave in rollouts.jsonl
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask_to_stop)
+        checkpoints = self.out / "checkpoints"
+        self.checkpoints = Checkpoints(checkpoints, self.args.keep, self.ranks)
+        if self.ranks.first:
+            self.open_folder(checkpoints)
+            if embedded:
+                self.prepare_toy()
+        self.ranks.wait()
+
+    def open_folder(self, checkpoints: Path) -> None:
+        try:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.out / "lock").open("w")
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this dies
+        except OSError as error:
+            locked = error.errno in (errno.EACCES, errno.EAGAIN)
+            locked = locked and (self.out / "lock").is_file()
+            reason = "another run is at work here" if locked else error
+            raise DataError(f"{self.out}: {reason}") from error
+        for left in [*checkpoints.glob("*.partial"), *checkpoints.glob("*.removed")]:
+            shutil.rmtree(left)
+
+    def prepare_toy(self) -> None:
+        """Render and annotate the clips of the embedded default on first use."""
+        folder = Path(self.args.train).parent
+        if not Path(self.args.train).is_file():
+            print(f"{folder}: rendering the clips of the embedded default (once)", flush=True)
+            command = [sys.executable, str(ROOT / "toy/prepare.py"), str(folder)]
+            subprocess.run(command, check=True)
+
+    def ask_to_stop(self, number, frame) -> None:
+        """A first signal asks for an orderly end after this step; a second is not waited for."""
+        self.stop_asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    # -- before the loop
+
+    def prepare(self, model: DeScore, groups: list[dict],
+                weight_decay: float) -> torch.optim.Optimizer:
+        """Make the model ready to train: checkpointing of activations, shards, AdamW over
+        groups of its parameters ({"params": names, "lr": rate})."""
+        if self.args.gradient_checkpointing:
+            model.qwen.activation_checkpointing_enable()
+        if self.args.shard:
+            shard(model)
+        trainable = model.trainable()
+        for group in groups:
+            group["params"] = [trainable[name] for name in group["params"]]
+        kind = torch.optim.AdamW
+        if self.args.optim == "adamw8bit":  # moments of a quarter the size (arXiv 2110.02861)
+            if self.args.shard:
+                raise DataError("--optim adamw8bit does not work on sharded parameters")
+            from bitsandbytes.optim import AdamW8bit as kind  # slow to import
+        self.model, self.optimizer = model, kind(groups, weight_decay=weight_decay)
+        if self.ranks.first:
+            print(summary(model))
+        return self.optimizer
+
+    def read_train(self, field: str, what: str) -> list[Pair]:
+        """The pairs to train on, the preferred video first. Each must have `field`, such as
+        "cot", for both its videos; else DataError says that it has no `what`."""
+        args, dimensions = self.args, self.model.processor.dimensions
+        pairs = read_pairs(args.train, args.label, args.root, dimensions)
+        self.skipped = Skipped(self.out / "skipped.jsonl", pairs, args.max_skipped,
+                               write=self.ranks.first)
+        if self.ranks.first:
+            ties = sum(pair.preference == "tie" for pair in pairs)
+            print(f"{pairs.summary()}; {ties} of them ties, which have no winner")
+        for pair in pairs:
+            if getattr(pair, f"{field}_a") is None or getattr(pair, f"{field}_b") is None:
+                raise DataError(f"{args.train}: the pair of {pair.video_a} has no {what}")
+        return [pair.winner_first() for pair in pairs]
+
+    def deal(self, units: list[Unit], sizes: list[int], budget: int) -> list[list[tuple]]:
+        """This rank's micro-batches of an update's units (`batches.deal`)."""
+        return deal(units, sizes, budget, self.ranks)
+
+    # -- the loop
+
+    def steps(self, plan: list[list[list]]) -> Iterator[tuple[int, list[list[MicroBatch]]]]:
+        """The steps that are still to do: each its number, from 1, and for each of its
+        optimiser updates this rank's micro-batches. `plan` has them as `deal` gives them.
+
+        Reads videos ahead, takes up a checkpoint, logs the step's means, evaluates, saves,
+        and stops where a signal asked for it. At the end the model is evaluated and saved."""
+        args, model, last = self.args, self.model, len(plan)
+        tests = read_tests(args.test, args.label, args.root, model.processor.dimensions)
+        done = self.take_up()
+        batches = self.batches(plan[done:])
+        if done == 0 and args.eval_before:
+            self.evaluate(0, tests)
+        model.train()
+        progress = tqdm(range(done + 1, last + 1), self.stage, initial=done, total=last,
+                        disable=not self.ranks.first)
+        for step in progress:
+            started, self.updates = time.time(), 0
+            yield step, self.read(plan[step - 1], batches)
+            figures = self.means.take(self.ranks, self.updates)
+            self.log({"step": step, **figures, "seconds": time.time() - started})
+            for record in self.ranks.gather(self.kept):
+                self.log(record, "rollouts")
+            self.kept = []
+            progress.set_postfix({name: f"{figures[name]:.3f}" for name in self.shown})
+            if args.eval_every and step % args.eval_every == 0 and step < last:
+                self.evaluate(step, tests)
+            if self.stops(step, last):
+                return self.ranks.stop()
+        figures = self.evaluate(last, tests)
+        scale = {}
+        for name, value in figures.items():
+            if "/score_" in name:  # mean and deviation of the last test set's scores
+                scale[name.split("/")[1]] = value
+        model.save(self.out / "model", self.ranks.first, stage=self.stage, args=asdict(args),
+                   **scale)
+        if self.ranks.first:
+            print(json.dumps(figures, indent=1))
+            print(f"{self.out}: done")
+        self.ranks.stop()
+
+    def take_up(self) -> int:
+        """Restore the newest checkpoint, if any. Returns the step it was made after, else 0."""
+        self.checkpoints.attach(self.model, self.optimizer)
+        state = None
+        if self.args.resume:
+            settings = {k: v for k, v in asdict(self.args).items() if k not in FREE}
+            state = self.checkpoints.newest(settings)
+        elif self.ranks.first:
+            remove(self.checkpoints.folder)
+            self.checkpoints.folder.mkdir()
+        if self.ranks.first:
+            self.logs = {}
+            for name in ("metrics", "rollouts"):
+                self.logs[name] = (self.out / f"{name}.jsonl").open("a", encoding="utf-8")
+                # Later steps are done again.
+                self.logs[name].truncate(state.get(f"{name}_bytes", 0) if state else 0)
+            if state:
+                print(f"{self.out}: going on after step {state['step']}", flush=True)
+        if state:
+            self.skipped.restore(state["skipped"])
+        return state["step"] if state else 0
+
+    def batches(self, plan: list[list[list]]) -> Iterator[tuple[Batch, list[str | None]]]:
+        """The videos of a plan's micro-batches, decoded ahead."""
+        groups = []
+        for updates in plan:
+            for micro_batches in updates:
+                for micro in micro_batches:
+                    groups.append([unit.pair.videos() for unit, _ in micro])
+        return read_ahead(self.model.processor, groups, self.args.workers, self.args.max_prompt)
+
+    def read(self, updates: list[list], batches: Iterator) -> list[list[MicroBatch]]:
+        """A step's micro-batches with their videos. Pairs with a video that cannot be read
+        are listed, and count for nothing."""
+        found, bad = [], []
+        for micro_batches in updates:
+            found.append([])
+            for micro in micro_batches:
+                batch, errors = next(batches)
+                units, weights = zip(*micro)
+                for unit, weight, error in zip(units, weights, errors):
+                    if error and weight:
+                        videos = [unit.pair.video_a, unit.pair.video_b]
+                        bad.append({"videos": videos, "error": error})
+                weight = torch.tensor(weights) * torch.tensor([not error for error in errors])
+                pairs, places = zip(*units)
+                micro = MicroBatch(pairs, places, weight.to(self.model.device), batch)
+                found[-1].append(micro)
+        self.skipped.add(self.ranks.gather(bad))
+        return found
+
+    def sum(self, *numbers) -> list[float]:
+        """Counts added up over all ranks, 1 where there is nothing: what a loss divides by."""
+        return [max(total, 1.0) for total in self.ranks.sum([float(n) for n in numbers])]
+
+    def descend(self, max_norm: float) -> None:
+        """One optimiser step on the gradients of all ranks together, clipped to a norm; logs
+        the norm before clipping. The losses divide by counts over all ranks, so that the sum
+        of the ranks' gradients is the gradient of the global batch. An update whose gradient
+        is not finite is left out; DataError after `PATIENCE` such in a row."""
+        gradients = [p.grad for p in self.checkpoints.optimized if p.grad is not None]
+        wholes = [grad for grad in gradients if local(grad) is grad]
+        shards = [local(grad) for grad in gradients if local(grad) is not grad]
+        if self.ranks.world > 1:
+            for grad in shards:
+                grad.mul_(self.ranks.world)  # FSDP has averaged over the ranks
+            flat = torch.cat([grad.flatten() for grad in wholes])
+            dist.all_reduce(flat)  # one message
+            for grad, summed in zip(wholes, flat.split([grad.numel() for grad in wholes])):
+                grad.copy_(summed.view_as(grad))
+        norm = torch.nn.utils.get_total_norm(wholes).item()
+        if shards:
+            (squares,) = self.ranks.sum([torch.nn.utils.get_total_norm(shards).item() ** 2])
+            norm = (norm**2 + squares) ** 0.5
+        finite = math.isfinite(norm)
+        if finite:
+            torch._foreach_mul_(shards + wholes, min(1.0, max_norm / (norm + 1e-6)))
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        self.means.add(grad_norm=norm, left_out=float(not finite))
+        self.left_out = 0 if finite else self.left_out + 1
+        if self.left_out >= PATIENCE:
+            raise DataError(f"{self.out}: the gradients of {PATIENCE} updates in a row were "
+                            "not finite; the last checkpoint is from before them. A smaller "
+                            "--lr may help")
+
+    def keep_rollouts(self, step: int, micro: MicroBatch, texts: list[str],
+                      figures: dict[str, torch.Tensor]) -> None:
+        """Put the rollouts of a step's first videos aside for rollouts.jsonl. texts: B · G, figures
+        (B, G) by name, of a micro-batch's B videos."""
+        G = len(texts) // (2 * len(micro.pairs))
+        for i, (place, pair) in enumerate(zip(micro.places, micro.pairs)):
+            for side, (video, prompt) in enumerate(pair.videos()):
+                b = 2 * i + side
+                if 2 * place + side < self.args.keep_rollouts and micro.weight[i]:
+                    rollouts = []
+                    for g, cot in enumerate(texts[b * G : (b + 1) * G]):
+                        found = {name: value[b, g].item() for name, value in figures.items()}
+                        rollouts.append({"cot": cot, **found})
+                    self.kept.append({"step": step, "video": video, "prompt": prompt,
+                                      "rollouts": rollouts})
+
+    def stops(self, step: int, last: int) -> bool:
+        """Save a checkpoint where one is due. True if a signal has asked to stop."""
+        (stop,) = self.ranks.sum([float(self.stop_asked)])
+        due = self.args.save_every and step % self.args.save_every == 0
+        if stop or step == last or due:
+            state = {"args": asdict(self.args), "skipped": self.skipped.records}
+            if self.ranks.first:
+                state |= {f"{name}_bytes": file.tell() for name, file in self.logs.items()}
+            self.checkpoints.save(step, state)
+        if stop and self.ranks.first:
+            print(f"{self.out}: stopped after step {step} of {last}; the same command goes on "
+                  "from here", flush=True)
+        return bool(stop)
+
+    def evaluate(self, step: int, tests: dict[str, Pairs]) -> dict[str, float]:
+        args = self.args
+        figures = evaluate(self.model, tests, self.ranks, args.max_new_tokens,
+                           args.eval_temperature, args.think_tokens, args.workers)
+        self.log({"step": step, **figures})
+        return figures
+
+    def log(self, record: dict, name: str = "metrics") -> None:
+        """Add a record to metrics.jsonl or rollouts.jsonl; what is not finite becomes null."""
+        if self.ranks.first:
+            for key, value in record.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    record[key] = None
+            self.logs[name].write(json.dumps(record) + "\n")
+            self.logs[name].flush()
+
+
+def summary(model: DeScore) -> str:
+    """What trains, with counts, in one line."""
+    kinds = {"query": "[Reward] and head", "head.": "[Reward] and head", ".lora_": "LoRA",
+             "merger": "mergers", ".visual.": "vision tower"}
+    counts = Counter()
+    for name, parameter in model.trainable().items():
+        kind = next((kinds[part] for part in kinds if part in name), "language model")
+        counts[kind] += parameter.numel()
+    total = sum(p.numel() for p in model.parameters())
+    trains = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+    return f"{trains} parameters train, of {total:,}"
+
+
+class Skipped:
+    """The pairs that training leaves out because a video cannot be read: listed in a file,
+    and bounded."""
+
+    def __init__(self, path: Path, pairs: Pairs, limit: float, write: bool = True):
+        """limit: the largest share of the file's pairs that may be left out, those with
+        missing videos included."""
+        self.path, self.write, self.records, self.limit = path, write, [], limit
+        missing = [row for row in pairs.left_out if row["reason"] == "missing"]
+        self.total = len(pairs) + len(missing)
+        self.restore([{"row": row["row"], "videos": [row["detail"]], "error": "missing"}
+                      for row in missing])
+
+    def restore(self, records: list[dict]) -> None:
+        """List these and no others, as a checkpoint has them."""
+        self.records = []
+        if self.write:
+            self.path.write_text("")
+        self.add(records)
+
+    def add(self, bad: list[dict]) -> None:
+        """List some more. Raises DataError past the limit."""
+        if self.write:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in bad)
+        self.records += bad
+        if len(self.records) > self.limit * self.total:
+            raise DataError(
+                f"{len(self.records)} of {self.total} pairs have videos that cannot be read, "
+                f"more than --max-skipped {self.limit:g} allows; they are listed in "
+                f"{self.path}. The last: {self.records[-1]['error']}")
+
+
+def read_tests(paths: list[str], label: str | None, root: str | None,
+               dimensions: dict[str, int]) -> dict[str, Pairs]:
+    """Test sets by the names of their files, under which their figures will stand."""
+    tests = Counter(Path(path).stem for path in paths)
+    if len(tests) < len(paths):
+        raise DataError(f"--test {' '.join(paths)}: two files have the same name, and figures "
+                        "go by it")
+    return {Path(path).stem: read_pairs(path, label, root, dimensions) for path in paths}

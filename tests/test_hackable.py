@@ -1,0 +1,454 @@
+"""What is meant to be changed can be changed: dimensions, how it thinks, rewards, what the loss is a mean of.
+And the code has the shape that lets a reader find where."""
+
+import ast
+import json
+import math
+import re
+import shutil
+import statistics
+from graphlib import TopologicalSorter
+
+import pytest
+from conftest import ROOT, TOY_VIDEO
+from launch import run
+
+import rl
+from coldstart import order
+from data import read_pairs
+from model import DeScore
+from support import release
+
+FIVE = [ROOT / f"{name}.py" for name in ("data", "model", "coldstart", "rl", "infer")]
+QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--no-gradient-checkpointing", "--lr", 1e-3]
+DEFAULT = {"subject": 2, "dynamics": 2, "camera": 1, "environment": 1, "style": 1}
+THREE = {"object": 2, "motion": 1, "text rendering": 1}
+SIX = {"subject": 2, "dynamics": 2, "camera": 1, "environment": 1, "style": 1, "text rendering": 2}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def arguments(world_dir, out, *extra):
+    """One step of stage 2 on two pairs, on the backbone as it is."""
+    return ["--model", ROOT / "toy/backbone", "--train", world_dir / "train.jsonl", "--out", out,
+            "--steps", 1, "--batch-size", 2, "--updates", 1, "--group-size", 4, "--max-new-tokens", 150,
+            *QUICK, *extra]
+
+
+def first_pairs(world_dir, step=1):
+    """The two pairs that a step takes."""
+    pairs = read_pairs(world_dir / "train.jsonl")
+    return [pairs[row] for row in order(len(pairs), 1, seed=0)[2 * step - 2: 2 * step]]
+
+
+def step_of(out):
+    """The only step's figures, all of them finite."""
+    (record,) = [record for record in lines(out / "metrics.jsonl") if "loss" in record]
+    assert all(value is not None and math.isfinite(value) for value in record.values()), record
+    assert record["left_out"] == 0 and record["grad_norm"] > 0
+    return record
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Dimensions
+
+
+def write_pair_file(path, world_dir, dimensions, rows):
+    """Pairs with CoTs and reference scores over the dimensions."""
+    values = (2, 0, "N/A", 1, 2, 1)
+    with path.open("w") as file:
+        for pair in read_pairs(world_dir / "train.jsonl")[rows]:
+            pair.preference = "A"
+            for side, some in (("a", values), ("b", values[::-1])):
+                scores = dict(zip(dimensions, some))
+                answer = json.dumps({"dimensional_scores": scores})
+                setattr(pair, f"scores_{side}", scores)
+                setattr(pair, f"cot_{side}", f"<think>text: seen</think><answer>{answer}</answer>")
+            file.write(json.dumps(vars(pair)) + "\n")
+    return path
+
+
+def copy_with(dimensions, root):
+    """A copy of the project whose dimensions are others, and whose backbone has not settled on any."""
+    for path in FIVE:
+        shutil.copy(path, root)
+    for folder in ("support", "toy/backbone"):
+        shutil.copytree(ROOT / folder, root / folder)
+    text, count = re.subn(r"(?m)^DIMENSIONS = \{[^}]*\}$", f"DIMENSIONS = {dimensions}",
+                          (root / "data.py").read_text())
+    assert count == 1
+    (root / "data.py").write_text(text)
+    saved = json.loads((root / "toy/backbone/descore.json").read_text())
+    del saved["dimensions"], saved["instruction"]
+    (root / "toy/backbone/descore.json").write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize("dimensions", [SIX, THREE])
+def test_both_stages_train_on_dimensions_of_ones_own(dimensions, world_dir, tmp_path):
+    root = tmp_path
+    copy_with(dimensions, root)
+    train = write_pair_file(root / "train.jsonl", world_dir, dimensions, slice(2))
+    test = write_pair_file(root / "held_out.jsonl", world_dir, dimensions, slice(2, 3))
+    common = ["--train", train, "--test", test, "--batch-size", 2, "--max-new-tokens", 10, *QUICK]
+    short = ["--steps", 1, "--updates", 1, "--group-size", 2]
+    run("coldstart.py", "--model", "toy/backbone", "--epochs", 1, *common, root=root)
+    run("rl.py", "--model", "runs/coldstart", *short, *common, root=root)
+    for stage in ("coldstart", "rl"):
+        saved = json.loads((root / f"runs/{stage}/model/descore.json").read_text())
+        assert saved["dimensions"] == dimensions and saved["stage"] == stage
+        assert '"text rendering": ' in saved["instruction"] and "text rendering" in saved["instruction"][:200]
+        assert ("camera" in saved["instruction"]) == ("camera" in dimensions)
+        records = lines(root / f"runs/{stage}/metrics.jsonl")
+        assert all(math.isfinite(record["loss"]) for record in records if "loss" in record)
+        for name in ("accuracy", "accuracy_no_cot", "quality", "format_rate"):
+            assert f"held_out/{name}" in records[-1]
+    kept = lines(root / "runs/rl/rollouts.jsonl")
+    assert len(kept) == 4 and all("reward_quality" in video["rollouts"][0] for video in kept)
+    found = run("infer.py", "--pairs", test, "--max-new-tokens", 10, "--json", root=root)  # of runs/rl
+    assert {"quality", "accuracy", "format_rate"} <= json.loads(found.stdout).keys()
+    processor = DeScore.load(root / "runs/rl", device="cpu").processor  # what is not a copy goes by the model
+    assert processor.dimensions == dimensions and processor.instruction == saved["instruction"]
+    five = write_pair_file(root / "five.jsonl", world_dir, DEFAULT, slice(1))
+    refused = run("rl.py", "--model", "runs/coldstart", "--train", five, "--out", "runs/x", *QUICK,
+                  check=False, root=root)
+    message = 'five.jsonl, row 1: scores_a is not 0, 1, 2 or "N/A" for each of ' + ", ".join(dimensions)
+    assert refused.returncode == 1 and message in refused.stderr
+
+
+@pytest.mark.parametrize("dimensions", [DEFAULT, SIX, THREE])
+def test_rewards_are_about_the_dimensions_at_hand(dimensions):
+    rewards = rl.make_rewards(rl.Args(), dimensions)
+    gold = dict(zip(dimensions, (2, 0, "N/A", 1, 2, 1)))
+    scores = gold | {next(iter(dimensions)): 1}  # one of them is wrong
+    text = f"<think>x</think><answer>{json.dumps({'dimensional_scores': scores})}</answer>"
+    weights = {name: weight for name, (weight, _) in rewards.items()}
+    assert weights == {"format": 0.1, "quality": 0.7, "length": 0.2}
+    found = {name: function(text, 1250, gold) for name, (_, function) in rewards.items()}
+    assert found == {"format": 1.0, "quality": (len(dimensions) - 1) / len(dimensions), "length": 0.5}
+    text = text.replace('"text rendering"', '"texture"').replace('"camera"', '"lens"')
+    assert all(rewards[name][1](text, 1250, gold) == 0 for name in ("format", "quality"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How it thinks
+
+GENERATE = """
+import json, torch
+from unittest.mock import patch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+import rl
+from model import DeScore, Thoughts
+
+
+def think(self, batch, n=1, max_new_tokens=4096, temperature=1.0, top_p=1.0, seeds=None, without_cot=False):
+    batch, eos = self.encode(batch), self.processor.eos_id
+    tokens = torch.full((len(batch), n, max_new_tokens), eos)
+    for b in range(len(batch)):
+        one = batch.select([b])
+        seen = BaseModelOutputWithDeepstackFeatures(  # the tower has already seen the video
+            pooler_output=one.features[0].repeat(n, 1),
+            deepstack_features=[level.repeat(n, 1) for level in one.features[1]])
+        ids = one.input_ids.repeat(n, 1)
+        torch.manual_seed(seeds[b])
+        with patch.object(self.qwen.model.visual, "forward", return_value=seen):
+            rows = self.qwen.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=torch.zeros(1),
+                mm_token_type_ids=2 * (ids == self.processor.video_id).int(),
+                video_grid_thw=one.grid.repeat(n, 1), do_sample=True, temperature=temperature, top_k=0,
+                top_p=top_p, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos)
+        rows = rows[:, ids.shape[1]:]
+        tokens[b, :, :rows.shape[1]] = rows
+    is_end = tokens == eos
+    mask = is_end.cumsum(-1) - is_end.long() == 0
+    logps, scores = self.group(batch, tokens, mask, temperature)
+    print("thought", json.dumps([self.processor.decode(t[m]) for t, m in zip(tokens[:, 0], mask[:, 0])]))
+    return Thoughts(tokens, mask, logps, scores)
+
+
+DeScore.think = think
+rl.main()
+"""
+
+
+def test_stage_2_trains_on_what_transformers_own_generate_wrote(world_dir, tmp_path):
+    (tmp_path / "generate.py").write_text(GENERATE)
+    done = run(tmp_path / "generate.py", *arguments(world_dir, tmp_path / "out", "--think-tokens", 1))
+    thought = [json.loads(line.removeprefix("thought ")) for line in done.stdout.splitlines()
+               if line.startswith("thought ")]
+    assert len(thought) == 2  # a pair at a time
+    record = step_of(tmp_path / "out")
+    assert record["clip_fraction"] == 0 and record["kl"] < 1e-6  # before the update nothing has moved
+    assert record["reward_format"] > 0
+    kept = [video["rollouts"][0]["cot"] for video in lines(tmp_path / "out/rollouts.jsonl")]
+    assert sorted(kept) == sorted(thought[0] + thought[1])
+    assert (tmp_path / "out/model/descore.json").is_file()
+
+
+SPY = """
+import inspect, json, sys
+import rl
+from model import DeScore
+
+seen = {"grpo": [], "bt": [], "think": [], "group": [], "reference": []}
+
+
+def watch(owner, name, note):
+    real = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        bound = inspect.signature(real).bind(*args, **kwargs)
+        bound.apply_defaults()
+        result = real(*args, **kwargs)
+        note(bound.arguments, result)
+        return result
+
+    setattr(owner, name, watched)
+
+
+def grpo(given, result):
+    plain = {k: v for k, v in given.items() if isinstance(v, (int, float, str, bool, type(None)))}
+    mask = given["mask"]
+    seen["grpo"].append(plain | {"tokens": mask.sum().item(), "cots": mask.any(-1).sum().item(),
+                                 "no_reference": given["ref_logps"] is None})
+
+
+def think(given, result):
+    truncated = given["self"].truncated(result)
+    seen["think"].append({k: given[k] for k in ("n", "max_new_tokens", "temperature", "top_p")} | {
+        "tokens": result.mask.sum().item(), "left": result.mask[~truncated].sum().item(),
+        "truncated": truncated.sum().item(), "lengths": result.mask.sum(-1).flatten().tolist()})
+
+
+watch(rl, "grpo_loss", grpo)
+watch(rl, "bt_loss", lambda given, result: seen["bt"].append(given["count"]))
+watch(DeScore, "think", think)
+watch(DeScore, "group", lambda given, result: seen["group"].append(
+    [given["temperature"], given["self"].max_tokens]))
+watch(DeScore, "reference_logps", lambda given, result: seen["reference"].append(given["temperature"]))
+rl.main()
+print(json.dumps(seen))
+"""
+
+
+def watched(world_dir, folder, *flags):
+    """What a step of stage 2 calls, and how."""
+    (folder / "spy.py").write_text(SPY)
+    done = run(folder / "spy.py", *arguments(world_dir, folder / "out", "--think-tokens", 1, *flags))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_flags_of_stage_2_reach_what_they_are_for(world_dir, tmp_path):
+    seen = watched(world_dir, tmp_path, "--loss-mean", "token", "--dual-clip", 3, "--no-advantage-std",
+                   "--mask-truncated", "true", "--temperature", 0.7, "--top-p", 0.9, "--clip-low", 0.15,
+                   "--clip-high", 0.3, "--beta", 0.01, "--max-tokens", 777, "--max-new-tokens", 107,
+                   "--group-size", 6, "--bt-weight", 0.5)
+    assert len(seen["think"]) == len(seen["grpo"]) == 2  # a pair at a time
+    assert sum(call["truncated"] for call in seen["think"]) > 0 < sum(call["left"] for call in seen["think"])
+    for call, thought in zip(seen["grpo"], seen["think"]):
+        assert (call["clip_low"], call["clip_high"], call["beta"]) == (0.15, 0.3, 0.01)
+        assert (call["loss_mean"], call["dual_clip"]) == ("token", 3)
+        assert call["tokens"] == thought["left"]  # of CoTs that were not cut off
+        assert call["count"] == sum(call["left"] for call in seen["think"])  # of all of the update
+        wanted = {"n": 6, "max_new_tokens": 107, "temperature": 0.7, "top_p": 0.9}
+        assert {name: thought[name] for name in wanted} == wanted
+    assert seen["reference"] == [0.7, 0.7] and set(map(tuple, seen["group"])) == {(0.7, 777)}
+    decided = [pair.human != 0 for pair in first_pairs(world_dir)]
+    assert seen["bt"] == [sum(decided) * 6] * 2  # a tie has no winner
+    record = step_of(tmp_path / "out")
+    assert record["loss"] == pytest.approx(record["grpo_loss"] + 0.5 * record["bt_loss"], abs=1e-6)
+    for video in lines(tmp_path / "out/rollouts.jsonl"):
+        rewards = [one["reward"] for one in video["rollouts"]]
+        found = [one["advantage"] for one in video["rollouts"]]
+        assert found == pytest.approx([reward - statistics.fmean(rewards) for reward in rewards], abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_mean", ["cot", "constant"])
+def test_what_the_loss_is_a_mean_of_is_counted_over_the_whole_update(loss_mean, world_dir, tmp_path):
+    seen = watched(world_dir, tmp_path, "--loss-mean", loss_mean, "--beta", 0, "--max-new-tokens", 80)
+    cots = 2 * 2 * 4  # pairs, videos, rollouts
+    for call in seen["grpo"]:
+        assert call["count"] == (cots if loss_mean == "cot" else cots * 80)
+        assert call["loss_mean"] == loss_mean and call["dual_clip"] is None and call["no_reference"]
+        assert call["cots"] == 8  # the cut-off ones are not left out by default
+    assert seen["reference"] == []  # β = 0 spares the reference's forward
+    step_of(tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rewards
+
+OWN = """
+def colons_reward(text, n_tokens, gold):
+    return text.count(":") / 100
+
+def gold_camera(text, n_tokens, gold):
+    return 1.0 if gold["camera"] == "N/A" else n_tokens / 1000
+
+def nothing_reward(text, n_tokens, gold):
+    return float("nan")
+"""
+
+
+def check_rollouts(out, weights, divide=True):
+    """What rollouts.jsonl says adds up: rewards from their parts, advantages from the rewards."""
+    kept, has_signal = lines(out / "rollouts.jsonl"), 0
+    for video in kept:
+        assert video.keys() == {"step", "video", "prompt", "rollouts"}
+        names = {"cot", "reward", "advantage", "score", *(f"reward_{name}" for name in weights)}
+        for one in video["rollouts"]:
+            assert one.keys() == names and isinstance(one["cot"], str) and math.isfinite(one["score"])
+            total = sum(weight * one[f"reward_{name}"] for name, weight in weights.items())
+            assert one["reward"] == pytest.approx(total, abs=1e-6)
+        R = [one["reward"] for one in video["rollouts"]]
+        expected = [0.0] * len(R)
+        if max(R) - min(R) > 1e-6:
+            has_signal += 1
+            std = statistics.stdev(R) if divide else 1
+            expected = [(reward - statistics.fmean(R)) / std for reward in R]
+        assert [one["advantage"] for one in video["rollouts"]] == pytest.approx(expected, abs=1e-3)
+    assert has_signal
+    return kept
+
+
+def test_a_reward_of_ones_own_is_logged_and_weighs(world_dir, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    run("rl.py", *arguments(world_dir, tmp_path / "out", "--reward", f"{tmp_path}/own.py:colons_reward=0.5",
+                            f"{tmp_path}/own.py:gold_camera=-2"))
+    weights = {"format": 0.1, "quality": 0.7, "length": 0.2, "colons": 0.5, "gold_camera": -2}
+    record = step_of(tmp_path / "out")
+    assert record["reward"] == pytest.approx(sum(w * record[f"reward_{name}"] for name, w in weights.items()))
+    gold = {}
+    for pair in read_pairs(world_dir / "train.jsonl"):
+        gold |= {pair.video_a: pair.scores_a, pair.video_b: pair.scores_b}
+    for video in check_rollouts(tmp_path / "out", weights):
+        for one in video["rollouts"]:
+            assert one["reward_colons"] == pytest.approx(one["cot"].count(":") / 100)
+            assert (one["reward_gold_camera"] == 1) == (gold[video["video"]]["camera"] == "N/A")
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ("missing.py:f=1", "missing.py"), ("{own}:missing=1", "has no attribute 'missing'"),
+    ("{own}:colons_reward=much", "could not convert string to float: 'much'"),
+    ("{own}:colons_reward", "not FILE:FUNCTION=WEIGHT"), ("{own}=1", "not FILE:FUNCTION=WEIGHT"),
+    ("{broken}:f=1", "not FILE:FUNCTION=WEIGHT"), ("{text}:f=1", "not FILE:FUNCTION=WEIGHT"),
+    ("{own}:nothing_reward=1", "the reward 'nothing' gave")])
+def test_what_is_wrong_with_a_reward_is_said_in_one_line(given, message, world_dir, tmp_path):
+    for name, text in (("own.py", OWN), ("broken.py", "def f(:"), ("words.txt", "words")):
+        (tmp_path / name).write_text(text)
+    given = given.format(own=tmp_path / "own.py", broken=tmp_path / "broken.py", text=tmp_path / "words.txt")
+    done = run("rl.py", *arguments(world_dir, tmp_path / "out", "--reward", given, "--max-new-tokens", 3),
+               check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert message in error and (given in error or "nothing" in given)
+
+
+@pytest.mark.parametrize(("length", "expected"),
+                         [(0, 0), (499, 0), (500, 0.2), (999, 0.2), (1000, 0.4), (1499, 0.4), (1500, 0.6),
+                          (1999, 0.6), (2000, 1), (9999, 1)])
+def test_the_releases_length_reward_goes_by_characters_in_steps(length, expected):
+    assert release.length_reward("é" * length, 7, {}) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ('<think>x</think><answer>{"dimensional_scores": {"subject": 9}}</answer>', 1),
+    ('{"dimensional_scores": 5, "more": [1]}', 1), ('so: {"dimensional_scores": {}} done', 1),
+    ('<answer>```json\n{"dimensional_scores": {"a": {"b": 1}}}\n```</answer>', 1),
+    ('<answer>{"dimensional_scores": {}}', 1), ('<answer>{"scores": {}}</answer>', 0), ("no answer", 0),
+    ('<answer>{"dimensional_scores": </answer>', 0), ('["dimensional_scores"]', 0), ("", 0), ("}{", 0)])
+def test_the_releases_format_reward_takes_any_json_with_scores(text, expected):
+    assert release.format_reward(text, 7, {}) == expected
+
+
+def test_the_releases_settings_are_a_preset(world_dir, tmp_path):
+    preset = json.loads((ROOT / "support/release.json").read_text())
+    own = ["support/release.py:format_reward=0.1", "support/release.py:length_reward=0.2"]
+    assert preset == {"loss_mean": "token", "dual_clip": 3.0, "clip_high": 0.3, "reward": own}
+    run("rl.py", *arguments(world_dir, tmp_path / "out", "--preset", "support/release.json",
+                            "--clip-low", 0.25, "--dual-clip", 4))
+    used = json.loads((tmp_path / "out/model/descore.json").read_text())["args"]
+    wanted = preset | {"dual_clip": 4, "clip_low": 0.25}  # flags go before the preset
+    assert {name: used[name] for name in wanted} == wanted
+    step_of(tmp_path / "out")
+    for video in check_rollouts(tmp_path / "out", {"format": 0.1, "quality": 0.7, "length": 0.2}):
+        for one in video["rollouts"]:
+            assert one["reward_length"] == release.length_reward(one["cot"], 0, {})
+            assert one["reward_format"] == release.format_reward(one["cot"], 0, {})
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('{"loss_mean": "token", "clip_hihg": 0.3}', "preset.json: there is no setting 'clip_hihg'"),
+    ("[1]", "preset.json"), ("{", "preset.json"), (None, "preset.json")])
+def test_what_is_wrong_with_a_preset_is_said_in_one_line(content, message, world_dir, tmp_path):
+    if content is not None:
+        (tmp_path / "preset.json").write_text(content)
+    done = run("rl.py", *arguments(world_dir, tmp_path / "out", "--preset", tmp_path / "preset.json"),
+               check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: " in done.stderr and message in done.stderr
+
+
+def test_the_rollouts_of_the_first_videos_are_written_down(world_dir, tmp_path):
+    run("rl.py", *arguments(world_dir, tmp_path / "out", "--steps", 2, "--keep-rollouts", 3, "--updates", 2))
+    kept = check_rollouts(tmp_path / "out", {"format": 0.1, "quality": 0.7, "length": 0.2})
+    expected = []
+    for step in (1, 2):
+        one, two = (pair.winner_first() for pair in first_pairs(world_dir, step))
+        expected += [(step, *one.videos()[0]), (step, *one.videos()[1]), (step, *two.videos()[0])]
+    assert [(record["step"], record["video"], record["prompt"]) for record in kept] == expected
+    assert all(len(record["rollouts"]) == 4 for record in kept)
+    run("rl.py", *arguments(world_dir, tmp_path / "none", "--keep-rollouts", 0))
+    assert lines(tmp_path / "none/rollouts.jsonl") == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The shape of the code
+
+
+def test_the_method_is_five_files():
+    assert sorted(ROOT.glob("*.py")) == sorted(FIVE)
+
+
+def test_nothing_imports_in_a_circle():
+    modules = {path.stem: path for path in FIVE}
+    modules |= {f"support.{path.stem}": path for path in (ROOT / "support").glob("[a-z]*.py")}
+    imports = {}
+    for name, path in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):  # those within functions too
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        imports[name] = found & modules.keys()
+    assert "support.run" in imports["rl"] and "data" in imports["model"]
+    list(TopologicalSorter(imports).static_order())  # raises CycleError
+    assert not any(name.startswith("support.") or name in ("rl", "coldstart") for name in imports["data"])
+
+
+def test_functions_fit_on_a_page():
+    lengths = {}
+    for path in FIVE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lengths[path.stem, node.name, node.lineno] = node.end_lineno - node.lineno + 1
+    assert {where: length for where, length in lengths.items() if length > 60} == {}
+    main = {stage: length for (stage, name, _), length in lengths.items() if name == "main"}
+    assert main["rl"] <= 60 and main["coldstart"] <= 45
+
+
+def test_no_line_holds_two_loops_of_a_comprehension():
+    """Nor of one within another."""
+    for path in FIVE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+                loops = [loop.target.lineno for loop in ast.walk(node) if isinstance(loop, ast.comprehension)]
+                assert len(set(loops)) == len(loops), f"{path.name}:{node.lineno}"
+
+
+def test_the_dual_objective_stands_in_main_as_the_paper_has_it():
+    text = (ROOT / "rl.py").read_text()
+    (main,) = [node for node in ast.parse(text).body if getattr(node, "name", None) == "main"]
+    assert "L = L_GRPO + λ * L_BT\n" in ast.get_source_segment(text, main)

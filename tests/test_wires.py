@@ -1,0 +1,111 @@
+"""Settings reach what they are for, and what cannot be read counts for nothing."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TOY_VIDEO
+from launch import run
+from safetensors.torch import load_file
+
+from data import DataError
+from rl import Args, make_rewards
+from support.ranks import Ranks
+from support.run import PATIENCE, Means, Run
+
+QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--eval-before", "false", "--beta", 0.1]
+
+
+def rl(world_dir, out, *extra):
+    """A rollout batch of two pairs, with one update."""
+    run("rl.py", "--model", ROOT / "toy/backbone", "--train", world_dir / "train.jsonl", "--out", out,
+        "--batch-size", 2, "--updates", 1, "--group-size", 3, "--lr", 0, "--max-new-tokens", 40,
+        "--length-low", 1, "--length-high", 99, *QUICK, *extra)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][:-1]
+
+
+def cots(out):
+    records = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    return [[rollout["cot"] for rollout in record["rollouts"]] for record in records]
+
+
+@pytest.fixture(scope="module")
+def hot(world_dir, tmp_path_factory):
+    """Two steps at a temperature at which the rollouts of a group differ."""
+    out = tmp_path_factory.mktemp("hot")
+    return out, rl(world_dir, out, "--steps", 2, "--temperature", 1.7, "--keep-rollouts", 4)
+
+
+def test_at_any_temperature_the_ratio_is_1_before_the_first_update(hot):
+    """Old, new and reference policy are the same model, seen at the same temperature."""
+    _, records = hot
+    for record in records:
+        assert record["clip_fraction"] == 0 and record["kl"] < 1e-8
+        assert abs(record["grpo_loss"]) < 1e-5  # −E A = 0
+        assert record["entropy"] > 0.1
+
+
+def test_rollouts_are_drawn_at_the_temperature_and_within_top_p(hot, world_dir, tmp_path):
+    assert any(len(set(group)) > 1 for group in cots(hot[0]))
+    for name, value in (("--temperature", 0.001), ("--top-p", 0.001)):
+        out = tmp_path / name
+        rl(world_dir, out, "--steps", 1, "--temperature", 1.7, name, value)
+        assert all(len(set(group)) == 1 for group in cots(out)), name
+
+
+def test_each_step_draws_anew(world_dir, tmp_path):
+    (tmp_path / "one.jsonl").write_text((world_dir / "train.jsonl").read_text().splitlines()[0] + "\n")
+    rl(world_dir, tmp_path / "out", "--train", tmp_path / "one.jsonl", "--root", world_dir, "--batch-size", 1,
+       "--steps", 2, "--temperature", 1.7)
+    before, after = cots(tmp_path / "out")[:2], cots(tmp_path / "out")[2:]
+    assert before != after
+
+
+def test_the_length_reward_of_a_run_goes_by_its_settings():
+    args = Args(length_low=10, length_high=30, length_excess=40)
+    _, length = make_rewards(args, {"subject": 2})["length"]
+    assert [length("", n, {}) for n in (10, 20, 30, 40, 50, 60)] == [0, 0.5, 1, 1, 0.5, 0]
+
+
+def test_a_pair_that_cannot_be_read_counts_for_nothing(world_dir, tmp_path):
+    """One step on four pairs of which one is broken is the step on the other three."""
+    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
+    pairs = []
+    for line in (world_dir / "train_cots.jsonl").read_text().splitlines()[:4]:
+        pair = json.loads(line) | {"preference": "A"}
+        pairs.append(pair | {key: str(world_dir / pair[key]) for key in ("video_a", "video_b")})
+    pairs[1]["video_b"] = str(tmp_path / "broken.mp4")
+    found = []
+    for name, some in (("with", pairs), ("without", [*pairs[:1], *pairs[2:]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in some))
+        run("coldstart.py", "--model", ROOT / "toy/backbone", "--train", tmp_path / f"{name}.jsonl", "--out",
+            tmp_path / name, "--epochs", 1, "--batch-size", 4, "--mask-p", 0, "--max-skipped", 0.5, "--lr",
+            1e-3, *QUICK[:-2])
+        (record, _) = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        weights = load_file(tmp_path / name / "model/descore.safetensors")
+        found.append(([record[key] for key in ("loss", "accuracy", "margin", "grad_norm")], weights))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, weight in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_longer_than_the_limit_are_left_out(world_dir, tmp_path):
+    done = run("coldstart.py", "--model", ROOT / "toy/backbone", "--train", world_dir / "train_cots.jsonl",
+               "--out", tmp_path, "--max-prompt", 60, *QUICK[:-2], check=False)
+    assert done.returncode == 1 and "tokens, more than 60" in done.stderr
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_five_end_the_run():
+    run, weight = object.__new__(Run), torch.nn.Parameter(torch.ones(3))
+    run.out, run.ranks, run.means, run.updates, run.left_out = "out", Ranks(), Means(), 0, 0
+    run.checkpoints, run.optimizer = SimpleNamespace(optimized=[weight]), torch.optim.SGD([weight], lr=1.0)
+    for _ in range(PATIENCE - 1):
+        weight.grad = torch.tensor([1.0, float("nan"), 1.0])
+        run.descend(1.0)
+    assert torch.equal(weight.detach(), torch.ones(3)) and weight.grad is None
+    figures = run.means.take(run.ranks, run.updates)
+    assert figures["left_out"] == 1
+    weight.grad = torch.tensor([0.0, float("inf"), 0.0])
+    with pytest.raises(DataError, match="were not finite"):
+        run.descend(1.0)
