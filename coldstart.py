@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Pair, both, keys_of
-from model import DeScore
+from model import OWN, DeScore
 from support.batches import chunks, draw_seed, prompt_lengths
 from support.command import run_command
 from support.run import Run, Unit
@@ -35,7 +35,7 @@ class Args(RunArgs):
     batch_size: int = setting(32, "pairs a step, over all ranks")
     lr: float = setting(2e-6, "learning rate after warm-up, constant")
     head_lr: float | None = setting(None, "of [Reward] and the head [lr]")
-    warmup: float = setting(0.05, "share of the steps in which the rate rises")
+    warmup: float = setting(0.05, "share of the steps it takes to rise")
     weight_decay: float = setting(0.01, "AdamW")
     max_grad_norm: float = setting(1.0, "gradients are clipped to it")
     lora_rank: int = setting(64, "adapters on the language model; 0: all of it")
@@ -97,10 +97,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = DeScore.load(args.model, video=args.video, quant=args.quant)
     model.set_trainable(args.lora_rank, args.train_merger, args.train_vision)
-    own = ["query", "head.weight"]
-    groups = [{"params": own, "lr": args.head_lr or args.lr},
-              {"params": [name for name in model.trainable() if name not in own],
-               "lr": args.lr}]
+    own = [name for name in model.trainable() if name.startswith(OWN)]
+    rest = [name for name in model.trainable() if name not in own]
+    groups = [{"params": own, "lr": args.head_lr or args.lr}, {"params": rest, "lr": args.lr}]
     optimizer = run.prepare(model, groups, args.weight_decay)
     rates = [group["lr"] for group in groups]
     pairs = run.read_train("cot", "CoTs; `python -m support.annotate` writes them")

@@ -41,6 +41,7 @@ from support.shard import is_sharded
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # CoT tokens whose logits exist at one time: 2048 · 151,936 · 4 bytes = 1.2 GB.
 LOGITS_CHUNK = 2048
+OWN = ("query", "head.")  # the names of what is not the backbone
 
 
 class Thoughts(NamedTuple):
@@ -64,7 +65,7 @@ class DeScore(nn.Module):
         self.eos = processor.eos_id
         self.info: dict = {}  # what else descore.json says: training, score_mean, score_std
         self.dtype = backbone.dtype  # of frozen weights; what trains is float32
-        self.quant: str | None = None
+        self.quant, self.changed = None, set()  # of weights beside the adapter
         self.max_tokens = 16_384  # of rows that go through `group` together; one row at least
         self._reference: list[DeScore] = []  # in a list: not a part of this model
         text = self.qwen.config.text_config
@@ -134,7 +135,7 @@ class DeScore(nn.Module):
 
     def read_score(self, hidden: Tensor) -> Tensor:
         """r = w · h([Reward]), in float32: (..., H) → (...)."""
-        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
+        return self.head(hidden.to(self.query.dtype)).squeeze(-1).float()
 
     # -- think, then score
 
@@ -326,8 +327,9 @@ class DeScore(nn.Module):
                             f"pass --lora-rank {rank}, or 0 to merge it")
         elif adapted and not lora_rank:
             self.backbone = self.backbone.merge_and_unload()
-        for own in (self.query, self.head):
-            own.requires_grad_(True)
+        for name, parameter in self.named_parameters():
+            if name.startswith(OWN):
+                parameter.requires_grad_(True)
         for name, parameter in self.backbone.named_parameters():
             if ".visual." in name:
                 wanted = train_merger if "merger" in name else train_vision

@@ -46,7 +46,7 @@ class Args(RunArgs):
     out: str = setting("runs/rl", "the run's folder")
     steps: int = setting(65, "rollout batches")
     batch_size: int = setting(128, "pairs a rollout batch, over all ranks")
-    updates: int = setting(32, "optimiser steps a rollout batch, each on its share")
+    updates: int = setting(32, "optimiser steps a rollout batch")
     group_size: int = setting(8, "G: rollouts a video")
     temperature: float = setting(1.0, "of the sampling")
     top_p: float = setting(1.0, "of the sampling")

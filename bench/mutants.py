@@ -120,7 +120,7 @@ MUTANTS = [
     ("rl.py", "-(-len(units) // args.updates)", "len(units)", STEPS2),
     # -- the model
     ("model.py", "alpha = 2 * lora_rank", "alpha = lora_rank", STEPS1),
-    ("model.py", "for own in (self.query, self.head):", "for own in (self.head,):", STEPS1),
+    ("model.py", 'OWN = ("query", "head.")', 'OWN = ("head.",)', STEPS1),
     ("model.py", "/ 127.5 - 1)", "/ 255)", MODEL),
     ("model.py", "is_video = in_prompt & (ids", "is_video = (ids", MODEL),
     ("model.py", "deepstack_visual_embeds=deepstack,", "", MODEL),
@@ -172,6 +172,7 @@ MUTANTS = [
     ("support/filter.py", "implied = (a > b) - (a < b)", "implied = (a < b) - (a > b)", FORMATS),
     ("support/formats.py", '"same": "tie"', '"same": "A"', FORMATS),
     ("support/release.py", "1000: 0.2", "1000: 0.3", HACKABLE),
+    ("support/saved.py", "model.changed = set(weights)", "pass", MODEL),
     ("support/saved.py", '"dimensions": processor.dimensions', '"seen": True', HACKABLE),
 ]
 

@@ -61,6 +61,7 @@ def load_rest(model, directory: Path, is_adapter: bool) -> None:
             if name not in own or own[name].shape != tensor.shape:
                 raise DataError(f"{path}: {name} {tuple(tensor.shape)} does not fit {model.source}")
         model.load_state_dict(weights, strict=False)
+        model.changed = set(weights)
     elif is_adapter:
         raise DataError(f"{path}: the query vector and the head are missing")
     if (directory / "rm_head.pth").is_file():
@@ -81,12 +82,15 @@ def save(model, directory: Path, write: bool) -> None:
     processor = model.processor
     info = model.info | {"video": asdict(processor.settings), "instruction": processor.instruction,
                          "dimensions": processor.dimensions}
-    own = {"query": model.query, "head.weight": model.head.weight}
+    own = {"query": model.query} | {f"head.{name}": p for name, p in model.head.named_parameters()}
     if adapted:
         local = os.path.isdir(model.source)
         info["backbone"] = os.path.relpath(model.source, directory.resolve()) if local else model.source
-        # Mergers, say; what LoRA adds is in the adapter.
-        own |= {name: p for name, p in model.trainable().items() if ".lora_" not in name}
+        # Mergers, say, that train or have trained in an earlier stage. LoRA's are in the adapter.
+        for name, parameter in model.named_parameters():
+            trains = parameter.requires_grad and ".lora_" not in name
+            if trains or name in model.changed:
+                own[name] = parameter
         adapter = get_peft_model_state_dict(model.backbone, adapter_name="default",
                                             save_embedding_layers=False)
         adapter = {name: tensor.contiguous() for name, tensor in adapter.items()}

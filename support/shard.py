@@ -24,7 +24,8 @@ def shard(model) -> None:
     blocks = [*qwen.visual.blocks, *qwen.language_model.layers]
     for block in blocks:
         fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy, ignored_params={model.query, model.head.weight})
+    own = {model.query, *model.head.parameters()}
+    fully_shard(model, mp_policy=policy, ignored_params=own)
     # Which block is gathered ahead in the backward. Left to itself FSDP goes by the order of
     # the forwards, those of thinking included, of which ranks make different numbers.
     for block, before in zip(blocks, [model, *blocks]):

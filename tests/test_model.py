@@ -302,6 +302,21 @@ def test_saved_and_loaded_scores_are_bit_equal(rank, keys, tmp_path):
     assert suffixes <= {".json", ".safetensors", ".jinja"}
 
 
+def test_what_trained_in_an_earlier_stage_is_saved_by_a_later_one(keys, tmp_path):
+    """Stage 1 trains the mergers by default, stage 2 does not."""
+    model = DeScore.load(ROOT / "toy/backbone", device="cpu")
+    model.set_trainable(4, train_merger=True)
+    for parameter in model.trainable().values():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.save(tmp_path / "one")
+    later = DeScore.load(tmp_path / "one", device="cpu")
+    later.set_trainable(4)
+    later.save(tmp_path / "two")
+    again = DeScore.load(tmp_path / "two", device="cpu")
+    batch = make_batch(model, keys)
+    assert torch.equal(model.eval().score(batch, [None] * 3), again.score(batch, [None] * 3))
+
+
 def test_the_reference_is_the_policy_as_it_was(model, keys):
     tokens, mask = random_rollouts(model, 2, 2, 5)
     model.set_trainable(4)
