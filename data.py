@@ -41,8 +41,8 @@ A dimension gets 2 if it is fully met, 1 if partly, 0 if missed, \
 def make_instruction(dimensions=DIMENSIONS) -> str:
     """What the model is asked; <video> and <prompt> stand for the two things to be judged."""
     lists = []
-    for weight, kind in ((2, "primary"), (1, "secondary")):
-        *names, last = [name for name in dimensions if dimensions[name] == weight] or [""]
+    for heavy, kind in ((True, "primary"), (False, "secondary")):
+        *names, last = [name for name in dimensions if (dimensions[name] > 1) == heavy] or [""]
         if last:
             lists.append(f"{', '.join(names)} and {last} ({kind})" if names else f"{last} ({kind})")
     example = dict(zip(dimensions, (2, 1, "N/A", 2, 0) * len(dimensions)))
@@ -58,7 +58,7 @@ Grid = tuple[int, int, int]  # how many patches: in time, down, across
 
 
 class DataError(ValueError):
-    """Bad input from outside; the message names the file (and the row) and what is wrong."""
+    """Bad input; the message names the file (and row) and what is wrong."""
 
 
 @contextmanager
@@ -485,7 +485,7 @@ def read_pairs(path: str | Path, root: Path | None = None, dimensions=DIMENSIONS
 
 
 def read_text(path: Path) -> str:
-    """A whole text file. Raises DataError, naming it, if it is missing or not UTF-8."""
+    """A text file. Raises DataError, naming it, if missing or not UTF-8."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     with explained(f"{path}: not UTF-8 text", UnicodeDecodeError):

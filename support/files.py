@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from data import DataError, explained
+from data import DataError, explained, is_number
 
 
 def read_json(path: Path) -> dict:
@@ -36,6 +36,9 @@ def read_info(directory: Path) -> dict:
     for key, kind in KINDS.items():
         if key in info and not isinstance(info[key], kind):
             raise DataError(f"{path}: {key!r} is {info[key]!r}")
+    weights = info.get("dimensions", {"any": 1}).values()
+    if not weights or not all(is_number(weight) and weight > 0 for weight in weights):
+        raise DataError(f"{path}: 'dimensions' is {info['dimensions']!r}, not names with weights")
     return info
 
 

@@ -167,6 +167,8 @@ def test_a_damaged_model_is_refused_by_name(name, damage, saved, tmp_path):
 @pytest.mark.parametrize("content",
                          ["", "[]", "{", "{}", "nul", '{"backbone": 3}', '{"backbone": "x", "video": 5}',
                           '{"video": []}', '{"instruction": 7}', '{"dimensions": ["subject"]}',
+                          '{"dimensions": {}}', '{"dimensions": {"subject": "2"}}',
+                          '{"dimensions": {"subject": 0}}',
                           json.dumps({"backbone": str(ROOT / "toy/backbone"), "video": {"fps": "fast"}})])
 def test_damaged_settings_are_refused_by_name(content, saved, tmp_path):
     copy_with(saved, tmp_path, "descore.json", content.encode())
