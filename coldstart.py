@@ -1,6 +1,6 @@
 """Stage 1: discriminative cold start. The model learns to score with the Bradley-Terry loss.
 
-    python coldstart.py                                   # the embedded default, one process
+    python coldstart.py    # the embedded default, one process
     torchrun --nproc_per_node 8 coldstart.py --model Qwen/Qwen3-VL-8B-Instruct --train train.jsonl
 
 For each pair of videos, scored behind their CoTs,
@@ -27,14 +27,14 @@ from support.settings import RunArgs, setting
 
 @dataclass
 class Args(RunArgs):
-    """Stage 1 (DeScore, Section "Stage 1"; learning rate and p from the released code)."""
+    """Stage 1 (DeScore, Section "Stage 1"; rate and p from the released code)."""
 
     out: str = setting("runs/coldstart", "the run's folder")
     mask_p: float = setting(0.5, "p: chance that the CoTs of a pair are masked")
     epochs: int = setting(2, "passes over the pairs")
     batch_size: int = setting(32, "pairs a step, over all ranks")
     lr: float = setting(2e-6, "learning rate after warm-up, constant")
-    head_lr: float | None = setting(None, "of [Reward] and the head [lr]")
+    head_lr: float | None = setting(None, "of [Reward] and head [lr]")
     warmup: float = setting(0.05, "share of the steps it takes to rise")
     weight_decay: float = setting(0.01, "AdamW")
     max_grad_norm: float = setting(1.0, "gradients are clipped to it")
@@ -43,7 +43,7 @@ class Args(RunArgs):
     train_vision: bool = setting(False, "train the rest of the vision tower")
     max_pixels: int = setting(448 * 448, "pixels a frame, at most")
     max_prompt: int = setting(6144, "longest prompt in tokens")
-    max_tokens: int = setting(24_576, "tokens trained on at a time; a pair at least")
+    max_tokens: int = setting(24_576, "tokens at a time; a pair at least")
 
 
 def bt_loss(
@@ -74,7 +74,7 @@ def order(count: int, epochs: int, seed: int) -> list[int]:
 def make_plan(args: Args, pairs: list[Pair], run: Run) -> list:
     """Which pairs each step takes, masked or not, in micro-batches of like length."""
     plan, processor = [], run.model.processor
-    lengths = prompt_lengths(processor, keys_of(pairs))
+    lengths = prompt_lengths(processor, keys_of(pairs), run.ranks)
     seen = order(len(pairs), args.epochs, args.seed)
     for step, rows in enumerate(chunks(seen, args.batch_size)):
         masked = mask_pairs(len(rows), args.mask_p, args.seed, step)
@@ -102,8 +102,8 @@ def main() -> None:
     groups = [{"params": own, "lr": args.head_lr or args.lr}, {"params": rest, "lr": args.lr}]
     optimizer = run.prepare(model, groups, args.weight_decay)
     rates = [group["lr"] for group in groups]
-    pairs = run.read_train("cot", "CoTs; `python -m support.annotate` writes them")
-    pairs = [pair for pair in pairs if pair.preference == "A"]  # a tie has no winner
+    # A tie has no winner.
+    pairs = run.read_train("cot", "CoTs (see support.annotate)", ties=False)
     plan = make_plan(args, pairs, run)
     warmup = max(1, round(args.warmup * len(plan)))
 

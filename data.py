@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-# What a CoT judges, and how much each weighs in an overall score: primary 2, secondary 1.
+# What a CoT judges, and how much each weighs in an overall score; above 1 is primary.
 # Instruction, format, rewards, tables follow from here; a saved model carries its own.
 DIMENSIONS = {"subject": 2, "dynamics": 2, "camera": 1, "environment": 1, "style": 1}
 
@@ -501,7 +501,7 @@ def json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
                 record = json.loads(line)
             if not isinstance(record, dict):
                 raise DataError(f"{path}, row {row}: not a JSON object")
-            yield row, {"preference": "", **record}
+            yield row, record | {"preference": record.get("preference") or ""}
 
 
 def collect(path: Path, records: Iterable, root: Path | None, dimensions=DIMENSIONS) -> Pairs:
@@ -543,6 +543,6 @@ def make_pair(record: dict, where: str, root: Path, dimensions=DIMENSIONS) -> Pa
 
 
 if __name__ == "__main__":
-    command = [*sys.argv, "annotate"][1]
+    command = " ".join(sys.argv[1:2]) or "check"
     print(f"error: data.py {command} is now python -m support.{command}", file=sys.stderr)
     sys.exit(2)

@@ -212,7 +212,7 @@ def judge_pairs(model: DeScore, pairs: list[Pair], args: argparse.Namespace) -> 
     """Judge each (video, prompt) of the pairs once. With --out, judgements are appended line
     by line; a run that was cut off goes on behind them."""
     keys = list(dict.fromkeys(keys_of(pairs)))
-    journal = Journal(args.out, keys) if args.out else None
+    journal = Journal(args.out, keys, "score_no_cot") if args.out else None
     judged = dict(journal.records) if journal else {}
     if judged:
         print(f"{args.out}: {len(judged)} of {len(keys)} videos are judged already",

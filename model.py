@@ -50,7 +50,7 @@ class Thoughts(NamedTuple):
 
     tokens: Tensor  # (B, n, C) the end token included where there is one
     mask: Tensor  # (B, n, C) bool
-    logps: Tensor  # (B, n, C) log π(token | before) as sampled; 0 off the mask
+    logps: Tensor  # (B, n, C) log π(token | before) at the temperature; 0 off the mask
     scores: Tensor  # (B, n)
     scores_no_cot: Tensor | None = None  # (B,) right behind the prompt, if asked for
 
@@ -177,7 +177,7 @@ class DeScore(nn.Module):
         for rows in alike(batch.mask.sum(1).tolist()):
             cache.prefilled, some = rows, batch.select(rows)
             hidden = self.hidden_states(some, some.input_ids, some.position_ids, some.mask,
-                                        ~some.mask, past_key_values=cache)
+                                        torch.zeros_like(some.mask), past_key_values=cache)
             last = hidden[torch.arange(len(rows)), some.mask.sum(1) - 1]
             ends[rows] = last.to(ends.dtype)
         cache.prefilled = None
@@ -257,6 +257,7 @@ class DeScore(nn.Module):
         """Log-probabilities and scores of the G CoTs of each of B videos, in one forward;
         differentiable. tokens and mask (B, G, C) as `think` returns them. Returns logps (B, G, C)
         of what is sampled from at this temperature, 0 off the mask, and scores (B, G)."""
+        tokens, mask = tokens.to(self.device), mask.to(self.device)
         logps = torch.zeros(mask.shape, device=self.device)
         scores = torch.zeros(mask.shape[:2], device=self.device)
         for rows, hidden, at_source, at_reward in self.forwards(batch, tokens, mask):
@@ -423,8 +424,8 @@ class DeScore(nn.Module):
 
 
 def draw(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:
-    """Sample a token for each of (..., V) logits by the inverse of the cumulative
-    distribution, one uniform number in [0, 1) each (...)."""
+    """Sample a token for each of (..., V) logits: the inverse of the cumulative distribution at
+    one number in [0, 1) each (...)."""
     probs = logits.softmax(-1)
     if top_p < 1:
         ordered, index = probs.sort(-1, descending=True)
@@ -432,7 +433,7 @@ def draw(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:
         probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
     mass = probs.double().cumsum(-1)
     wanted = uniform[..., None].double() * mass[..., -1:]
-    return torch.searchsorted(mass, wanted, right=True)[..., 0]
+    return torch.searchsorted(mass, wanted, right=True)[..., 0].clamp(max=mass.shape[-1] - 1)
 
 
 def let_go(cache: GroupCache, rows: Tensor, hidden: Tensor, live: Tensor) -> tuple:

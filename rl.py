@@ -1,7 +1,7 @@
 """Stage 2: dual-objective reinforcement learning. GRPO trains the thinking, Bradley-Terry keeps
 the score calibrated.
 
-    python rl.py                                          # the embedded default, after coldstart.py
+    python rl.py    # the embedded default, after coldstart.py
     torchrun --nproc_per_node 8 rl.py --model runs/coldstart --train train.jsonl --test test.jsonl
 
 For each video of a pair, G rollouts of the policy are rewarded and compared within their group;
@@ -12,7 +12,7 @@ both losses:
     L_GRPO  = −E 1/G Σ_i 1/|o_i| Σ_k [ min(ρ A_i, clip(ρ, 1−ε, 1+ε) A_i) − β D_KL ]
     L       = L_GRPO + λ L_BT
 
-What is not here: no critic, no reward model but rules, no second copy of the model. π_old's
+What is not here: no critic, no learned reward, with LoRA no second copy of the model. π_old's
 log-probabilities are those recorded while sampling; π_ref is this model with the adapter that
 stage 1 left.
 """
@@ -273,7 +273,7 @@ def counts(run: Run, rollouts: list[Rollout]) -> list[float]:
 def make_plan(args: Args, pairs: list[Pair], run: Run) -> list:
     """Which pairs each update of each rollout batch takes, in micro-batches of like length
     that may fill the cache of their thoughts."""
-    plan, lengths = [], prompt_lengths(run.model.processor, keys_of(pairs))
+    plan, lengths = [], prompt_lengths(run.model.processor, keys_of(pairs), run.ranks)
     epochs = -(-args.steps * args.batch_size // len(pairs))
     seen = order(len(pairs), epochs, args.seed)
     for rows in chunks(seen, args.batch_size)[: args.steps]:
@@ -296,7 +296,6 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = DeScore.load(args.model, video=args.video, quant=args.quant)
     model.set_trainable(args.lora_rank, args.train_merger)
-    model.max_tokens = args.max_tokens
     if args.beta:
         model.keep_reference()
     groups = [{"params": list(model.trainable()), "lr": args.lr}]

@@ -47,7 +47,7 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], scores
     pairs = read_pairs(path, dimensions=dimensions)
     keys = list(dict.fromkeys(keys_of(pairs)))
     written = out.with_name(out.name + ".cots")
-    journal = Journal(written, keys)
+    journal = Journal(written, keys, "cot")
     done = dict(journal.records)
     if done:
         print(f"{written}: going on after {len(done)} of {len(keys)} videos")

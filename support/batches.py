@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import Batch, DataError, Key, Processor
-from support.ranks import Ranks
+from support.ranks import ALONE, Ranks
 
 THINK_TOKENS = 65_536  # thought at a time, unless told otherwise: at 8B a cache of 10 GB
 
 
-def prompt_lengths(processor: Processor, keys: list[Key]) -> dict[Key, int]:
-    """How many tokens the prompt of each key has. 0 where a video cannot be read: reading it will
-    say why."""
+def prompt_lengths(processor: Processor, keys: list[Key], ranks: Ranks = ALONE) -> dict[Key, int]:
+    """How many tokens the prompt of each key has; ranks that are given share the work. 0 where a
+    video cannot be read: reading it will say why."""
 
     def length(key: Key) -> int:
         try:
@@ -27,11 +27,11 @@ def prompt_lengths(processor: Processor, keys: list[Key]) -> dict[Key, int]:
         except DataError:
             return 0
 
-    keys = list(dict.fromkeys(keys))
+    keys = ranks.share(list(dict.fromkeys(keys)))
     with ThreadPoolExecutor() as pool:
         found = pool.map(length, keys)
         found = tqdm(found, "lengths", len(keys), unit="video", disable=len(keys) < 2000)
-        return dict(zip(keys, found))
+        return dict(ranks.gather(list(zip(keys, found))))
 
 
 def read_ahead(processor: Processor, groups: list[list[list[Key]]], workers: int = 0,

@@ -91,8 +91,9 @@ class Journal:
     """Records of (video, prompt) keys in a file of JSON lines, appended to as they come, so that a
     command that was cut off goes on behind them."""
 
-    def __init__(self, path: Path, keys: list[tuple[str, str]]):
-        """Raises DataError, naming the row, if the file holds anything but records of these."""
+    def __init__(self, path: Path, keys: list[tuple[str, str]], needed: str):
+        """Raises DataError, naming the row, if the file holds anything but records of these keys
+        in which a `needed` field stands."""
         self.records: dict[tuple[str, str], dict] = {}
         content = path.read_bytes() if path.is_file() else b""
         known = set(keys)
@@ -100,7 +101,7 @@ class Journal:
             other = f"{path}, row {row}: not of this command; remove the file or choose another"
             with explained(other, ValueError, LookupError, TypeError):
                 record = json.loads(line)
-                key = record["video"], record["prompt"]
+                key, _ = (record["video"], record["prompt"]), record[needed]
             if key not in known:
                 raise DataError(f"{path}: holds judgements of other videos; remove it or choose "
                                 "another file")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import DIMENSIONS, Pair, overall_score, parse_cot
 from support.command import run_command
-from support.files import read_info
+from support.files import local_folder, read_info
 from support.formats import read_pairs, write_pairs
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     add("out", type=Path, help="a file in our own format, JSON lines")
     add("--model", help="the saved model whose dimensions the CoTs judge [data.DIMENSIONS]")
     args = parser.parse_args()
-    info = read_info(Path(args.model)) if args.model else {}
+    info = read_info(local_folder(args.model)) if args.model else {}
     dimensions = info.get("dimensions", DIMENSIONS)
     pairs = read_pairs(args.pairs, dimensions=dimensions)
     verdicts = [consistent(pair, dimensions) for pair in pairs]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import Batch, DataError, Pair, Pairs
 from infer import evaluate
-from model import DeScore
+from model import OWN, DeScore
 from support.batches import deal, read_ahead
 from support.checkpoint import Checkpoints
 from support.files import remove
@@ -110,7 +110,7 @@ class Run:
             raise DataError("--train needs --model: a Qwen3-VL, directory or hub id")
         self.out, self.means = Path(self.args.out), Means()
         self.stop_asked, self.left_out, self.updates = False, 0, 0
-        self.kept: list[dict] = []  # what the step is to leave in rollouts.jsonl
+        self.kept: list[tuple[int, dict]] = []  # what the step leaves in rollouts.jsonl
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask_to_stop)
         checkpoints = self.out / "checkpoints"
@@ -157,6 +157,8 @@ class Run:
             model.qwen.activation_checkpointing_enable()
         if self.args.shard:
             shard(model)
+        model.max_tokens = self.args.max_tokens
+        model.info.pop("scoring_layout", None)  # what trains here is scored in our layout
         trainable = model.trainable()
         for group in groups:
             group["params"] = [trainable[name] for name in group["params"]]
@@ -170,20 +172,21 @@ class Run:
             print(summary(model))
         return self.optimizer
 
-    def read_train(self, field: str, what: str) -> list[Pair]:
-        """The pairs to train on, the preferred video first. Each must have `field`, such as
-        "cot", for both its videos; else DataError says that it has no `what`."""
+    def read_train(self, field: str, what: str, ties: bool = True) -> list[Pair]:
+        """The pairs to train on, the preferred video first, with ties or without. Each must have
+        `field`, such as "cot", for both its videos; else DataError says that it has no `what`."""
         args, dimensions = self.args, self.model.processor.dimensions
         pairs = read_pairs(args.train, args.label, args.root, dimensions)
         self.skipped = Skipped(self.out / "skipped.jsonl", pairs, args.max_skipped,
                                write=self.ranks.first)
         if self.ranks.first:
-            ties = sum(pair.preference == "tie" for pair in pairs)
-            print(f"{pairs.summary()}; {ties} of them ties, which have no winner")
-        for pair in pairs:
+            count = sum(pair.preference == "tie" for pair in pairs)
+            print(f"{pairs.summary()}; {count} of them ties, which have no winner")
+        kept = [pair for pair in pairs if ties or pair.preference != "tie"]
+        for pair in kept:
             if getattr(pair, f"{field}_a") is None or getattr(pair, f"{field}_b") is None:
                 raise DataError(f"{args.train}: the pair of {pair.video_a} has no {what}")
-        return [pair.winner_first() for pair in pairs]
+        return [pair.winner_first() for pair in kept]
 
     def deal(self, units: list[Unit], sizes: list[int], budget: int) -> list[list[tuple]]:
         """This rank's micro-batches of an update's units (`batches.deal`)."""
@@ -211,7 +214,7 @@ class Run:
             yield step, self.read(plan[step - 1], batches)
             figures = self.means.take(self.ranks, self.updates)
             self.log({"step": step, **figures, "seconds": time.time() - started})
-            for record in self.ranks.gather(self.kept):
+            for _, record in sorted(self.ranks.gather(self.kept), key=lambda both: both[0]):
                 self.log(record, "rollouts")
             self.kept = []
             progress.set_postfix({name: f"{figures[name]:.3f}" for name in self.shown})
@@ -305,14 +308,14 @@ class Run:
         if shards:
             (squares,) = self.ranks.sum([torch.nn.utils.get_total_norm(shards).item() ** 2])
             norm = (norm**2 + squares) ** 0.5
-        finite = math.isfinite(norm)
-        if finite:
+        is_finite = math.isfinite(norm)
+        if is_finite and norm > 0:  # where nothing counts, momentum and decay rest as well
             torch._foreach_mul_(shards + wholes, min(1.0, max_norm / (norm + 1e-6)))
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        self.means.add(grad_norm=norm, left_out=float(not finite))
-        self.left_out = 0 if finite else self.left_out + 1
+        self.means.add(grad_norm=norm, left_out=float(not is_finite))
+        self.left_out = 0 if is_finite else self.left_out + 1
         if self.left_out >= PATIENCE:
             raise DataError(f"{self.out}: the gradients of {PATIENCE} updates in a row were "
                             "not finite; the last checkpoint is from before them. A smaller "
@@ -325,14 +328,14 @@ class Run:
         G = len(texts) // (2 * len(micro.pairs))
         for i, (place, pair) in enumerate(zip(micro.places, micro.pairs)):
             for side, (video, prompt) in enumerate(pair.videos()):
-                b = 2 * i + side
-                if 2 * place + side < self.args.keep_rollouts and micro.weight[i]:
+                b, number = 2 * i + side, 2 * place + side
+                if number < self.args.keep_rollouts and micro.weight[i]:
                     rollouts = []
                     for g, cot in enumerate(texts[b * G : (b + 1) * G]):
                         found = {name: value[b, g].item() for name, value in figures.items()}
-                        rollouts.append({"cot": cot, **found})
-                    self.kept.append({"step": step, "video": video, "prompt": prompt,
-                                      "rollouts": rollouts})
+                        rollouts.append({"cot": cot, **finite(found)})
+                    record = {"step": step, "video": video, "prompt": prompt}
+                    self.kept.append((number, record | {"rollouts": rollouts}))
 
     def stops(self, step: int, last: int) -> bool:
         """Save a checkpoint where one is due. True if a signal has asked to stop."""
@@ -358,20 +361,23 @@ class Run:
     def log(self, record: dict, name: str = "metrics") -> None:
         """Add a record to metrics.jsonl or rollouts.jsonl; what is not finite becomes null."""
         if self.ranks.first:
-            for key, value in record.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    record[key] = None
-            self.logs[name].write(json.dumps(record) + "\n")
+            self.logs[name].write(json.dumps(finite(record)) + "\n")
             self.logs[name].flush()
+
+
+def finite(record: dict) -> dict:
+    """The record with None, JSON's null, for numbers that are not finite."""
+    odd = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
+    return record | dict.fromkeys(odd)
 
 
 def summary(model: DeScore) -> str:
     """What trains, with counts, in one line."""
-    kinds = {"query": "[Reward] and head", "head.": "[Reward] and head", ".lora_": "LoRA",
-             "merger": "mergers", ".visual.": "vision tower"}
+    kinds = {".lora_": "LoRA", "merger": "mergers", ".visual.": "vision tower"}
     counts = Counter()
     for name, parameter in model.trainable().items():
         kind = next((kinds[part] for part in kinds if part in name), "language model")
+        kind = "[Reward] and head" if name.startswith(OWN) else kind
         counts[kind] += parameter.numel()
     total = sum(p.numel() for p in model.parameters())
     trains = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())

@@ -63,7 +63,8 @@ class RunArgs:
 
 # Settings that may differ from one start of a run to the next: they do not change what it
 # computes.
-FREE = {"out", "preset", "resume", "save_every", "keep", "workers", "max_skipped"}
+FREE = {"out", "preset", "resume", "save_every", "keep", "workers", "max_skipped",
+        "keep_rollouts"}
 
 
 def parse_args(Args: type, toy: Path):

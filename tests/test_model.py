@@ -248,6 +248,12 @@ def test_some_run_into_the_limit_while_others_have_gone(model, keys):
     torch.testing.assert_close(logps, thoughts.logps, **EXACT)
 
 
+def test_what_is_sampled_for_a_video_goes_by_its_number(model, keys):
+    one, two = judge(model, [keys[0], keys[0]], 30, temperature=1.7)
+    (again,) = judge(model, keys[:1], 30, temperature=1.7, numbers=[1])
+    assert one["cot"] != two["cot"] == again["cot"]
+
+
 def test_greedy_thinking_is_transformers_own_generate(model, keys):
     asked = as_transformers_asks(model, keys[0])
     expected = model.qwen.generate(

@@ -337,7 +337,7 @@ def judged(plain, video, row):
 
 def update(plain, weights, reference, rows, videos):
     """The gradient of one update's loss; what is logged of it."""
-    figures = dict.fromkeys(("loss", "bt_loss", "bt_accuracy"), 0.0)
+    figures = dict.fromkeys(("loss", "grpo_loss", "bt_loss", "bt_accuracy"), 0.0)
     by_pair = {}
     for video in sorted(videos, key=lambda video: video["side"]):
         by_pair.setdefault(video["pair"], []).append(video)
@@ -356,6 +356,7 @@ def update(plain, weights, reference, rows, videos):
             loss -= objective.mean() / (len(videos) * G)
             video["kl"].append(kl.detach())
             video["clipped"].append(torch.stack([(A < 0) & (ratio < low), (A > 0) & (ratio > high)]))
+        figures["grpo_loss"] += loss.item()
         if rows[i]["preference"] != "tie":
             r_w, r_l = (scores.view(2, G)[side] for side in preferred(rows[i]))
             bt = -F.logsigmoid(r_w - r_l).sum() / (decided * G)

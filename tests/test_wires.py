@@ -96,6 +96,38 @@ def test_prompts_longer_than_the_limit_are_left_out(world_dir, tmp_path):
     assert done.returncode == 1 and "tokens, more than 60" in done.stderr
 
 
+def stage_1_on(pairs, tmp_path, *extra, check=True):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return run("coldstart.py", "--model", ROOT / "toy/backbone", "--train", tmp_path / "pairs.jsonl", "--out",
+               tmp_path / "out", "--epochs", 1, *QUICK[:-2], *extra, check=check)
+
+
+@pytest.fixture
+def absolute(world_dir):
+    pairs = [json.loads(line) for line in (world_dir / "train_cots.jsonl").read_text().splitlines()[:3]]
+    return [pair | {key: str(world_dir / pair[key]) for key in ("video_a", "video_b")} for pair in pairs]
+
+
+def test_a_tie_needs_no_cots_in_stage_1_for_it_is_not_used(absolute, tmp_path):
+    tie = {key: absolute[0][key] for key in ("prompt", "video_a", "video_b")} | {"preference": "tie"}
+    done = stage_1_on([pair | {"preference": "B"} for pair in absolute] + [tie], tmp_path)
+    assert "4 pairs; 1 of them ties" in done.stdout
+
+
+def test_a_pair_without_a_preference_is_refused_by_row(absolute, tmp_path):
+    done = stage_1_on([absolute[0], absolute[1] | {"preference": None}], tmp_path, check=False)
+    assert done.returncode == 1 and "row 2: preference is" in done.stderr
+
+
+def test_judgements_of_an_earlier_version_are_refused_by_row(world_dir, tmp_path):
+    pair = json.loads((world_dir / "test_id.jsonl").read_text().splitlines()[0])
+    old = {"video": str(world_dir / pair["video_a"]), "prompt": pair["prompt"], "cot": "x", "reward": 1.0}
+    (tmp_path / "out.jsonl").write_text(json.dumps(old) + "\n")
+    done = run("infer.py", "--pairs", world_dir / "test_id.jsonl", "--model", ROOT / "toy/backbone", "--out",
+               tmp_path / "out.jsonl", check=False)
+    assert done.returncode == 1 and "out.jsonl, row 1: not of this command" in done.stderr
+
+
 def test_an_update_that_is_not_finite_is_left_out_and_five_end_the_run():
     run, weight = object.__new__(Run), torch.nn.Parameter(torch.ones(3))
     run.out, run.ranks, run.means, run.updates, run.left_out = "out", Ranks(), Means(), 0, 0
@@ -104,8 +136,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_five_end_the_run():
         weight.grad = torch.tensor([1.0, float("nan"), 1.0])
         run.descend(1.0)
     assert torch.equal(weight.detach(), torch.ones(3)) and weight.grad is None
-    figures = run.means.take(run.ranks, run.updates)
-    assert figures["left_out"] == 1
+    assert run.means.take(run.ranks, run.updates)["left_out"] == 1
     weight.grad = torch.tensor([0.0, float("inf"), 0.0])
     with pytest.raises(DataError, match="were not finite"):
         run.descend(1.0)
