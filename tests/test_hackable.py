@@ -365,11 +365,12 @@ def test_the_releases_format_reward_takes_any_json_with_scores(text, expected):
 def test_the_releases_settings_are_a_preset(world_dir, tmp_path):
     preset = json.loads((ROOT / "support/release.json").read_text())
     own = ["support/release.py:format_reward=0.1", "support/release.py:length_reward=0.2"]
-    assert preset == {"loss_mean": "token", "dual_clip": 3.0, "clip_high": 0.3, "reward": own}
+    assert preset == {"loss_mean": "token", "dual_clip": 3.0, "clip_high": 0.3, "min_pixels": 3136,
+                      "reward": own}
     run("rl.py", *arguments(world_dir, tmp_path / "out", "--preset", "support/release.json",
                             "--clip-low", 0.25, "--dual-clip", 4))
     used = json.loads((tmp_path / "out/model/descore.json").read_text())["args"]
-    wanted = preset | {"dual_clip": 4, "clip_low": 0.25}  # flags go before the preset
+    wanted = preset | {"dual_clip": 4, "clip_low": 0.25, "min_pixels": 4096}  # flags go before the preset
     assert {name: used[name] for name in wanted} == wanted
     step_of(tmp_path / "out")
     for video in check_rollouts(tmp_path / "out", {"format": 0.1, "quality": 0.7, "length": 0.2}):
