@@ -155,6 +155,9 @@ class Run:
         groups of its parameters ({"params": names, "lr": rate})."""
         if self.args.gradient_checkpointing:
             model.qwen.activation_checkpointing_enable()
+        if self.args.shard and self.args.lora_rank:
+            raise DataError("--shard full splits a model of which all trains: it needs "
+                            "--lora-rank 0; adapters are small and need no splitting")
         if self.args.shard:
             shard(model)
         model.max_tokens = self.args.max_tokens
@@ -183,6 +186,8 @@ class Run:
             count = sum(pair.preference == "tie" for pair in pairs)
             print(f"{pairs.summary()}; {count} of them ties, which have no winner")
         kept = [pair for pair in pairs if ties or pair.preference != "tie"]
+        if not kept:
+            raise DataError(f"{args.train}: nothing but ties, from which nothing is learnt here")
         for pair in kept:
             if getattr(pair, f"{field}_a") is None or getattr(pair, f"{field}_b") is None:
                 raise DataError(f"{args.train}: the pair of {pair.video_a} has no {what}")

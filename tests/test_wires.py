@@ -114,6 +114,13 @@ def test_a_tie_needs_no_cots_in_stage_1_for_it_is_not_used(absolute, tmp_path):
     assert "4 pairs; 1 of them ties" in done.stdout
 
 
+def test_what_cannot_train_is_refused_before_it_starts(absolute, tmp_path):
+    ties = stage_1_on([pair | {"preference": "tie"} for pair in absolute], tmp_path, check=False)
+    assert ties.returncode == 1 and "nothing but ties" in ties.stderr
+    split = stage_1_on(absolute, tmp_path, "--shard", "full", check=False)  # with LoRA
+    assert split.returncode == 1 and "it needs --lora-rank 0" in split.stderr
+
+
 def test_a_pair_without_a_preference_is_refused_by_row(absolute, tmp_path):
     done = stage_1_on([absolute[0], absolute[1] | {"preference": None}], tmp_path, check=False)
     assert done.returncode == 1 and "row 2: preference is" in done.stderr
