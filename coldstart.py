@@ -102,8 +102,7 @@ def main() -> None:
     groups = [{"params": own, "lr": args.head_lr or args.lr}, {"params": rest, "lr": args.lr}]
     optimizer = run.prepare(model, groups, args.weight_decay)
     rates = [group["lr"] for group in groups]
-    # A tie has no winner.
-    pairs = run.read_train("cot", "CoTs (see support.annotate)", ties=False)
+    pairs = run.read_train("cot", "CoTs (see support.annotate)", ties=False)  # no winner
     plan = make_plan(args, pairs, run)
     warmup = max(1, round(args.warmup * len(plan)))
 

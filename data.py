@@ -223,7 +223,7 @@ class Batch:
                      (pick(features), [pick(level) for level in levels]))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on another device."""
+        """On another device."""
         tensors = (self.input_ids, self.mask, self.patches, self.grid, self.position_ids)
         tensors = [None if tensor is None else tensor.to(device) for tensor in tensors]
         features = self.features
@@ -321,7 +321,7 @@ class Processor:
             yield self.special["<|vision_end|>"]
 
     def collate(self, samples: list[Sample]) -> Batch:
-        """Put samples side by side."""
+        """Samples side by side."""
         ids = [sample.input_ids for sample in samples]
         ones = [torch.ones_like(row, dtype=torch.bool) for row in ids]
         return Batch(pad_sequence(ids, batch_first=True, padding_value=self.eos_id),
@@ -430,7 +430,7 @@ class Pair:
         return {"A": 1, "B": -1, "tie": 0}[self.preference]
 
     def videos(self) -> list[Key]:
-        """The two (video, prompt) keys by which a video's judgement is known."""
+        """The (video, prompt) keys by which its judgements are known."""
         return [(self.video_a, self.prompt), (self.video_b, self.prompt)]
 
     def winner_first(self) -> "Pair":

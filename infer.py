@@ -98,7 +98,7 @@ def judge_batch(
 
 
 def accuracy_without_ties(human: Tensor, margin: Tensor) -> float:
-    """Share of the pairs with a preference whose sign the margin has; a margin of 0 is wrong.
+    """Share of decided pairs whose sign the margin has; a margin of 0 is wrong.
 
     human (N,): +1 (A preferred), −1 (B), 0 (tie); margin (N,): r_A − r_B. NaN where every
     pair is a tie."""
@@ -209,10 +209,11 @@ def report(pairs: list[Pair], judged: Judged, dimensions: dict) -> dict:
 
 
 def judge_pairs(model: DeScore, pairs: list[Pair], args: argparse.Namespace) -> Judged:
-    """Judge each (video, prompt) of the pairs once. With --out, judgements are appended line
-    by line; a run that was cut off goes on behind them."""
+    """Judge each (video, prompt) of the pairs once. With --out, judgements are appended to a
+    file; a run that was cut off goes on there."""
     keys = list(dict.fromkeys(keys_of(pairs)))
-    journal = Journal(args.out, keys, "score_no_cot") if args.out else None
+    needed = "score" if args.cot == "on" else "score_no_cot"
+    journal = Journal(args.out, keys, needed) if args.out else None
     judged = dict(journal.records) if journal else {}
     if judged:
         print(f"{args.out}: {len(judged)} of {len(keys)} videos are judged already",

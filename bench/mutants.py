@@ -155,6 +155,8 @@ MUTANTS = [
     ("infer.py", "right[human != 0]", "right", EQUATIONS),
     ("infer.py", "allowed[1:-1] = size[1:] != size[:-1]", "pass", EQUATIONS),
     ("infer.py", "found.append(a - b)", "found.append(b - a)", STAGES),
+    ("infer.py", 'needed = "score" if', 'needed = "score_no_cot" if', WIRES),
+    ("support/annotate.py", "if not kept:", "if False:", WIRES),
     ("infer.py", "draw_seed(seed, number)", "draw_seed(seed)", MODEL),
     # -- support
     ("support/run.py", "min(1.0, max_norm / (norm + 1e-6))", "1.0", STEPS1),

@@ -62,6 +62,8 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], scores
             pair.scores_a, pair.scores_b = (cot["dimensional_scores"] for cot in found)
         if not scores or None not in found:
             kept.append(pair)
+    if not kept:
+        raise DataError(f"{out}: no scores can be read from any pair's CoTs; {written} has them")
     write_pairs(out, kept)
     written.unlink()
     print(f"{out}: {len(kept)} pairs, {len(keys)} videos annotated", end="")
