@@ -54,7 +54,7 @@ def main() -> None:
     for stage, found in stages.items():
         cells = (f"{found[name]:>15.3f}" if name in found else f"{'–':>15}" for name in COLUMNS)
         print(f"{stage:<10}" + "".join(cells))
-    print("\nid: the generators of the training pairs; ood: new ones, whose looks do not tell their quality")
+    print("\nid: the generators of the training pairs; ood: new ones, whose looks go with the opposite of it")
     times = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     print(f"seconds: {times}; figures in runs/demo.json")
 
