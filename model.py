@@ -18,7 +18,6 @@ CoT ends with the token <|im_end|>, which is predicted like any other but never 
 """
 
 import copy
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +28,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
-from data import DIMENSIONS, Batch, DataError, Processor, VideoSettings, explained, make_instruction
+from data import Batch, DataError, Processor
 from support import saved
 from support.attention import GroupCache, pack_rows
 from support.batches import alike, packed
 from support.command import LoraConfig, PeftModel, get_peft_model
-from support.files import local_folder, read_info
 from support.shard import is_sharded
 
 # What LoRA adapts: the language model's linear layers, not lm_head, embeddings, vision tower.
@@ -66,6 +64,7 @@ class DeScore(nn.Module):
         self.info: dict = {}  # what else descore.json says: training, score_mean, score_std
         self.dtype = backbone.dtype  # of frozen weights; what trains is float32
         self.quant, self.changed = None, set()  # of weights beside the adapter
+        self.has_head = False  # whether query and head are trained, or going to be
         self.max_tokens = 16_384  # of rows that go through `group` together; one row at least
         self._reference: list[DeScore] = []  # in a list: not a part of this model
         text = self.qwen.config.text_config
@@ -134,8 +133,9 @@ class DeScore(nn.Module):
             return self.qwen.lm_head(hidden).float()
 
     def read_score(self, hidden: Tensor) -> Tensor:
-        """r = w · h([Reward]), in float32: (..., H) → (...)."""
-        return self.head(hidden.to(self.query.dtype)).squeeze(-1).float()
+        """r = w · h([Reward]), in float32: (..., H) → (...); NaN where nothing can be read."""
+        r = self.head(hidden.to(self.query.dtype)).squeeze(-1).float()
+        return r if self.has_head else torch.full_like(r, torch.nan)
 
     # -- think, then score
 
@@ -272,6 +272,9 @@ class DeScore(nn.Module):
         """`forward_rows` for rows of like length together, so that little is padding, and at most
         `max_tokens`: row numbers and what it returns for them. A sharded model takes all rows at
         once, for its ranks have to run in step."""
+        if not self.has_head:
+            raise DataError(f"{self.source}: has no trained [Reward] query and head: it can "
+                            "think, but a score would be made up; train them with coldstart.py")
         batch = self.encode(batch)
         tokens, mask = tokens.to(self.device), mask.to(self.device)
         inputs = mask & (tokens != self.eos)
@@ -315,7 +318,7 @@ class DeScore(nn.Module):
             train_vision: bool = False) -> None:
         """Choose what trains: [Reward] and the head always; the language model through LoRA of a
         rank (alpha = 2 · rank) or, at rank 0, all of it; tower and mergers where asked."""
-        adapted = isinstance(self.backbone, PeftModel)
+        adapted, self.has_head = isinstance(self.backbone, PeftModel), True
         if self.quant and not lora_rank:
             raise DataError("4-bit weights cannot be trained themselves: --quant needs "
                             "--lora-rank above 0")
@@ -386,36 +389,13 @@ class DeScore(nn.Module):
             cls, source: str | Path, dtype: torch.dtype | None = None,
             device: torch.device | str | None = None, video: dict | None = None,
             quant: str | None = None) -> "DeScore":
-        """Load a saved DeScore, or a bare Qwen3-VL backbone with a fresh query and head.
+        """Load a saved DeScore, or a bare Qwen3-VL, which can think, and score once trained.
 
         source: a directory, a run's folder or a hub id; dtype: of frozen weights [bfloat16 on a
         GPU, else float32]; video: other `VideoSettings` than those saved; quant: "4bit" for the
-        frozen linear layers. Raises DataError saying what was looked for and where."""
-        directory = local_folder(source)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        info = read_info(directory)
-        is_adapter = "backbone" in info  # which names its backbone; full weights are one
-        backbone = info.pop("backbone", str(directory if os.path.isdir(source) else source))
-        if is_adapter and (directory / backbone).is_dir():
-            backbone = os.path.normpath(directory / backbone)
-        with explained(f"{directory}: video settings that make no sense", TypeError):
-            settings = VideoSettings(**info.pop("video", {}) | (video or {}))
-        qwen, tokenizer = saved.load_backbone(backbone, dtype, device, quant)
-        vision = qwen.config.vision_config
-        settings = replace(settings, patch_size=vision.patch_size,
-                           temporal_patch_size=vision.temporal_patch_size,
-                           merge_size=vision.spatial_merge_size)
-        dimensions = info.pop("dimensions", DIMENSIONS)
-        instruction = info.pop("instruction", make_instruction(dimensions))
-        model = cls(qwen, Processor(tokenizer, settings, instruction, dimensions), backbone)
-        model.dtype, model.quant, model.info = dtype, quant, info
-        saved.load_rest(model, directory, is_adapter)
-        if quant:  # its weights are on the device, and stay as they are
-            model.query.data, model.head = model.query.data.to(device), model.head.to(device)
-        else:
-            model.to(device)
-        return model.requires_grad_(False).eval()
+        frozen linear layers. Raises DataError, naming the file, for anything that is missing,
+        damaged or unused: every weight comes from the disk."""
+        return saved.load(cls, source, dtype, device, video, quant)
 
     def save(self, directory: str | Path, write: bool = True, **info) -> None:
         """Write the model to a directory, with `info` in its descore.json (`saved.save`)."""

@@ -29,7 +29,7 @@ def check(path: Path, settings: VideoSettings, label: str | None = None, root: P
     Returns False if any video is broken or missing. Raises DataError as `read_pairs` does, and if
     there is no such tokenizer."""
     with explained(f"{tokenizer}: no tokenizer that can be read", OSError, ValueError):
-        counter = AutoTokenizer.from_pretrained(tokenizer)
+        counter = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     processor = Processor(counter, settings)
     pairs = read_pairs(path, label, root)
     print(pairs.summary())

@@ -1,6 +1,7 @@
 """Files and folders that are complete or absent, and what hub ids stand for."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ def read_json(path: Path) -> dict:
     """A JSON object. Raises DataError, naming the file, if it holds anything else."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    with explained(f"{path}: not JSON", ValueError):
+    with explained(f"{path}: not JSON", ValueError, RecursionError):
         record = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(record, dict):
         raise DataError(f"{path}: not a JSON object")
@@ -22,13 +23,16 @@ def read_json(path: Path) -> dict:
 
 
 # What descore.json says, by type; anything else in it is kept as it is.
-KINDS = {"backbone": str, "video": dict, "instruction": (str, type(None)), "dimensions": dict}
+KINDS = {"backbone": str, "video": dict, "instruction": (str, type(None)), "dimensions": dict,
+         "tensors": list, "scoring_layout": str, "scoring_video": dict}
 
 
 def read_info(directory: Path) -> dict:
     """descore.json of a directory, {} for a bare backbone. Raises DataError if it is neither
     a saved DeScore nor a backbone, or what it says is of the wrong type."""
-    path = directory / "descore.json"
+    path, own = directory / "descore.json", directory / "descore.safetensors"
+    if own.is_file() and not path.is_file():
+        raise DataError(f"{path}: no such file, and it says how {own.name} is to be used")
     if not path.is_file() and not (directory / "config.json").is_file():
         raise DataError(f"{directory}: neither descore.json (a saved DeScore) nor config.json (a "
                         "Qwen3-VL, or with rm_head.pth a release of DeScore) is in it")
@@ -36,24 +40,31 @@ def read_info(directory: Path) -> dict:
     for key, kind in KINDS.items():
         if key in info and not isinstance(info[key], kind):
             raise DataError(f"{path}: {key!r} is {info[key]!r}")
+        if "tensors" in info and key in ("video", "instruction", "dimensions") and key not in info:
+            raise DataError(f"{path}: {key!r} is missing")
+    for key in ("score_mean", "score_std"):
+        if key in info and not (is_number(info[key]) and math.isfinite(info[key])):
+            raise DataError(f"{path}: {key!r} is {info[key]!r}, not a number")
     weights = info.get("dimensions", {"any": 1}).values()
-    if not weights or not all(is_number(weight) and weight > 0 for weight in weights):
+    if not weights or not all(is_number(weight) and 0 < weight < math.inf for weight in weights):
         raise DataError(f"{path}: 'dimensions' is {info['dimensions']!r}, not names with weights")
     return info
 
 
 def local_folder(source: str | Path) -> Path:
-    """The directory that a directory or a hub id stands for: a run's folder for the model
-    that it ended with, a hub id for its snapshot. Raises DataError where there is none."""
-    directory = Path(source)
-    if (directory / "model" / "descore.json").is_file():
-        return directory / "model"
-    if directory.is_dir():
-        return directory
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "rm_head.pth"]
+    """The directory that a directory or a hub id stands for: a hub id for its snapshot, a run's
+    folder for the model that it ended with, and `actor` of the authors' stage 2 for what its
+    shards were merged to. Raises DataError where there is none."""
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*rm_head.pth"]
     reason = f"{source}: no such directory, and no hub id that can be loaded"
     with explained(reason, OSError, ValueError):
-        return Path(snapshot_download(str(source), allow_patterns=wanted))
+        directory = Path(source)
+        if not directory.is_dir():
+            directory = Path(snapshot_download(str(source), allow_patterns=wanted))
+        for inside, file in (("model", "descore.json"), ("huggingface", "config.json")):
+            if (directory / inside / file).is_file():
+                return directory / inside
+    return directory
 
 
 def default_model() -> str:

@@ -7,19 +7,28 @@ from pathlib import Path
 
 import torch
 
-from data import Batch, DataError, Processor, read_text
+from data import Batch, DataError, Processor, explained, read_text
+
+HEADS = ("rm_head.weight", "base_model.model.rm_head.weight", "weight")  # names in rm_head.pth
+SCORING_VIDEO = {"min_pixels": 3136, "max_pixels": 200_704}  # thinking is at qwen-vl-utils' defaults
+
+
+def head_file(directory: Path) -> Path:
+    """Where a release has its rm_head.pth: with the weights, after stage 2 above them."""
+    return (directory.parent if directory.name == "huggingface" else directory) / "rm_head.pth"
 
 
 def load_head(model, path: Path) -> None:
     """Query and head of a checkpoint in the release's layout: the row of the token <Reward>
     in the embedding, and rm_head.pth, of which nothing but tensors is unpickled."""
-    try:
+    # Whatever a hostile or broken file makes the unpickler raise.
+    with explained(f"{path}: holds no head that can be read safely", Exception):
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        head = weights.get("rm_head.weight", weights.get("weight"))
+        weights = weights.get("model", weights)  # stage 2 has it one level down
+        (head,) = (weights[name] for name in HEADS if name in weights)
+        if not head.isfinite().all():
+            raise ValueError("values that are not finite")
         model.head.weight.data.copy_(head.reshape(model.head.weight.shape))
-    except Exception as error:  # whatever a hostile or broken file makes the unpickler raise
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: holds no head that can be read safely ({reason})") from error
     tokenizer = model.processor.tokenizer
     embedding = model.qwen.get_input_embeddings().weight
     token = tokenizer.convert_tokens_to_ids("<Reward>")
@@ -27,7 +36,8 @@ def load_head(model, path: Path) -> None:
         raise DataError(f"{path.parent}: rm_head.pth is there, but the tokenizer or the "
                         "embedding has no <Reward>")
     model.query.data.copy_(embedding[token])
-    model.info["scoring_layout"] = "release"
+    model.info = {"scoring_video": SCORING_VIDEO} | model.info | {"scoring_layout": "release"}
+    model.has_head = True
 
 
 def use_instruction(model, given: str) -> None:
@@ -42,11 +52,19 @@ def score(model, keys: list[tuple[str, str]], batch: Batch,
           cots: list[str | None]) -> torch.Tensor:
     """Score as the release does: the CoT is read again, inside the user's turn, and [Reward]
     follows it there. For models that were trained so; costs a second pass. `batch` holds the
-    same videos, encoded. Returns scores (B,)."""
+    same videos, encoded; with info["scoring_video"] they are seen again at another size. Returns
+    scores (B,)."""
+    own, size = model.processor, model.info.get("scoring_video")
+    settings = replace(own.settings, **size or {})
+    reader = Processor(own.tokenizer, settings, own.instruction, own.dimensions)
     samples = []
     for (video, prompt), cot in zip(keys, cots):
-        samples.append(model.processor.outline(video, prompt, cot or ""))
-    again = replace(model.processor.collate(samples), features=batch.features)
+        sample = reader.outline(video, prompt, cot or "")
+        if size:
+            sample = replace(sample, patches=reader(video, prompt).patches)
+        samples.append(sample)
+    again = reader.collate(samples)
+    again = again if size else replace(again, features=batch.features)
     return model.score(again, [None] * len(keys))
 
 

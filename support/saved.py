@@ -4,68 +4,171 @@ weights, and the tokenizer (README, "A saved model"). Functions of a DeScore, `m
 import json
 import os
 import shutil
-from dataclasses import asdict
+import warnings
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
-from data import DataError, explained
+from data import DIMENSIONS, DataError, Processor, VideoSettings, explained, make_instruction
 from support import release
 from support.command import PeftModel, get_peft_model_state_dict
-from support.files import local_folder, put_in_place
+from support.files import local_folder, put_in_place, read_info
 from support.shard import whole
+
+
+def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.device | str | None,
+         video: dict | None, quant: str | None):
+    """`DeScore.load`; cls is DeScore."""
+    directory = local_folder(source)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    # Whatever a damaged file makes other packages raise.
+    with silence(), explained(f"{directory}: no model can be loaded from it", Exception):
+        info = read_info(directory)
+        is_adapter = "backbone" in info  # which names its backbone; full weights are one
+        backbone = info.pop("backbone", str(directory if os.path.isdir(source) else source))
+        if is_adapter and (directory / backbone).is_dir():
+            backbone = os.path.normpath(directory / backbone)
+        with explained(f"{directory}: video settings that make no sense", TypeError):
+            settings = VideoSettings(**info.pop("video", {}) | (video or {}))
+        qwen, tokenizer = load_backbone(backbone, dtype, device, quant)
+        vision = qwen.config.vision_config
+        settings = replace(settings, patch_size=vision.patch_size,
+                           temporal_patch_size=vision.temporal_patch_size,
+                           merge_size=vision.spatial_merge_size)
+        dimensions = info.pop("dimensions", DIMENSIONS)
+        instruction = info.pop("instruction", make_instruction(dimensions))
+        tensors = info.pop("tensors", None)
+        model = cls(qwen, Processor(tokenizer, settings, instruction, dimensions), backbone)
+        model.dtype, model.quant, model.info = dtype, quant, info
+        load_rest(model, directory, is_adapter, tensors)
+        if quant:  # its weights are on the device, and stay as they are
+            model.query.data, model.head = model.query.data.to(device), model.head.to(device)
+        else:
+            model.to(device)
+    return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def silence():
+    """Within it transformers and peft print nothing: what they would warn of is checked here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: str | None):
     """A Qwen3-VL and its tokenizer from a directory or hub id. quant "4bit" keeps the language
     model's linear layers in NF4 with double quantisation (QLoRA, arXiv 2305.14314)."""
-    directory, options = local_folder(name), {}
+    directory, options = local_folder(name), {"trust_remote_code": False}
+    if (directory / "adapter_config.json").is_file():
+        raise DataError(f"{directory}: an adapter, and no descore.json says on which backbone")
     if quant:
         nf4 = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[r".*\.visual", "lm_head"])
-        options = {"quantization_config": nf4, "device_map": {"": device}}
+        options |= {"quantization_config": nf4, "device_map": {"": device}}
     reason = f"{name}: no Qwen3-VL can be loaded from this directory or hub id"
-    with explained(reason, OSError, ValueError, SafetensorError):
-        kind = AutoConfig.from_pretrained(directory).model_type
+    with explained(reason, Exception):
+        kind = AutoConfig.from_pretrained(directory, trust_remote_code=False).model_type
         if kind != "qwen3_vl":
             raise ValueError(f"it is a {kind}")
-        qwen = Qwen3VLForConditionalGeneration.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        qwen, found = Qwen3VLForConditionalGeneration.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    check_names(directory, lacking=found["missing_keys"], unused=found["unexpected_keys"])
+    check_finite(directory, dict(qwen.named_parameters()))
     for module in qwen.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # of 4 bits; rules out gradients
             module.support_avx512bf16_for_cpu = False
     return qwen, tokenizer
 
 
-def load_rest(model, directory: Path, is_adapter: bool) -> None:
+def load_rest(model, directory: Path, is_adapter: bool, tensors: list[str] | None) -> None:
     """What a saved model has beside its backbone: an adapter, the query, the head, and other
-    weights that trained. is_adapter: whether it is one on a backbone elsewhere."""
-    if (directory / "adapter_config.json").is_file():
-        if not (directory / "adapter_model.safetensors").is_file():
-            raise DataError(f"{directory}: it has adapter_config.json but no "
-                            "adapter_model.safetensors")
-        reason = f"{directory}: its adapter cannot be loaded on {model.source}"
-        with explained(reason, OSError, ValueError, TypeError, RuntimeError, SafetensorError):
-            model.backbone = PeftModel.from_pretrained(model.qwen, str(directory))
-    path = directory / "descore.safetensors"
-    if path.is_file():
-        with explained(f"{path}: cannot be read", OSError, SafetensorError):
-            weights = load_file(path)
-        own = model.state_dict()
-        for name, tensor in weights.items():
-            if name not in own or own[name].shape != tensor.shape:
-                raise DataError(f"{path}: {name} {tuple(tensor.shape)} does not fit {model.source}")
-        model.load_state_dict(weights, strict=False)
-        model.changed = set(weights)
-    elif is_adapter:
-        raise DataError(f"{path}: the query vector and the head are missing")
-    if (directory / "rm_head.pth").is_file():
-        release.load_head(model, directory / "rm_head.pth")
+    weights that trained. is_adapter: whether it is one on a backbone elsewhere; tensors: what
+    descore.safetensors must hold, where that is known."""
+    adapter = directory if is_adapter else directory / "lora_adapter"  # the release's stage 1
+    if is_adapter or adapter.is_dir():
+        load_adapter(model, adapter)
+    path, head = directory / "descore.safetensors", release.head_file(directory)
+    if path.is_file() or is_adapter or tensors:
+        load_own(model, path, tensors)
+    elif head.is_file():
+        release.load_head(model, head)
+
+
+def load_adapter(model, directory: Path) -> None:
+    path = directory / "adapter_model.safetensors"
+    for file in (directory / "adapter_config.json", path):
+        if not file.is_file():
+            raise DataError(f"{file}: no such file, and the model is an adapter")
+    with explained(f"{directory}: its adapter cannot be loaded on {model.source}", Exception):
+        model.backbone = PeftModel.from_pretrained(model.qwen, str(directory))
+        with safe_open(path, "pt") as file:
+            found = set(file.keys())
+        wanted = set(adapter_weights(model))
+    check_names(path, lacking=wanted - found, unused=found - wanted)
+    check_finite(path, adapter_weights(model))
+
+
+def load_own(model, path: Path, tensors: list[str] | None) -> None:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file, and the query vector and the head are in it")
+    with explained(f"{path}: cannot be read", Exception):
+        weights = load_file(path)
+    wanted = set(tensors or weights) | set(own_weights(model))
+    check_names(path, lacking=wanted - set(weights), unused=set(weights) - wanted)
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        fits = name in own and own[name].shape == tensor.shape and tensor.is_floating_point()
+        if not fits:
+            kind = f"{name} {tuple(tensor.shape)} of {tensor.dtype}"
+            raise DataError(f"{path}: {kind} does not fit {model.source}")
+    check_finite(path, weights)
+    model.load_state_dict(weights, strict=False)
+    model.changed, model.has_head = set(weights), True
+
+
+def check_names(place: Path, lacking: Iterable[str], unused: Iterable[str]) -> None:
+    """Raises DataError if there are any such tensors: a model is whole, and nothing is left over."""
+    for what, names in (("lacks", sorted(lacking)), ("has no place for", sorted(unused))):
+        if names:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            raise DataError(f"{place}: {what} {names[0]}{more}")
+
+
+@torch.no_grad()
+def check_finite(place: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Raises DataError if any of what was read there is NaN or infinite."""
+    for name, tensor in weights.items():
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # eight times as fast as each
+            raise DataError(f"{place}: {name} holds values that are not finite")
+
+
+def own_weights(model) -> dict[str, torch.Tensor]:
+    """Query and head."""
+    return {"query": model.query} | {f"head.{name}": p for name, p in model.head.named_parameters()}
+
+
+def adapter_weights(model) -> dict[str, torch.Tensor]:
+    return get_peft_model_state_dict(model.backbone, adapter_name="default",
+                                     save_embedding_layers=False)
 
 
 def save(model, directory: Path, write: bool) -> None:
@@ -82,7 +185,7 @@ def save(model, directory: Path, write: bool) -> None:
     processor = model.processor
     info = model.info | {"video": asdict(processor.settings), "instruction": processor.instruction,
                          "dimensions": processor.dimensions}
-    own = {"query": model.query} | {f"head.{name}": p for name, p in model.head.named_parameters()}
+    own = own_weights(model) if model.has_head else {}
     if adapted:
         local = os.path.isdir(model.source)
         info["backbone"] = os.path.relpath(model.source, directory.resolve()) if local else model.source
@@ -91,17 +194,17 @@ def save(model, directory: Path, write: bool) -> None:
             trains = parameter.requires_grad and ".lora_" not in name
             if trains or name in model.changed:
                 own[name] = parameter
-        adapter = get_peft_model_state_dict(model.backbone, adapter_name="default",
-                                            save_embedding_layers=False)
-        adapter = {name: tensor.contiguous() for name, tensor in adapter.items()}
+        adapter = {name: tensor.contiguous() for name, tensor in adapter_weights(model).items()}
         save_file(adapter, beside / "adapter_model.safetensors")
         config = model.backbone.peft_config["default"]
         config.base_model_name_or_path = info["backbone"]
         config.save_pretrained(beside)
     else:
         model.qwen.save_pretrained(beside, state_dict=weights)
-    own = {name: tensor.detach().contiguous() for name, tensor in own.items()}
-    save_file(own, beside / "descore.safetensors")
+    if own:
+        own = {name: tensor.detach().contiguous() for name, tensor in own.items()}
+        save_file(own, beside / "descore.safetensors")
+        info["tensors"] = sorted(own)
     processor.tokenizer.save_pretrained(beside)
     text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
     (beside / "descore.json").write_text(text, encoding="utf-8")

@@ -38,7 +38,9 @@ def world_dir(tmp_path_factory):
 def model():
     """The embedded backbone in float64, with a query and a head that do something."""
     torch.manual_seed(0)
-    return DeScore.load(ROOT / "toy/backbone", dtype=torch.float64, device="cpu").double()
+    model = DeScore.load(ROOT / "toy/backbone", dtype=torch.float64, device="cpu").double()
+    model.has_head = True
+    return model
 
 
 @pytest.fixture(scope="session")
