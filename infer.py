@@ -267,11 +267,8 @@ def main() -> None:
         release.use_instruction(model, args.instruction)
     dimensions = model.processor.dimensions
     if args.pairs:
-        pairs = read_pairs(args.pairs, args.label, args.root, dimensions)
-        for pair in pairs if args.instruction == "problem" else ():
-            if not pair.problem:
-                raise DataError(f"{args.pairs}: has no problem column to be the instruction")
-            pair.prompt = pair.problem
+        column = "problem" if args.instruction == "problem" else "prompt"
+        pairs = read_pairs(args.pairs, args.label, args.root, dimensions, column)
         print(pairs.summary(), file=sys.stderr)
         figures = report(pairs, judge_pairs(model, pairs, args), dimensions)
         print(json.dumps(figures) if args.json else tables.show_report(figures))

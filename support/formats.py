@@ -14,21 +14,24 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from data import DIMENSIONS, DataError, Pair, Pairs, collect, json_records, read_text
+from data import DIMENSIONS, DataError, Pair, Pairs, collect, explained, json_records, read_text
 
 SIDES = {"A": "A", "B": "B", "same": "tie", "tie": "tie", "invalid": None}
 VOTES = {"leftvote": "A", "rightvote": "B", "tievote": "tie", "bothbad_vote": "tie"}
-RESULTS = SIDES | {"Video 1 is better": "A", "Video 2 is better": "B"}
+RESULTS = {side.lower(): label for side, label in SIDES.items()}
+RESULTS |= {"video 1 is better": "A", "video 2 is better": "B"}
 LABELS = ("TA", "Overall")  # text alignment is what this method judges
 
 
 def read_pairs(path: str | Path, label: str | None = None, root: str | Path | None = None,
-               dimensions: dict[str, int] | None = None) -> Pairs:
+               dimensions: dict[str, int] | None = None, prompt: str = "prompt") -> Pairs:
     """Read a pair file of any kind: our own JSON lines, or a CSV file of one of FORMATS.
 
     label: the column of the preference, where there are several; by default TA, else Overall.
     root: the folder that paths are relative to; by default the file's own.
     dimensions: what reference sub-scores must be about; by default data.DIMENSIONS.
+    prompt: the column of the prompt; "problem" where a pair brings its whole instruction, for a
+    model that has none of its own.
 
     Returns the pairs; rows marked invalid or whose videos are missing are listed in `left_out`.
     Raises DataError, naming the file and the row, for anything that cannot be understood, a label
@@ -44,7 +47,8 @@ def read_pairs(path: str | Path, label: str | None = None, root: str | Path | No
             records = csv_records(text, columns, path, label)
         else:
             records = json_records(text, path)
-        return collect(path, records, root, dimensions or DIMENSIONS)
+        asked = ((row, with_prompt(record, prompt, f"{path}, row {row}")) for row, record in records)
+        return collect(path, asked, root, dimensions or DIMENSIONS)
     except csv.Error as error:
         raise DataError(f"{path}: not a CSV file that can be read ({error})") from error
 
@@ -64,9 +68,21 @@ def csv_records(text: str, columns: list[str], path: Path,
         where = f"{path}, row {number}"
         if None in row or None in row.values():  # too many values, or too few
             raise DataError(f"{where}: not {len(columns)} columns")
-        problem = row.get("problem")
-        record = convert(row, where)
-        yield number, record | {"prompt": row.get("prompt") or problem, "problem": problem}
+        texts = {name: row.get(name) for name in ("prompt", "problem")}
+        yield number, convert(row, where) | texts
+
+
+def with_prompt(record: dict, column: str, where: str) -> dict:
+    """The record with its `column` as the prompt. A problem is a whole instruction, and is never
+    put inside another."""
+    if record["preference"] is not None and not record.get(column):
+        if column == "problem":
+            raise DataError(f"{where}: no problem to be the instruction")
+        if record.get("problem"):
+            raise DataError(f"{where}: no prompt, and its problem is a whole instruction, which must "
+                            "not stand inside ours: pass --instruction problem to infer.py, or add "
+                            "a column with the prompts alone")
+    return record | {"prompt": record.get(column)}
 
 
 def label_column(columns: list[str], label: str | None, path: Path) -> str:
@@ -152,16 +168,18 @@ def two_videos(text: str, where: str) -> tuple[str, str]:
 def read_answer(text: str, where: str) -> dict:
     """The preference, and where it has them the sub-scores, of an `answer` in DeScore's release: a
     label alone, or JSON with a gsb_result, inside <answer> or not, in a ```json fence or not."""
-    text = text.strip()
-    block = text.partition("<answer>")[2].partition("</answer>")[0] or text
-    try:
-        answer = json.loads(block.strip().removeprefix("```json").strip("`"))
-        result = str(answer["gsb_result"]).strip()
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        if text not in SIDES and not text.startswith("Video"):
-            message = f"{where}: the answer has no gsb_result: {text[:80]!r}"
-            raise DataError(message) from error
-        answer, result = {}, text
+    block = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    answer, result = {}, block
+    if "{" in block:  # whatever stands around it
+        error = f"{where}: the answer has no gsb_result that can be read: {text[:80]!r}"
+        with explained(error, ValueError, LookupError, TypeError, RecursionError):
+            answer = json.loads(block[block.index("{") : block.rindex("}") + 1])
+            result = answer["gsb_result"]
+            if not isinstance(result, str):
+                raise TypeError("not a text")
+    result = result.strip().rstrip(".").lower()
+    if not answer and result not in RESULTS and not result.startswith("video"):
+        raise DataError(f"{where}: the answer has no gsb_result: {text[:80]!r}")
     # The release has many words for a tie: whatever names no winner.
     found = {"preference": RESULTS.get(result, "tie")}
     for key, name in (("scores_a", "video_1_scores"), ("scores_b", "video_2_scores")):
@@ -178,6 +196,7 @@ def plain_scores(scores):
     plain = {}
     for name, value in scores.items():
         name = "subject" if name == "object" else name
+        value = value.strip().upper() if isinstance(value, str) else value
         plain[name] = int(value) if value in ("0", "1", "2") else value
     return plain
 

@@ -22,6 +22,8 @@ from support.command import PeftModel, get_peft_model_state_dict
 from support.files import local_folder, put_in_place, read_info
 from support.shard import whole
 
+MOST_LAYERS = 1000  # a config.json with more is damaged, and making them would fill the memory
+
 
 def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.device | str | None,
          video: dict | None, quant: str | None):
@@ -85,9 +87,15 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: st
         options |= {"quantization_config": nf4, "device_map": {"": device}}
     reason = f"{name}: no Qwen3-VL can be loaded from this directory or hub id"
     with explained(reason, Exception):
-        kind = AutoConfig.from_pretrained(directory, trust_remote_code=False).model_type
-        if kind != "qwen3_vl":
-            raise ValueError(f"it is a {kind}")
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if config.model_type != "qwen3_vl":
+            raise ValueError(f"it is a {config.model_type}")
+        layers = max(config.text_config.num_hidden_layers, config.vision_config.depth)
+        if layers > MOST_LAYERS:
+            raise ValueError(f"its config.json speaks of {layers} layers")
+        if not hasattr(config, "quantization_config"):
+            for path in sorted(directory.glob("model*.safetensors")):
+                tensor_names(path)
         qwen, found = Qwen3VLForConditionalGeneration.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -120,9 +128,7 @@ def load_adapter(model, directory: Path) -> None:
             raise DataError(f"{file}: no such file, and the model is an adapter")
     with explained(f"{directory}: its adapter cannot be loaded on {model.source}", Exception):
         model.backbone = PeftModel.from_pretrained(model.qwen, str(directory))
-        with safe_open(path, "pt") as file:
-            found = set(file.keys())
-        wanted = set(adapter_weights(model))
+        found, wanted = tensor_names(path), set(adapter_weights(model))
     check_names(path, lacking=wanted - found, unused=found - wanted)
     check_finite(path, adapter_weights(model))
 
@@ -131,18 +137,26 @@ def load_own(model, path: Path, tensors: list[str] | None) -> None:
     if not path.is_file():
         raise DataError(f"{path}: no such file, and the query vector and the head are in it")
     with explained(f"{path}: cannot be read", Exception):
+        tensor_names(path)
         weights = load_file(path)
     wanted = set(tensors or weights) | set(own_weights(model))
     check_names(path, lacking=wanted - set(weights), unused=set(weights) - wanted)
     own = model.state_dict()
     for name, tensor in weights.items():
-        fits = name in own and own[name].shape == tensor.shape and tensor.is_floating_point()
-        if not fits:
-            kind = f"{name} {tuple(tensor.shape)} of {tensor.dtype}"
-            raise DataError(f"{path}: {kind} does not fit {model.source}")
+        if name not in own or own[name].shape != tensor.shape:
+            raise DataError(f"{path}: {name} {tuple(tensor.shape)} does not fit {model.source}")
     check_finite(path, weights)
     model.load_state_dict(weights, strict=False)
     model.changed, model.has_head = set(weights), True
+
+
+def tensor_names(path: Path) -> set[str]:
+    """The names in a safetensors file. Raises DataError if a tensor is not of real numbers."""
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            if (kind := file.get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                raise DataError(f"{path}: {name} is of type {kind}, no weight")
+        return set(file.keys())
 
 
 def check_names(place: Path, lacking: Iterable[str], unused: Iterable[str]) -> None:
