@@ -133,7 +133,8 @@ class DeScore(nn.Module):
             return self.qwen.lm_head(hidden).float()
 
     def read_score(self, hidden: Tensor) -> Tensor:
-        """r = w · h([Reward]), in float32: (..., H) → (...); NaN where nothing can be read."""
+        """r = w · h([Reward]), in float32: (..., H) → (...).
+        NaN of a head that is not trained."""
         r = self.head(hidden.to(self.query.dtype)).squeeze(-1).float()
         return r if self.has_head else torch.full_like(r, torch.nan)
 
@@ -273,8 +274,8 @@ class DeScore(nn.Module):
         `max_tokens`: row numbers and what it returns for them. A sharded model takes all rows at
         once, for its ranks have to run in step."""
         if not self.has_head:
-            raise DataError(f"{self.source}: has no trained [Reward] query and head: it can "
-                            "think, but a score would be made up; train them with coldstart.py")
+            raise DataError(f"{self.source}: has no trained [Reward] and head: it can think, "
+                            "but a score would be made up; see coldstart.py")
         batch = self.encode(batch)
         tokens, mask = tokens.to(self.device), mask.to(self.device)
         inputs = mask & (tokens != self.eos)
@@ -393,8 +394,8 @@ class DeScore(nn.Module):
 
         source: a directory, a run's folder or a hub id; dtype: of frozen weights [bfloat16 on a
         GPU, else float32]; video: other `VideoSettings` than those saved; quant: "4bit" for the
-        frozen linear layers. Raises DataError, naming the file, for anything that is missing,
-        damaged or unused: every weight comes from the disk."""
+        frozen linear layers. Raises DataError, naming the file, where a weight is missing,
+        damaged or left over."""
         return saved.load(cls, source, dtype, device, video, quant)
 
     def save(self, directory: str | Path, write: bool = True, **info) -> None:

@@ -295,6 +295,8 @@ def main() -> None:
     args = run.args
     torch.manual_seed(args.seed)
     model = DeScore.load(args.model, video=args.video, quant=args.quant)
+    if run.ranks.first and not model.has_head:
+        print("warning: [Reward] and head begin untrained, without stage 1")
     model.set_trainable(args.lora_rank, args.train_merger)
     if args.beta:
         model.keep_reference()

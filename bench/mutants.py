@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EQUATIONS, MODEL = "tests/test_equations.py", "tests/test_model.py"
 DATA, FORMATS, PARITY = "tests/test_data.py", "tests/test_formats.py", "tests/test_parity.py"
 STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_wires.py"
-HACKABLE = "tests/test_hackable.py"
+HACKABLE, SAVED = "tests/test_hackable.py", "tests/test_saved.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 MASKED = "tests/test_steps.py -k masked"
 
@@ -130,6 +130,8 @@ MUTANTS = [
     ("model.py", "cache.keep(videos, columns)", "pass", MODEL),
     ("model.py", 'set_adapter("reference", inference_mode=True)', 'set_adapter("default")', MODEL),
     ("model.py", "cache.step = 0  #", "#", MODEL),
+    ("model.py", "r if self.has_head else torch.full_like(r, torch.nan)", "r", SAVED),
+    ("model.py", "if not self.has_head:", "if False:", SAVED),
     ("model.py", "~(is_end & thoughts.mask).any(-1)", "(is_end & thoughts.mask).any(-1)", MODEL),
     ("model.py", "position[rows] + C)", "position[rows] + C + 1)", MODEL),
     ("model.py", "(batch.position_ids.amax((0, 2)) + 1)", "(batch.position_ids.amax((0, 2)))", MODEL),
@@ -175,6 +177,20 @@ MUTANTS = [
     ("support/formats.py", '"same": "tie"', '"same": "A"', FORMATS),
     ("support/release.py", "1000: 0.2", "1000: 0.3", HACKABLE),
     ("support/saved.py", "model.changed = set(weights)", "pass", MODEL),
+    ("support/saved.py", 'lacking=found["missing_keys"]', "lacking=()", SAVED),
+    ("support/saved.py", 'unused=found["unexpected_keys"]', "unused=()", SAVED),
+    ("support/saved.py", "lacking=wanted - found, unused=found - wanted", "lacking=(), unused=()", SAVED),
+    ("support/saved.py", "set(tensors or weights) | ", "set() | ", SAVED),
+    ("support/saved.py", "lacking=wanted - set(weights)", "lacking=()", SAVED),
+    ("support/saved.py", "check_finite(path, weights)", "pass", SAVED),
+    ("support/saved.py", "check_finite(path, adapter_weights(model))", "pass", SAVED),
+    ("support/saved.py", "check_finite(directory, dict(qwen.named_parameters()))", "pass", SAVED),
+    ("support/saved.py", "own_weights(model) if model.has_head else {}", "own_weights(model)", SAVED),
+    ("support/release.py", "replace(own.settings, **size or {})", "own.settings", SAVED),
+    ("support/release.py", "if not head.isfinite().all():", "if False:", SAVED),
+    ("support/formats.py", 'if record.get("problem"):', "if False:", FORMATS),
+    ("support/formats.py", 'return record | {"prompt": record.get(column)}',
+     'return record | {"prompt": record["prompt"]}', FORMATS),
     ("support/saved.py", '"dimensions": processor.dimensions', '"seen": True', HACKABLE),
 ]
 

@@ -59,6 +59,7 @@ def make(size: str, device: str) -> DeScore:
         qwen = Qwen3VLForConditionalGeneration(config)
         torch.set_default_dtype(torch.float32)
     model = DeScore(qwen, Processor(tokenizer, VideoSettings()), "random")
+    model.has_head = True
     model.requires_grad_(False)
     return model.to(device)
 
@@ -218,6 +219,7 @@ def main() -> None:
         subprocess.run([sys.executable, ROOT / "toy/world.py", folder, "--pairs", "24", "--test-pairs", "1"],
                        check=True, stdout=subprocess.DEVNULL)
         toy = DeScore.load(ROOT / "toy/backbone", device=device)
+        toy.has_head = True  # a fresh one
         keys = keys_of(read_pairs(f"{folder}/train.jsonl"))
 
         def judge(think_tokens: int, workers: int) -> list[float]:

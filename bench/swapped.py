@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=100, help="in domain and out of domain each")
     args = parser.parse_args()
     model = DeScore.load(ROOT / "toy/backbone")
+    model.has_head = True  # a fresh one, whose scores are not looked at
     print("| pairs | R_q | format | R_q, swapped | format, swapped |\n| --- | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "toy/world.py", folder, "--pairs", "0", "--test-pairs",

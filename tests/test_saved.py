@@ -80,7 +80,7 @@ def test_a_backbone_thinks_but_does_not_score(keys, tmp_path):
     batch = model.processor.collate([model.processor(*key) for key in keys[:2]])
     thoughts = model.think(batch, 2, 5, seeds=[1, 2], without_cot=True)
     assert thoughts.scores.isnan().all() and thoughts.scores_no_cot.isnan().all()
-    with pytest.raises(DataError, match=r"toy/backbone: has no trained \[Reward\] query and head"):
+    with pytest.raises(DataError, match=r"toy/backbone: has no trained \[Reward\] and head"):
         model.score(batch, COTS)
     with pytest.raises(DataError, match="has no trained"):
         model.group(batch, thoughts.tokens, thoughts.mask)
