@@ -176,7 +176,7 @@ def check_names(place: Path, lacking: Iterable[str], unused: Iterable[str]) -> N
 @torch.no_grad()
 def check_finite(place: Path, weights: dict[str, torch.Tensor]) -> None:
     """Raises DataError if any of what was read there is NaN or infinite."""
-    for name, tensor in weights.items():  # the extremes are found much faster than each is looked at
+    for name, tensor in weights.items():  # to look at the extremes is much faster than at each
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise DataError(f"{place}: {name} holds values that are not finite")
 

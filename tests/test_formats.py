@@ -81,21 +81,52 @@ def test_the_release_of_descore(folder):
     two = write_csv(folder / "2.csv", ["videos", "problem", "answer"],
                     ['["a.mp4", "b.mp4"]', "Judge: x", f"<answer>{json.dumps(answer)}</answer>"],
                     ['["a.mp4", "b.mp4"]', "Judge: x",
-                     f"<answer>{json.dumps(answer | {'gsb_result': 'Both'})}</answer>"])
-    pairs = read_pairs(two)
-    assert [pair.preference for pair in pairs] == ["B", "tie"]
+                     f"<answer>{json.dumps(answer | {'gsb_result': 'Both'})}</answer>"],
+                    ["['a.mp4', 'b.mp4']", "Judge: x", "Video 1 is better"])
+    pairs = read_pairs(two, prompt="problem")
+    assert [pair.preference for pair in pairs] == ["B", "tie", "A"]
     assert pairs[0].scores_a == pairs[0].scores_b == SCORES and pairs[0].prompt == "Judge: x"
-    quoted = {"video_1_scores": {name: str(value) for name, value in SCORES.items()}}
-    fenced = f"<think>x</think><answer>\n```json\n{json.dumps(answer | quoted)}\n```</answer>"
-    two = write_csv(folder / "2.csv", ["videos", "problem", "answer"], ["['a.mp4', 'b.mp4']", "x", fenced],
-                    ["['a.mp4', 'b.mp4']", "x", "Video 1 is better"])
-    pairs = read_pairs(two)
-    assert [pair.preference for pair in pairs] == ["B", "A"]
-    assert pairs[0].scores_a == pairs[0].scores_b == SCORES
     three = write_csv(folder / "3.csv", ["video_A", "video_B", "prompt", "answer"],
                       ["a.mp4", "b.mp4", "x", "A"], ["a.mp4", "b.mp4", "x", "Video 1 is better"],
                       ["a.mp4", "b.mp4", "x", '<answer>{"gsb_result": "B"}</answer>'])
     assert [pair.preference for pair in read_pairs(three)] == ["A", "A", "B"]
+
+
+QUOTED = {name: f" {value} " for name, value in SCORES.items()}
+JUDGED = json.dumps({"video_1_scores": SCORES, "video_2_scores": QUOTED, "gsb_result": "Video 2 is better."})
+
+
+@pytest.mark.parametrize("answer", [
+    JUDGED, "<answer>{}</answer>", "<answer>\n```json\n{}\n```\n</answer>", "<answer>```\n{}```</answer>",
+    "<answer>``` JSON \n{}\n```  \n</answer>", "```json\n{}\n```", "<answer>So:\n```json\n{}\n```</answer>",
+    "<think>then in <answer> …</think><answer>{}</answer>", "<think>x</think>\n<answer>{}"])
+def test_an_answer_is_read_in_any_wrapping(folder, answer):
+    path = write_csv(folder / "2.csv", ["videos", "prompt", "problem", "answer"],
+                     ["['a.mp4', 'b.mp4']", "x", "Judge: x", answer.replace("{}", JUDGED)])
+    (pair,) = read_pairs(path)
+    assert (pair.preference, pair.scores_a, pair.scores_b) == ("B", SCORES, SCORES)
+
+
+@pytest.mark.parametrize(("answer", "preference"), [
+    ("<answer>A</answer>", "A"), ("video 1 is better", "A"), (" B\n", "B"), ("Video 1 and 2 tie", "tie"),
+    ('{"gsb_result": "Same"}', "tie"), ('{"gsb_result": "neither"}', "tie"), ("<answer>tie</answer>", "tie")])
+def test_labels_of_an_answer(folder, answer, preference):
+    path = write_csv(folder / "2.csv", ["videos", "prompt", "answer"], ["['a.mp4', 'b.mp4']", "x", answer])
+    assert [pair.preference for pair in read_pairs(path)] == [preference]
+
+
+def test_a_problem_never_stands_inside_another_instruction(folder):
+    columns, row = ["videos", "problem", "answer"], ["['a.mp4', 'b.mp4']", "Judge: x", "A"]
+    path = write_csv(folder / "2.csv", columns, row)
+    with pytest.raises(DataError, match=r"2\.csv, row 1: no prompt, and its problem is a whole instruction"):
+        read_pairs(path)
+    assert read_pairs(path, prompt="problem")[0].prompt == "Judge: x"
+    path = write_csv(folder / "2.csv", ["videos", "prompt", "answer"], row)
+    assert read_pairs(path)[0].prompt == "Judge: x"
+    with pytest.raises(DataError, match=r"2\.csv, row 1: no problem to be the instruction"):
+        read_pairs(path, prompt="problem")
+    both = write_csv(folder / "2.csv", ["prompt", *columns], ["x", *row])
+    assert [read_pairs(both, prompt=name)[0].prompt for name in ("prompt", "problem")] == ["x", "Judge: x"]
 
 
 @pytest.mark.parametrize(("columns", "row", "message"), [
@@ -105,9 +136,12 @@ def test_the_release_of_descore(folder):
     (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4"], r"row 1: not 4 columns"),
     (["videos", "problem", "prompt", "CoT_A", "CoT_B", "GSB"], ["a.mp4", "p", "x", "", "", "A"],
      r"row 1: videos is not"),
-    (["videos", "problem", "answer"], ["['a.mp4','b.mp4']", "p", "<answer>{}</answer>"],
+    (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", "<answer>{}</answer>"],
      r"row 1: the answer has no"),
-    (["videos", "problem", "answer"], ["['a.mp4','b.mp4']", "p", json.dumps(
+    (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", '{"gsb_result": null}'],
+     r"row 1: the answer has no gsb_result .*not a text"),
+    (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", "both"], r"row 1: the answer has no"),
+    (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", json.dumps(
         {"gsb_result": "A", "video_1_scores": {"subject": "3"}})], r"row 1: scores_a is not"),
     (["left_model", "right_model", "vote_type", "prompt"], ["m", "n", "leftvote", "x"],
      r"without left_video"),
