@@ -60,6 +60,7 @@ class DeScore(nn.Module):
                  source: str):
         super().__init__()
         self.backbone, self.processor, self.source = backbone, processor, source
+        self.name = source  # for messages: where the whole was loaded from
         self.eos = processor.eos_id
         self.info: dict = {}  # what else descore.json says: training, score_mean, score_std
         self.dtype = backbone.dtype  # of frozen weights; what trains is float32
@@ -274,7 +275,7 @@ class DeScore(nn.Module):
         `max_tokens`: row numbers and what it returns for them. A sharded model takes all rows at
         once, for its ranks have to run in step."""
         if not self.has_head:
-            raise DataError(f"{self.source}: has no trained [Reward] and head: it can think, "
+            raise DataError(f"{self.name}: has no trained [Reward] and head: it can think, "
                             "but a score would be made up; see coldstart.py")
         batch = self.encode(batch)
         tokens, mask = tokens.to(self.device), mask.to(self.device)
@@ -328,7 +329,7 @@ class DeScore(nn.Module):
             config = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=LORA_TARGETS)
             self.backbone = get_peft_model(self.backbone, config)
         elif lora_rank and (rank := self.backbone.peft_config["default"].r) != lora_rank:
-            raise DataError(f"{self.source}: its adapter has rank {rank}, not {lora_rank}; "
+            raise DataError(f"{self.name}: its adapter has rank {rank}, not {lora_rank}; "
                             f"pass --lora-rank {rank}, or 0 to merge it")
         elif adapted and not lora_rank:
             self.backbone = self.backbone.merge_and_unload()

@@ -40,6 +40,7 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
             backbone = os.path.normpath(directory / backbone)
         with explained(f"{directory}: video settings that make no sense", TypeError):
             settings = VideoSettings(**info.pop("video", {}) | (video or {}))
+            replace(settings, **info.get("scoring_video", {}))
         qwen, tokenizer = load_backbone(backbone, dtype, device, quant)
         vision = qwen.config.vision_config
         settings = replace(settings, patch_size=vision.patch_size,
@@ -49,7 +50,7 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
         instruction = info.pop("instruction", make_instruction(dimensions))
         tensors = info.pop("tensors", None)
         model = cls(qwen, Processor(tokenizer, settings, instruction, dimensions), backbone)
-        model.dtype, model.quant, model.info = dtype, quant, info
+        model.name, model.dtype, model.quant, model.info = str(source), dtype, quant, info
         load_rest(model, directory, is_adapter, tensors)
         if quant:  # its weights are on the device, and stay as they are
             model.query.data, model.head = model.query.data.to(device), model.head.to(device)

@@ -178,7 +178,7 @@ def test_a_backbone_of_another_size_is_an_error(copied):
 
 def test_another_rank_blames_the_adapter(copied):
     if copied.name == "adapter":
-        with pytest.raises(DataError, match="its adapter has rank 2, not 8; pass --lora-rank 2"):
+        with pytest.raises(DataError, match=f"{copied}: its adapter has rank 2, not 8; pass --lora-rank 2"):
             load(copied).set_trainable(8)
 
 
@@ -343,6 +343,9 @@ def test_what_the_authors_code_writes_scores_as_their_code_does(stage, keys, tmp
     model.save(tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert list(judge(again, keys[:2], max_new_tokens=5)) == found[0]
+    change_json(tmp_path / "saved/descore.json", scoring_video={"max_pixels": "many"})
+    with pytest.raises(DataError, match="saved: video settings that make no sense"):
+        load(tmp_path / "saved")
 
 
 def test_shards_that_were_not_merged_are_an_error(tmp_path):
