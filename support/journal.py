@@ -1,0 +1,113 @@
+"""Judgements that outlast the command that makes them, and what made them."""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from data import DataError, Key, explained
+
+# What stands in a record, by type, and what must, by --cot: on, off, or CoTs alone.
+KINDS = {"video": str, "prompt": str, "cot": str, "truncated": bool, "score": float,
+         "score_no_cot": float}
+NEEDED = {"on": list(KINDS), "off": ["video", "prompt", "score_no_cot"],
+          None: ["video", "prompt", "cot"]}
+# The settings of infer and annotate that decide a record.
+DECIDING = ("model", "api", "api_model", "cot", "samples", "temperature", "seed", "max_new_tokens")
+
+
+class Journal:
+    """Records of (video, prompt) keys in a file of JSON lines, which is only appended to, so that a
+    command that was cut off goes on behind them. Its first line says what made the others."""
+
+    def __init__(self, path: Path, made_by: dict, keys: list[Key]):
+        """made_by: what decides the records. Raises DataError, naming the row, if the file holds
+        anything but records of these keys, or something else has made them."""
+        self.path, self.keys, self.fields = path, set(keys), NEEDED[made_by.get("cot")]
+        self.made_by = json.loads(json.dumps(made_by))  # as it will be read
+        self.records: dict[Key, dict] = {}
+        first = json.dumps({"made_by": self.made_by}) + "\n"
+        content = path.read_bytes() if path.is_file() else b""
+        *lines, half = content.split(b"\n")
+        if not lines and not first.encode().startswith(half):
+            lines = [half]  # no half of ours: somebody's file, which `read` refuses
+        for row, line in enumerate(lines, 1):
+            other = f"{path}, row {row}: not of this command; remove the file or choose another"
+            with explained(other, ValueError, LookupError, TypeError, RecursionError):
+                self.read(row, json.loads(line))
+        with explained(f"{path}: cannot be written", OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if half:  # what a kill has left of a line is written anew
+                os.truncate(path, len(content) - len(half))
+        if not lines:
+            self.append(first)
+        if self.records:
+            print(f"{path}: going on after {len(self.records)} of {len(keys)} videos",
+                  file=sys.stderr)
+
+    def read(self, row: int, record: dict) -> None:
+        """Take up a line of the file, if it is what this command would write."""
+        if row == 1:
+            if "made_by" not in record:
+                raise ValueError("it does not say what made the file")
+            before, now = record["made_by"], self.made_by
+            differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+            if differ:
+                raise DataError(f"{self.path}: made with another {', '.join(differ)}; remove the "
+                                "file or choose another")
+            return
+        for name in self.fields:
+            if not fits(record[name], KINDS[name]):
+                raise TypeError(f"{name} is {record[name]!r}")
+        key = record["video"], record["prompt"]
+        if key not in self.keys:
+            raise DataError(f"{self.path}: holds judgements of other videos; remove it or choose "
+                            "another file")
+        self.records[key] = record
+
+    def add(self, record: dict) -> None:
+        """Add what was found of a key. One that could not be read is left for another time."""
+        if "error" in record:
+            return
+        self.records[record["video"], record["prompt"]] = record
+        self.append(json.dumps(record, allow_nan=False) + "\n")
+
+    def append(self, line: str) -> None:
+        message = f"{self.path}: cannot be written; once it can, the same command goes on"
+        # Opened for each line: what could not be written is not tried again at the end.
+        with explained(message, OSError), self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+
+def fits(value, kind: type) -> bool:
+    return type(value) is kind and (kind is not float or math.isfinite(value))
+
+
+def deciding(args: Namespace) -> dict:
+    """The settings of a command that decide its records."""
+    return {name: value for name, value in vars(args).items() if name in DECIDING}
+
+
+def made_by(model, args: Namespace) -> dict:
+    """What makes the records of a model: its weights, what it is shown, how it thinks and scores."""
+    processor = model.processor
+    return deciding(args) | {
+        "weights": fingerprint(model), "dtype": str(model.dtype), "instruction": processor.instruction,
+        "video": asdict(processor.settings), "layout": model.info.get("scoring_layout", "ours")}
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A name for the weights that a model has, wherever they came from: SHA-256 over the sums of
+    their bits, which are exact and quick on any device."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        total = tensor.view(bits).sum(dtype=torch.int64).item()
+        digest.update(f"{name} {tuple(tensor.shape)} {total}\n".encode())
+    return digest.hexdigest()
