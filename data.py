@@ -487,7 +487,7 @@ def read_pairs(path: str | Path, root: Path | None = None, dimensions=DIMENSIONS
 def read_text(path: Path) -> str:
     """A text file. Raises DataError, naming it, if missing or not UTF-8."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
     with explained(f"{path}: not UTF-8 text", UnicodeDecodeError):
         return path.read_text(encoding="utf-8-sig")
 

@@ -6,10 +6,10 @@
 """
 
 import argparse
-import json
+import os
 import statistics
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,51 +19,62 @@ from tqdm import tqdm
 from data import DataError, Key, Pair, agreement, both, follows_format, keys_of, parse_cot
 from model import DeScore
 from support import release, tables
-from support.batches import THINK_TOKENS, draw_seed, packed, prompt_lengths, read_ahead
+from support.batches import THINK_TOKENS, draw_seed, packed, prompt_lengths, read_ahead, sort_out
 from support.command import run_command
-from support.files import Journal, default_model
+from support.files import default_model
 from support.formats import read_pairs
-from support.ranks import Ranks
+from support.journal import Journal, made_by
+from support.ranks import ALONE, Ranks
 from support.shard import gathered
 
 
 def judge(
         model: DeScore, keys: list[Key], max_new_tokens=4096, temperature=0.0,
         seed=0, think_tokens=THINK_TOKENS, done: Collection[Key] = (), samples=1,
-        think=True, without_cot=False, workers=0,
-        numbers: list[int] | None = None) -> Iterator[dict]:
+        think=True, without_cot=False, workers=0, finite=True,
+        ranks: Ranks = ALONE) -> Iterator[dict]:
     """Think about and score many (video, prompt) keys but those that are `done`. Keys of like
     length go together, the longest first, as many as make think_tokens with the CoTs they may
-    write. `numbers` says which keys these are among all, where there are more: what is sampled
-    for a video depends on its number alone.
+    write. Ranks that are given share the work, and all get what each of them finds. What is
+    sampled for a key depends on its number in `keys` alone.
 
     Yields a dict a key: video, prompt, cot, truncated, score; with more `samples` than one, score
     is the mean over so many CoTs, score_std their spread, and cot the first. `without_cot` adds
-    score_no_cot; without `think` that is all there is."""
-    lengths = prompt_lengths(model.processor, keys)
-    sizes = [lengths[key] + samples * max_new_tokens * think for key in keys]
-    numbered = list(zip(numbers or range(len(keys)), keys))
+    score_no_cot; without `think` that is all there is. Of a video that cannot be read: video,
+    prompt, error. DataError where a score is not finite, if it is to be `finite`."""
+    numbered = ranks.share(list(enumerate(keys)))
+    lengths = prompt_lengths(model.processor, [key for _, key in numbered])
+    sizes = [lengths[key] + samples * max_new_tokens * think for _, key in numbered]
     groups, to_read = [], []
     for group in packed(numbered, sizes, think_tokens):
         # What is still to do keeps the company it would have had.
         if any(key not in done for _, key in group):
             groups.append(group)
             to_read.append([[key] for _, key in group])
-    for group, (batch, errors) in zip(groups, read_ahead(model.processor, to_read, workers)):
-        for error in filter(None, errors):
-            raise DataError(error)
-        seeds = [draw_seed(seed, number) for number, _ in group]
-        group = [key for _, key in group]
-        with torch.no_grad():
-            records = judge_batch(model, group, model.encode(batch), seeds, max_new_tokens,
+
+    def found() -> Iterator[list[dict]]:
+        read = read_ahead(model.processor, to_read, workers)
+        for group, (batch, errors) in zip(groups, read):
+            records = judge_batch(model, group, batch, errors, seed, max_new_tokens,
                                   temperature, samples, think, without_cot or not think)
-        yield from (record for key, record in zip(group, records) if key not in done)
+            if finite:
+                tables.check_finite(model, records)
+            yield [record for key, record in by_key(records).items() if key not in done]
+
+    yield from ranks.in_turn(found())
 
 
+@torch.no_grad()
 def judge_batch(
-        model, keys, batch, seeds, max_new_tokens, temperature, samples, think,
+        model, group, batch, errors, seed, max_new_tokens, temperature, samples, think,
         without_cot) -> list[dict]:
-    """`judge` for the keys of one batch."""
+    """`judge` for the numbered keys of one batch, of which some could not be read."""
+    rows, unread = sort_out(group, errors)
+    if not rows:
+        return unread
+    batch = model.encode(batch).select(rows)
+    numbers, keys = zip(*[group[row] for row in rows])
+    seeds = [draw_seed(seed, number) for number in numbers]
     is_release = model.info.get("scoring_layout") == "release"
     records = [{"video": video, "prompt": prompt} for video, prompt in keys]
     none, no_cot = [None] * len(keys), None
@@ -90,7 +101,7 @@ def judge_batch(
             no_cot = model.score(batch, none)
         for record, score in zip(records, no_cot.tolist()):
             record["score_no_cot"] = score
-    return records
+    return records + unread
 
 
 # ------------------------------
@@ -146,8 +157,11 @@ FIELDS = {"score": "", "score_no_cot": "_no_cot"}  # field of a record → suffi
 def measure(pairs: list[Pair], judged: Judged, dimensions: dict) -> dict[str, float]:
     """Figures over pairs from the judgement of each (video, prompt) key; a figure stands only
     where it has a base: accuracies where there are labels, quality (the mean R_q) where there
-    are reference sub-scores."""
-    figures = {}
+    are reference sub-scores. Pairs with a video that could not be read are left out; where
+    there are any, `unreadable` counts them."""
+    pairs, judged, figures = tables.readable(pairs, judged)
+    if not pairs:
+        return figures
     human = torch.tensor([pair.human for pair in pairs])
     for field, suffix in FIELDS.items():
         margin = margins(pairs, judged, field)
@@ -181,19 +195,18 @@ def evaluate(
     figures = {}
     for name, pairs in tests.items():
         keys = list(dict.fromkeys(keys_of(pairs)))
-        mine, numbers = ranks.share(keys), ranks.share(list(range(len(keys))))
         with gathered(model):
-            found = judge(model, mine, max_new_tokens, temperature, think_tokens=think_tokens,
-                          without_cot=True, workers=workers, numbers=numbers)
-            found = tqdm(found, f"evaluate {name}", len(mine), leave=False,
-                         disable=not ranks.first)
-            judged = by_key(ranks.gather(list(found)))
+            found = judge(model, keys, max_new_tokens, temperature, think_tokens=think_tokens,
+                          without_cot=True, workers=workers, ranks=ranks)
+            judged = by_key(tqdm(found, f"evaluate {name}", len(keys), leave=False,
+                                 disable=not ranks.first))
+        tables.list_unreadable(judged if ranks.first else {})
         measured = measure(pairs, judged, model.processor.dimensions)
         figures |= {f"{name}/{key}": value for key, value in measured.items()}
     return figures
 
 
-def by_key(records: list[dict]) -> Judged:
+def by_key(records: Iterable[dict]) -> Judged:
     return {(record["video"], record["prompt"]): record for record in records}
 
 
@@ -203,25 +216,27 @@ def by_key(records: list[dict]) -> Judged:
 
 def report(pairs: list[Pair], judged: Judged, dimensions: dict) -> dict:
     """`measure`, with an interval for each accuracy and a row for each two generators."""
+    figures = measure(pairs, judged, dimensions)
+    pairs, judged, _ = tables.readable(pairs, judged)
     found = {suffix: margins(pairs, judged, field) for field, suffix in FIELDS.items()}
-    figures = {"pairs": len(pairs), **measure(pairs, judged, dimensions)}
+    figures = {"pairs": len(pairs), **figures}
     return figures | tables.intervals(pairs, found, ACCURACIES)
 
 
-def judge_pairs(model: DeScore, pairs: list[Pair], args: argparse.Namespace) -> Judged:
-    """Judge each (video, prompt) of the pairs once. With --out, judgements are appended to a
-    file; a run that was cut off goes on there."""
-    keys = list(dict.fromkeys(keys_of(pairs)))
-    needed = "score" if args.cot == "on" else "score_no_cot"
-    journal = Journal(args.out, keys, needed) if args.out else None
-    judged = dict(journal.records) if journal else {}
-    if judged:
-        print(f"{args.out}: {len(judged)} of {len(keys)} videos are judged already",
-              file=sys.stderr)
+def judge_all(
+        model: DeScore, keys: list[Key], args: argparse.Namespace, ranks: Ranks) -> Judged:
+    """Judge each key once. With --out, judgements are appended to a file; a run that was cut
+    off goes on there."""
+    journal = None
+    if args.out and ranks.first:
+        journal = Journal(args.out, made_by(model, args), keys)
+    judged = by_key(ranks.gather([*journal.records.values()] if journal else []))
     new = judge(model, keys, args.max_new_tokens, args.temperature, args.seed, args.think_tokens,
-                dict(judged), args.samples, args.cot == "on", True, args.workers)
-    for record in tqdm(new, "judge", len(keys), initial=len(judged), unit="video"):
-        judged[record["video"], record["prompt"]] = record
+                {*judged}, args.samples, args.cot == "on", bool(args.pairs), args.workers,
+                ranks=ranks)
+    for record in tqdm(new, "judge", len(keys), initial=len(judged), unit="video",
+                       disable=not ranks.first or len(keys) < 2):
+        judged |= by_key([record])
         if journal:
             journal.add(record)
     return judged
@@ -251,6 +266,8 @@ def parse_args() -> argparse.Namespace:
     add("--workers", type=int, default=0, help="processes that decode videos ahead")
     add("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args()
+    if args.inputs and os.path.isfile(args.inputs[-1]):
+        parser.error(f"{args.inputs[-1]} is a file; the prompt comes last, and is missing")
     if bool(args.pairs) == bool(args.inputs) or len(args.inputs) == 1:
         parser.error("give videos and their prompt, or --pairs FILE")
     if args.temperature is None:
@@ -259,8 +276,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_args()
-    model = DeScore.load(args.model or default_model())
+    args, ranks = parse_args(), Ranks.start()
+    args.model = args.model or default_model()
+    model = DeScore.load(args.model)
     if args.scoring_layout:
         model.info["scoring_layout"] = args.scoring_layout
     if args.instruction:
@@ -269,24 +287,22 @@ def main() -> None:
     if args.pairs:
         column = "problem" if args.instruction == "problem" else "prompt"
         pairs = read_pairs(args.pairs, args.label, args.root, dimensions, column)
-        print(pairs.summary(), file=sys.stderr)
-        figures = report(pairs, judge_pairs(model, pairs, args), dimensions)
-        print(json.dumps(figures) if args.json else tables.show_report(figures))
-        return
-    keys = [(video, args.inputs[-1]) for video in args.inputs[:-1]]
-    judged = judge(model, keys, args.max_new_tokens, args.temperature, args.seed,
-                   args.think_tokens, samples=args.samples, think=args.cot == "on",
-                   workers=args.workers)
-    judged = tqdm(judged, total=len(keys), unit="video", disable=len(keys) < 2)
-    found = [tables.describe(model, record) for record in judged]
-    found.sort(key=lambda record: -record["score"])
-    if args.json:
-        print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
-    elif len(found) > 1:
-        for place, record in enumerate(found, 1):
-            print(f"{place}. {tables.show_score(record)}  {record['video']}")
+        keys = keys_of(pairs)
+        if ranks.first:
+            print(pairs.summary(), file=sys.stderr)
     else:
-        print(tables.show(found[0]))
+        keys = [(video, args.inputs[-1]) for video in args.inputs[:-1]]
+    judged = judge_all(model, list(dict.fromkeys(keys)), args, ranks)
+    ranks.stop()
+    if not ranks.first:
+        return
+    code = tables.list_unreadable(judged)
+    if args.pairs:
+        found, show = report(pairs, judged, dimensions), tables.show_report
+    else:
+        found, show = tables.ranking(model, judged), tables.show_ranking
+    print(tables.as_json(found) if args.json else show(found))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

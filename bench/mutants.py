@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EQUATIONS, MODEL = "tests/test_equations.py", "tests/test_model.py"
 DATA, FORMATS, PARITY = "tests/test_data.py", "tests/test_formats.py", "tests/test_parity.py"
 STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_wires.py"
-HACKABLE, SAVED = "tests/test_hackable.py", "tests/test_saved.py"
+HACKABLE, SAVED, JUDGING = "tests/test_hackable.py", "tests/test_saved.py", "tests/test_judging.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 MASKED = "tests/test_steps.py -k masked"
 
@@ -157,7 +157,26 @@ MUTANTS = [
     ("infer.py", "right[human != 0]", "right", EQUATIONS),
     ("infer.py", "allowed[1:-1] = size[1:] != size[:-1]", "pass", EQUATIONS),
     ("infer.py", "found.append(a - b)", "found.append(b - a)", STAGES),
-    ("infer.py", 'needed = "score" if', 'needed = "score_no_cot" if', WIRES),
+    ("infer.py", "if finite:", "if False:", JUDGING + " -k finite"),
+    ("infer.py", "for key, record in by_key(records).items() if key not in done]",
+     "for key, record in by_key(records).items()]", STAGES + " -k resumed"),
+    ("infer.py", "model.encode(batch).select(rows)", "model.encode(batch)", JUDGING + " -k evaluation"),
+    ("infer.py", "ranks.share(list(enumerate(keys)))", "list(enumerate(ranks.share(keys)))",
+     JUDGING + " -k ranks"),
+    ("infer.py", "{*judged}, args.samples", "(), args.samples", STAGES + " -k resumed"),
+    ("support/batches.py", "rows.append(row)", "rows.insert(0, row)", JUDGING + " -k evaluation"),
+    ("support/journal.py", '"weights": fingerprint(model), ', "", JUDGING + " -k retrained"),
+    ("support/journal.py", "{**before, **now}", "now", JUDGING + " -k journal"),
+    ("support/journal.py", 'content.split(b"\\n")', "content.splitlines()", JUDGING + " -k journal"),
+    ("support/journal.py", "os.truncate(path, len(content) - len(half))", "pass", JUDGING + " -k journal"),
+    ("support/journal.py", 'if "error" in record:', "if False:", JUDGING + " -k alone"),
+    ("support/journal.py", "kind is not float or math.isfinite(value)", "True", JUDGING + " -k number"),
+    ("support/ranks.py", "self.gather(next(lists, []))", "next(lists, [])", JUDGING + " -k ranks"),
+    ("support/tables.py", "not bad.intersection(pair.videos())", "True", JUDGING + " -k evaluation"),
+    ("support/tables.py", "allow_nan=False", "allow_nan=True", JUDGING + " -k base"),
+    ("support/annotate.py", "if not code:", "if True:", JUDGING + " -k alone"),
+    ("support/annotate.py", 'load(args.model, video=video)', 'load(args.model)', JUDGING + " -k looks"),
+    ("support/formats.py", "beside.unlink(missing_ok=True)", "pass", JUDGING + " -k whole"),
     ("support/annotate.py", "if not kept:", "if False:", WIRES),
     ("infer.py", "draw_seed(seed, number)", "draw_seed(seed)", MODEL),
     # -- support

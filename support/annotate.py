@@ -4,18 +4,21 @@
     python -m support.annotate PAIRS OUT --scores --api https://HOST/v1 --api-model NAME
 
 Each (video, prompt) is asked once. Answers are appended to OUT.cots as they come, and the same
-command goes on behind them. --api speaks OpenAI's chat completions, as most servers do.
+command goes on behind them. Pairs with a video that cannot be read are left out and listed; OUT.cots
+then stays, so that the same command asks for these alone. --api speaks OpenAI's chat completions, as
+most servers do.
 """
 
 import argparse
 import base64
 import io
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +28,9 @@ from tqdm import tqdm
 import infer
 from data import DIMENSIONS, INSTRUCTION, DataError, Key, VideoSettings, keys_of, parse_cot, read_video
 from model import DeScore
+from support import journal, tables
 from support.batches import THINK_TOKENS
 from support.command import run_command
-from support.files import Journal
 from support.formats import read_pairs, write_pairs
 
 try:
@@ -37,38 +40,54 @@ except ImportError:  # only --api needs them
     openai = None
 
 
-def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], scores: bool = False,
-             dimensions: dict[str, int] = DIMENSIONS) -> None:
+def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_by: dict,
+             scores: bool = False, dimensions: dict[str, int] = DIMENSIONS) -> int:
     """Write the pairs of a file to `out`, with a CoT for every video.
 
-    write(keys, done=…) yields a dict with video, prompt and cot for each key that is not in `done`.
-    scores: make the CoTs' sub-scores for `dimensions` the reference; pairs with a CoT that has none
-    are left out and counted. Raises DataError as `read_pairs`, `write` and `Journal` do."""
+    write(keys, done=…) yields a dict with video, prompt and cot, or error where the video cannot be
+    read, for each key that is not in `done`; made_by says what decides them. scores: make the CoTs'
+    sub-scores for `dimensions` the reference; pairs with a CoT that has none are left out and
+    counted. Returns an exit code, 1 if a video cannot be read. Raises DataError as `read_pairs`,
+    `write` and `Journal` do, and where no pair is left."""
+    if out.is_dir():
+        raise DataError(f"{out}: is a directory")
     pairs = read_pairs(path, dimensions=dimensions)
+    print(pairs.summary())
     keys = list(dict.fromkeys(keys_of(pairs)))
     written = out.with_name(out.name + ".cots")
-    journal = Journal(written, keys, "cot")
-    done = dict(journal.records)
-    if done:
-        print(f"{written}: going on after {len(done)} of {len(keys)} videos")
-    new = write(keys, done=done)
-    for record in tqdm(new, "annotate", len(keys), initial=len(done), unit="video"):
-        journal.add({name: record[name] for name in ("video", "prompt", "cot")})
+    done = journal.Journal(written, made_by, keys)
+    judged = dict(done.records)
+    new = write(keys, done=dict(judged))
+    for record in tqdm(new, "annotate", len(keys), initial=len(judged), unit="video"):
+        fields = ("video", "prompt", "error" if "error" in record else "cot")
+        record = {name: record[name] for name in fields}
+        judged[record["video"], record["prompt"]] = record
+        done.add(record)
+    code = tables.list_unreadable(judged)
+    could_be_read, _, unreadable = tables.readable(pairs, judged)
     kept = []
-    for pair in pairs:
-        pair.cot_a, pair.cot_b = (journal.records[key]["cot"] for key in pair.videos())
+    for pair in could_be_read:
+        pair.cot_a, pair.cot_b = (judged[key]["cot"] for key in pair.videos())
         found = parse_cot(pair.cot_a, dimensions), parse_cot(pair.cot_b, dimensions)
         if scores and None not in found:
             pair.scores_a, pair.scores_b = (cot["dimensional_scores"] for cot in found)
         if not scores or None not in found:
             kept.append(pair)
+    if not could_be_read:
+        raise DataError(f"{out}: no pair has two videos that can be read")
     if not kept:
         raise DataError(f"{out}: no scores can be read from any pair's CoTs; {written} has them")
     write_pairs(out, kept)
-    written.unlink()
-    print(f"{out}: {len(kept)} pairs, {len(keys)} videos annotated", end="")
-    left_out = len(pairs) - len(kept)
-    print(f"; {left_out} left out, no scores can be read from a CoT" if left_out else "")
+    if not code:
+        written.unlink()
+    said = f"{out}: {len(kept)} pairs, {len(done.records)} videos annotated"
+    if len(kept) < len(could_be_read):
+        said += f"; {len(could_be_read) - len(kept)} left out, no scores can be read from a CoT"
+    if unreadable:
+        said += (f"; {unreadable['unreadable']} left out, a video cannot be read. The same command "
+                 f"asks again for such videos alone, as long as {written} is there")
+    print(said)
+    return code
 
 
 @dataclass
@@ -99,7 +118,8 @@ class Api:
                                     timeout=self.timeout, max_retries=self.retries)
 
     def __call__(self, keys: list[Key], done: dict) -> Iterator[dict]:
-        """A record with video, prompt and cot for each key that is not done, in their order."""
+        """A record with video, prompt and cot for each key that is not done, in their order; with
+        error for a cot where the video cannot be read."""
         with ThreadPoolExecutor(self.parallel) as pool:
             waiting = deque()
             try:
@@ -117,8 +137,11 @@ class Api:
                     future.cancel()
 
     def ask(self, video: str, prompt: str) -> dict:
-        """The record of one key. Raises DataError if its video can't be read or no answer comes."""
-        message = {"role": "user", "content": self.content(video, prompt)}
+        """The record of one key. Raises DataError if no answer comes."""
+        try:
+            message = {"role": "user", "content": self.content(video, prompt)}
+        except DataError as error:
+            return {"video": video, "prompt": prompt, "error": str(error)}
         headers = {} if self.key else {"Authorization": openai.Omit()}
         for attempt in range(self.retries + 1):
             if attempt:
@@ -185,22 +208,26 @@ def main() -> None:
     add("--think-tokens", "--max-tokens", type=int, default=THINK_TOKENS,
         help="tokens at a time, of prompts and CoTs")
     add("--seed", type=int, default=0)
-    add("--fps", type=float, default=2.0, help="frames sampled a second")
-    add("--min-pixels", type=int, default=VideoSettings.min_pixels, help="a frame, at least")
-    add("--max-pixels", type=int, default=307_200, help="a frame, at most")
+    add("--fps", type=float, help="frames sampled a second [the model's own; --api: 2]")
+    add("--min-pixels", type=int, help="a frame, at least [the model's own; --api: 131,072]")
+    add("--max-pixels", type=int, help="a frame, at most [the model's own; --api: 307,200]")
     args = parser.parse_args()
     if bool(args.model) == bool(args.api) or bool(args.api) != bool(args.api_model):
         raise DataError("annotate needs --model, or --api and --api-model")
+    given = {name: getattr(args, name) for name in ("fps", "min_pixels", "max_pixels")}
+    video = {name: value for name, value in given.items() if value is not None}
     if args.api:
-        video = VideoSettings(args.fps, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-        api = Api(args.api, args.api_model, video, os.environ.get(args.api_key_env),
-                  args.max_new_tokens, args.temperature, args.parallel, args.timeout, args.retries)
-        annotate(args.pairs, args.out, api, args.scores)
-        return
-    model = DeScore.load(args.model)
-    judge = partial(infer.judge, model, max_new_tokens=args.max_new_tokens, seed=args.seed,
-                    temperature=args.temperature, think_tokens=args.think_tokens)
-    annotate(args.pairs, args.out, judge, args.scores, model.processor.dimensions)
+        settings = VideoSettings(**{"max_pixels": 307_200} | video)
+        write = Api(args.api, args.api_model, settings, os.environ.get(args.api_key_env),
+                    args.max_new_tokens, args.temperature, args.parallel, args.timeout, args.retries)
+        dimensions = DIMENSIONS
+        made_by = journal.deciding(args) | {"instruction": INSTRUCTION, "video": asdict(settings)}
+    else:
+        model = DeScore.load(args.model, video=video)
+        write = partial(infer.judge, model, max_new_tokens=args.max_new_tokens, seed=args.seed,
+                        temperature=args.temperature, think_tokens=args.think_tokens, finite=False)
+        dimensions, made_by = model.processor.dimensions, journal.made_by(model, args)
+    sys.exit(annotate(args.pairs, args.out, write, made_by, args.scores, dimensions))
 
 
 if __name__ == "__main__":

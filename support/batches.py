@@ -70,6 +70,19 @@ def read_group(processor: Processor, limit: int | None,
     return processor.collate(samples), errors
 
 
+def sort_out(group: list[tuple[int, Key]],
+             errors: list[str | None]) -> tuple[list[int], list[dict]]:
+    """The rows of a group of numbered keys that `read_ahead` could read, and a record of each
+    other: video, prompt, error."""
+    rows, unread = [], []
+    for row, ((_, (video, prompt)), error) in enumerate(zip(group, errors)):
+        if error:
+            unread.append({"video": video, "prompt": prompt, "error": error})
+        else:
+            rows.append(row)
+    return rows, unread
+
+
 def leave_signals(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal; the one that trains decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

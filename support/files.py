@@ -98,32 +98,3 @@ def remove(directory: Path) -> None:
     """Delete a directory such that it is never there by half under its own name."""
     if directory.is_dir():
         shutil.rmtree(directory.rename(directory.with_name(directory.name + ".removed")))
-
-
-class Journal:
-    """Records of (video, prompt) keys in a file of JSON lines, appended to as they come, so that a
-    command that was cut off goes on behind them."""
-
-    def __init__(self, path: Path, keys: list[tuple[str, str]], needed: str):
-        """Raises DataError, naming the row, if the file holds anything but records of these keys
-        in which a `needed` field stands."""
-        self.records: dict[tuple[str, str], dict] = {}
-        content = path.read_bytes() if path.is_file() else b""
-        known = set(keys)
-        for row, line in enumerate(content.split(b"\n")[:-1], 1):
-            other = f"{path}, row {row}: not of this command; remove the file or choose another"
-            with explained(other, ValueError, LookupError, TypeError):
-                record = json.loads(line)
-                key, _ = (record["video"], record["prompt"]), record[needed]
-            if key not in known:
-                raise DataError(f"{path}: holds judgements of other videos; remove it or choose "
-                                "another file")
-            self.records[key] = record
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("a", encoding="utf-8")
-        self.file.truncate(content.rfind(b"\n") + 1)  # half a line is written anew
-
-    def add(self, record: dict) -> None:
-        self.records[record["video"], record["prompt"]] = record
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()

@@ -46,6 +46,7 @@ def main() -> None:
     info = read_info(local_folder(args.model)) if args.model else {}
     dimensions = info.get("dimensions", DIMENSIONS)
     pairs = read_pairs(args.pairs, dimensions=dimensions)
+    print(pairs.summary())
     verdicts = [consistent(pair, dimensions) for pair in pairs]
     write_pairs(args.out, [pair for pair, verdict in zip(pairs, verdicts) if verdict == "kept"])
     counts = Counter(verdicts).most_common()

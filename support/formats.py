@@ -203,14 +203,17 @@ def plain_scores(scores):
 
 def write_pairs(path: str | Path, pairs: list[Pair]) -> None:
     """Write our own format, with paths relative to the file, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
+    path, lines = Path(path), []
     for pair in pairs:
         record = {key: value for key, value in asdict(pair).items() if value is not None}
         for key in ("video_a", "video_b"):
             record[key] = os.path.relpath(record[key], path.parent)
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     beside = path.with_name(path.name + ".partial")
-    beside.write_text("".join(lines), encoding="utf-8")
-    beside.replace(path)
+    with explained(f"{path}: cannot be written", OSError, UnicodeEncodeError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_text("".join(lines), encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)

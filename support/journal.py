@@ -33,6 +33,9 @@ class Journal:
         self.made_by = json.loads(json.dumps(made_by))  # as it will be read
         self.records: dict[Key, dict] = {}
         first = json.dumps({"made_by": self.made_by}) + "\n"
+        with explained(f"{path}: cannot be written", OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
         content = path.read_bytes() if path.is_file() else b""
         *lines, half = content.split(b"\n")
         if not lines and not first.encode().startswith(half):
@@ -41,10 +44,8 @@ class Journal:
             other = f"{path}, row {row}: not of this command; remove the file or choose another"
             with explained(other, ValueError, LookupError, TypeError, RecursionError):
                 self.read(row, json.loads(line))
-        with explained(f"{path}: cannot be written", OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if half:  # what a kill has left of a line is written anew
-                os.truncate(path, len(content) - len(half))
+        if half:  # what a kill has left of a line is written anew
+            os.truncate(path, len(content) - len(half))
         if not lines:
             self.append(first)
         if self.records:
@@ -59,8 +60,8 @@ class Journal:
             before, now = record["made_by"], self.made_by
             differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if differ:
-                raise DataError(f"{self.path}: made with another {', '.join(differ)}; remove the "
-                                "file or choose another")
+                raise DataError(f"{self.path}: made otherwise than this command would, by "
+                                f"{', '.join(differ)}; remove the file or choose another")
             return
         for name in self.fields:
             if not fits(record[name], KINDS[name]):

@@ -1,6 +1,7 @@
 """The processes that torchrun started, and what they tell each other."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,12 @@ class Ranks:
         lists = [None] * self.world
         dist.all_gather_object(lists, mine)
         return [item for some in lists for item in some]
+
+    def in_turn(self, lists: Iterator[list]) -> Iterator:
+        """The items of all ranks' lists, one list of each rank at a time, until all have ended.
+        Each rank gets them all, and waits for the others' next list."""
+        while found := self.gather(next(lists, [])):
+            yield from found
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Each number added up over all ranks."""

@@ -1,10 +1,13 @@
 """What infer.py prints: a judged video for a reader, figures with intervals and by generators."""
 
+import json
+import math
+import sys
 from collections.abc import Callable
 
 import torch
 
-from data import Pair, follows_format, parse_cot
+from data import DataError, Key, Pair, follows_format, keys_of, parse_cot
 
 
 def describe(model, record: dict) -> dict:
@@ -22,6 +25,68 @@ def describe(model, record: dict) -> dict:
                      "format_ok": follows_format(record["cot"], dimensions),
                      "sub_scores": cot.get("dimensional_scores"),
                      "overall_score": cot.get("overall_score")}
+
+
+def ranking(model, judged: dict[Key, dict]) -> list[dict] | dict:
+    """The videos of one prompt that could be read, described, the best first; of a single video
+    its description. Raises DataError if none could be read."""
+    records = list(judged.values())
+    found = [describe(model, record) for record in records if "error" not in record]
+    if not found:
+        raise DataError(records[0]["error"] if len(records) == 1 else "no video can be read")
+    found.sort(key=lambda record: -record["score"])
+    return found if len(records) > 1 else found[0]
+
+
+def check_finite(model, records: list[dict]) -> None:
+    """Raises DataError, naming the video and the model, for a score that is not finite."""
+    for record in records:
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise DataError(f"{record['video']}: its {name} is {value}; {model.source} has "
+                                "no trained head, or broken weights")
+
+
+def list_unreadable(judged: dict[Key, dict]) -> int:
+    """List on stderr what is wrong with videos that could not be read; of a single video an error
+    will say it. Returns an exit code, 1 if there are any."""
+    errors = dict.fromkeys(r["error"] for r in judged.values() if "error" in r)
+    for error in errors if len(judged) > 1 else ():
+        print(f"left out: {error}", file=sys.stderr)
+    return int(bool(errors))
+
+
+def readable(pairs: list[Pair],
+             judged: dict[Key, dict]) -> tuple[list[Pair], dict[Key, dict], dict[str, int]]:
+    """The pairs of which both videos could be read, the judgements of these, and how many other
+    pairs there are, {"unreadable": n}, if any."""
+    bad = {key for key, record in judged.items() if "error" in record}
+    kept = [pair for pair in pairs if not bad.intersection(pair.videos())]
+    left_out = len(pairs) - len(kept)
+    return kept, {key: judged[key] for key in keys_of(kept)}, {"unreadable": left_out} if left_out else {}
+
+
+def as_json(found) -> str:
+    """JSON for users, with null for figures that have no base, such as the accuracy of ties."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {name: plain(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(found), ensure_ascii=False, allow_nan=False)
+
+
+def show_ranking(found: list[dict] | dict) -> str:
+    """What `ranking` found for a reader."""
+    if isinstance(found, dict):
+        return show(found)
+    lines = []
+    for place, record in enumerate(found, 1):
+        lines.append(f"{place}. {show_score(record)}  {record['video']}")
+    return "\n".join(lines)
 
 
 def show_score(found: dict) -> str:
@@ -58,7 +123,9 @@ def confidence(human: torch.Tensor, margin: torch.Tensor, accuracy: Callable,
 def intervals(pairs: list[Pair], margins: dict[str, torch.Tensor | None],
               accuracies: dict[str, Callable]) -> dict:
     """The interval of each accuracy by margins, and a row for each two generators, where the file
-    names them. margins: suffix of the figure's name → r_A − r_B (N,)."""
+    names them. margins: suffix of the figure's name → r_A − r_B (N,). DataError without pairs."""
+    if not pairs:
+        raise DataError("no pair has two videos that can be read")
     generators: dict[str, list[int]] = {}
     for i, pair in enumerate(pairs):
         if pair.model_a and pair.model_b:
@@ -75,15 +142,21 @@ def intervals(pairs: list[Pair], margins: dict[str, torch.Tensor | None],
     return {"intervals": found, "generators": rows}
 
 
+def show_figure(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "–"
+
+
 def show_report(figures: dict) -> str:
     """The figures of `infer.report` for a reader."""
-    lines = [f"{'pairs':<24} {figures['pairs']}"]
+    lines = []
     for name, value in figures.items():
-        if isinstance(value, float):
-            low, high = figures["intervals"].get(name, (None, None))
-            interval = f"   [{low:.4f}, {high:.4f}]" if low is not None else ""
-            lines.append(f"{name:<24} {value:.4f}{interval}")
+        if isinstance(value, int):
+            lines.append(f"{name:<24} {value}")
+        elif isinstance(value, float):
+            ends = [show_figure(end) for end in figures["intervals"].get(name, ())]
+            interval = f"   [{', '.join(ends)}]" if ends else ""
+            lines.append(f"{name:<24} {show_figure(value)}{interval}")
     for names, row in figures["generators"].items():
-        cells = [f"{name} {value:.4f}" for name, value in row.items() if name != "pairs"]
+        cells = [f"{name} {show_figure(value)}" for name, value in row.items() if name != "pairs"]
         lines.append(f"{names}: {row['pairs']} pairs, {', '.join(cells)}")
     return "\n".join(lines)

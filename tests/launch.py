@@ -87,7 +87,7 @@ def run(*command, check=True, env=None, root=ROOT) -> subprocess.CompletedProces
     return done
 
 
-def run_ranks(processes: int, *command) -> list[subprocess.CompletedProcess]:
+def run_ranks(processes: int, *command, check=True) -> list[subprocess.CompletedProcess]:
     """Run a script in so many processes that form one group, given what torchrun gives them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -95,7 +95,7 @@ def run_ranks(processes: int, *command) -> list[subprocess.CompletedProcess]:
     return checked([Started(*command,
                             env={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                                  "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
-                    for rank in range(processes)], True)
+                    for rank in range(processes)], check)
 
 
 def checked(started: list[Started], check: bool) -> list[subprocess.CompletedProcess]:

@@ -286,6 +286,13 @@ def test_the_api_is_not_asked_again(endpoint, world_dir):
     assert (record["video"], record["prompt"]) == keys[3] and len(endpoint.seen) == 1
 
 
+def test_of_a_video_that_cannot_be_read_the_api_is_not_asked(endpoint, world_dir, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
+    keys = [*make_keys(world_dir, 1), (str(tmp_path / "broken.mp4"), "p")]
+    good, bad = make_api(endpoint)(keys, done={})
+    assert "cot" in good and "broken.mp4: not a video" in bad["error"] and len(endpoint.seen) == 1
+
+
 def test_no_key_is_sent_but_the_one_that_was_named(endpoint, world_dir, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "not for others")
     list(make_api(endpoint)(make_keys(world_dir, 1), done={}))
@@ -329,7 +336,7 @@ def test_annotate_by_api_survives_a_failure_in_the_middle(endpoint, world_dir, t
     assert failed.returncode == 1 and "HTTP 401" in failed.stderr and "Traceback" not in failed.stderr
     asked = len(endpoint.seen)
     done = run(*command)
-    assert "going on after 5 of 24 videos" in done.stdout
+    assert "going on after 5 of 24 videos" in done.stderr
     assert len(endpoint.seen) - asked == 24 - 5
     pairs = read_pairs(tmp_path / "out.jsonl")
     assert len(pairs) == 12 and all(p.scores_a == SCORES and p.prompt in p.cot_a for p in pairs)
@@ -354,7 +361,7 @@ def test_annotate_writes_one_cot_a_video_and_goes_on_where_it_was_killed(world_d
     process.kill()
     process.wait()
     assert written.is_file() and not (tmp_path / "cut.jsonl").is_file()
-    assert "going on after" in run(*command).stdout
+    assert "going on after" in run(*command).stderr
     assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not written.is_file()
 
@@ -371,7 +378,7 @@ def repeat(keys, done):
 def test_annotate_goes_on_behind_the_last_whole_line(world_dir, tmp_path, cut, capsys):
     keys = list(dict.fromkeys(make_keys(world_dir, 24)))
     records = [record | {"reward": None} for record in repeat(keys[:3], {})]
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in [{"made_by": {}}, *records]]
     (tmp_path / "out.jsonl.cots").write_bytes("".join([*lines, cut]).encode()[: None if cut == "" else -1])
     asked = []
 
@@ -384,23 +391,27 @@ def test_annotate_goes_on_behind_the_last_whole_line(world_dir, tmp_path, cut, c
             yield record
 
     with pytest.raises(DataError, match="cut off"):
-        annotate.annotate(world_dir / "train.jsonl", tmp_path / "out.jsonl", write)
-    annotate.annotate(world_dir / "train.jsonl", tmp_path / "out.jsonl", write)
+        annotate.annotate(world_dir / "train.jsonl", tmp_path / "out.jsonl", write, {})
+    annotate.annotate(world_dir / "train.jsonl", tmp_path / "out.jsonl", write, {})
     assert asked == [*keys[3:5], "cut off", *keys[5:]]
-    assert "going on after 5 of 24 videos" in capsys.readouterr().out
+    assert "going on after 5 of 24 videos" in capsys.readouterr().err
     for pair in read_pairs(tmp_path / "out.jsonl"):
         assert pair.cot_a == pair.cot_b == f"<think>\u2028\x85\r\n{pair.prompt}</think>"
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ('{"video": "v.mp4", "prompt": "x", "cot": "y"}\n', "holds judgements of other videos"),
-    ('{"video": "v.mp4"}\n', "row 1: not of this command"), ("\xff\n", "row 1: not of this command"),
-    ("[]\n", "row 1: not of this command")])
+    ('{"made_by": {}}\n{"video": "v.mp4", "prompt": "x", "cot": "y"}\n', "holds judgements of other videos"),
+    ('{"made_by": {}}\n{"video": "v.mp4"}\n', "row 2: not of this command"),
+    ('{"made_by": {"seed": 1, "fps": 2.0}}\n', "made otherwise than this command would, by seed, fps;"),
+    ('{"video": "v.mp4", "prompt": "x", "cot": "y"}\n', "row 1: not of this command"),
+    ("\xff\n", "row 1: not of this command"), ("[]\n", "row 1: not of this command"),
+    ('{"made_by": [1]}\n', "row 1: not of this command"), ("7\n", "row 1: not of this command"),
+    ("my notes", "row 1: not of this command")])
 def test_annotate_leaves_the_file_of_somebody_else_alone(world_dir, tmp_path, content, message):
     written = tmp_path / "out.jsonl.cots"
     written.write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match=rf"out\.jsonl\.cots.*{message}"):
-        annotate.annotate(world_dir / "train.jsonl", tmp_path / "out.jsonl", repeat)
+        annotate.annotate(world_dir / "train.jsonl", tmp_path / "out.jsonl", repeat, {})
     assert written.read_text(encoding="latin-1") == content
 
 

@@ -154,7 +154,8 @@ def test_infer_ranks_and_evaluates(world_dir, stage2, tmp_path):
     assert found[0]["score"] >= found[1]["score"]
     figures = json.loads(run("infer.py", "--pairs", world_dir / "test_id.jsonl", "--model", stage2, "--out",
                              tmp_path / "deep/p.jsonl", "--max-new-tokens", 160, "--json").stdout)
-    judged = [json.loads(line) for line in (tmp_path / "deep/p.jsonl").read_text().splitlines()]
+    first, *judged = [json.loads(line) for line in (tmp_path / "deep/p.jsonl").read_text().splitlines()]
+    assert first["made_by"]["model"] == str(stage2) and len(judged) == 8
     scores = {record["video"]: record["score"] for record in judged}
     pairs = [pair for pair in read_pairs(world_dir / "test_id.jsonl") if pair.human]
     right = [(scores[pair.video_a] > scores[pair.video_b]) == (pair.human > 0) for pair in pairs]
@@ -231,10 +232,10 @@ def test_evaluation_is_resumed_reported_and_the_same(world_dir, stage2, tmp_path
                tmp_path / "p.jsonl", "--max-new-tokens", 160, "--max-tokens", 600, "--json"]
     whole = json.loads(run(*command).stdout)
     lines = (tmp_path / "p.jsonl").read_text().splitlines(keepends=True)
-    assert len(lines) == 8
-    (tmp_path / "p.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed amid the fourth
+    assert len(lines) == 1 + 8
+    (tmp_path / "p.jsonl").write_text("".join(lines[:4]) + lines[4][:20])  # killed amid the fourth
     again = run(*command)
-    assert "3 of 8 videos are judged already" in again.stderr
+    assert "going on after 3 of 8 videos" in again.stderr
     assert json.loads(again.stdout) == whole and (tmp_path / "p.jsonl").read_text() == "".join(lines)
     assert whole["pairs"] == 4 and set(whole["intervals"]) == {"accuracy", "accuracy_ties", "accuracy_no_cot",
                                                                "accuracy_ties_no_cot"}

@@ -128,19 +128,10 @@ def test_a_pair_without_a_preference_is_refused_by_row(absolute, tmp_path):
 
 def test_judgements_of_an_earlier_version_are_refused_by_row(world_dir, tmp_path):
     pair = json.loads((world_dir / "test_id.jsonl").read_text().splitlines()[0])
-    old = {"video": str(world_dir / pair["video_a"]), "prompt": pair["prompt"], "cot": "x", "reward": 1.0}
+    old = {"video": str(world_dir / pair["video_a"]), "prompt": pair["prompt"], "cot": "x", "score": 1.0}
     (tmp_path / "out.jsonl").write_text(json.dumps(old) + "\n")
     done = run("infer.py", "--pairs", world_dir / "test_id.jsonl", "--model", ROOT / "toy/backbone", "--out",
                tmp_path / "out.jsonl", check=False)
-    assert done.returncode == 1 and "out.jsonl, row 1: not of this command" in done.stderr
-
-
-def test_judgements_without_a_cot_do_not_pass_for_thoughts(world_dir, tmp_path):
-    pair = json.loads((world_dir / "test_id.jsonl").read_text().splitlines()[0])
-    off = {"video": str(world_dir / pair["video_a"]), "prompt": pair["prompt"], "score_no_cot": 1.0}
-    (tmp_path / "out.jsonl").write_text(json.dumps(off) + "\n")
-    done = run("infer.py", "--pairs", world_dir / "test_id.jsonl", "--model", ROOT / "toy/backbone", "--out",
-               tmp_path / "out.jsonl", "--max-new-tokens", 5, check=False)
     assert done.returncode == 1 and "out.jsonl, row 1: not of this command" in done.stderr
 
 
@@ -148,7 +139,7 @@ def test_answers_that_cannot_be_read_are_not_thrown_away(world_dir, tmp_path):
     done = run("-m", "support.annotate", world_dir / "test_id.jsonl", tmp_path / "out.jsonl", "--model",
                ROOT / "toy/backbone", "--max-new-tokens", 5, "--scores", check=False)
     assert done.returncode == 1 and "no scores can be read" in done.stderr
-    assert len((tmp_path / "out.jsonl.cots").read_text().splitlines()) == 8
+    assert len((tmp_path / "out.jsonl.cots").read_text().splitlines()) == 1 + 8
     assert not (tmp_path / "out.jsonl").exists()
 
 
