@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DataError, Key, Pair, agreement, both, follows_format, keys_of, parse_cot
+from data import Key, Pair, agreement, both, follows_format, keys_of, parse_cot
 from model import DeScore
 from support import release, tables
 from support.batches import THINK_TOKENS, draw_seed, packed, prompt_lengths, read_ahead, sort_out
