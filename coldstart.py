@@ -115,7 +115,7 @@ def main() -> None:
             r_w, r_l = scores.view(-1, 2).unbind(1)
             L_BT = bt_loss(r_w, r_l, count, micro.weight)
             L_BT.backward()
-            run.means.total(loss=L_BT)
+            run.means.total(micro.weight, loss=L_BT)
             run.means.add(micro.weight, accuracy=(r_w > r_l).float(), margin=r_w - r_l)
         run.descend(args.max_grad_norm)
         run.means.add(lr=optimizer.param_groups[-1]["lr"])

@@ -30,7 +30,7 @@ from torch import Tensor
 from coldstart import bt_loss, order
 from data import DIMENSIONS, Batch, DataError, Pair, agreement, both, follows_format, keys_of, parse_cot
 from model import DeScore
-from support.batches import chunks, draw_seed, prompt_lengths
+from support.batches import chunks, draw_seed, parts, prompt_lengths
 from support.command import run_command
 from support.run import MicroBatch, Run, Unit
 from support.settings import RunArgs, load_function, setting
@@ -280,7 +280,7 @@ def make_plan(args: Args, pairs: list[Pair], run: Run) -> list:
         units, updates = [], []
         for place, row in enumerate(rows):
             units.append(Unit(pairs[row], place))
-        for some in chunks(units, -(-len(units) // args.updates)):
+        for some in parts(units, args.updates):
             sizes = []
             for unit in some:
                 prompt = max(lengths[key] for key in unit.pair.videos())
@@ -326,7 +326,9 @@ def main() -> None:
                 L_BT = bt_loss(r_w, r_l, decided, o.decided)
                 L = L_GRPO + λ * L_BT
                 L.backward()
-                run.means.total(loss=L, grpo_loss=L_GRPO, bt_loss=L_BT)
+                run.means.total(o.learnt.any(), grpo_loss=L_GRPO)
+                run.means.total(o.decided, bt_loss=L_BT)
+                run.means.total(o.learnt.any() | o.decided.any(), loss=L)
                 run.means.add(o.learnt.sum(), **figures)
                 run.means.add(o.decided, bt_accuracy=(r_w > r_l).float().mean(1, keepdim=True))
             run.descend(args.max_grad_norm)

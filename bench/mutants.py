@@ -117,7 +117,7 @@ MUTANTS = [
     ("rl.py", '"lr": args.lr}]', '"lr": 1e-5}]', STEPS2),
     ("rl.py", "bt_accuracy=(r_w > r_l)", "bt_accuracy=(r_w < r_l)", STEPS2),
     ("rl.py", "-old_logps.sum(-1) / lengths", "-old_logps.sum(-1)", STEPS2),
-    ("rl.py", "-(-len(units) // args.updates)", "len(units)", STEPS2),
+    ("rl.py", "parts(units, args.updates)", "[units]", STEPS2),
     # -- the model
     ("model.py", "alpha = 2 * lora_rank", "alpha = lora_rank", STEPS1),
     ("model.py", 'OWN = ("query", "head.")', 'OWN = ("head.",)', STEPS1),

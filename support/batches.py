@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -92,6 +93,13 @@ def leave_signals(worker: int) -> None:
 def chunks(items: list, size: int) -> list[list]:
     """A list cut into lists of the given size, the last one shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def parts(items: list, count: int) -> list[list]:
+    """A list cut into so many lists, or one an item if there are fewer, as even as can be."""
+    count = min(count, len(items))
+    cuts = [len(items) * i // count for i in range(count + 1)]
+    return [items[start:end] for start, end in pairwise(cuts)]
 
 
 def packed(items: list, sizes: list[int], budget: int) -> list[list]:

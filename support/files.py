@@ -80,21 +80,58 @@ def default_model() -> str:
 
 def put_in_place(beside: Path, place: Path) -> None:
     """Rename a directory that was written beside its place into it, its content safe on the
-    disk first."""
-
-    def sync(path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
+    disk first. What was there before is kept as `place`.before until the new one is: whenever
+    this is cut off, `settle` finds a complete one."""
     for path in [*beside.rglob("*"), beside]:
         sync(path)
-    remove(place)
+    before = place.with_name(place.name + ".before")
+    if place.exists():
+        delete(before)
+        place.rename(before)
     beside.rename(place)
     sync(place.parent)
+    delete(before)
 
 
 def remove(directory: Path) -> None:
     """Delete a directory such that it is never there by half under its own name."""
     if directory.is_dir():
-        shutil.rmtree(directory.rename(directory.with_name(directory.name + ".removed")))
+        removed = directory.with_name(directory.name + ".removed")
+        delete(removed)
+        directory.rename(removed)
+        delete(removed)
+
+
+def settle(place: Path) -> None:
+    """Clear up what a kill has left beside a place, of `put_in_place`, `remove` or the writing."""
+    before, *others = (place.with_name(f"{place.name}.{end}")
+                       for end in ("before", "removed", "partial"))
+    if before.exists() and not place.exists():
+        before.rename(place)
+    for left in (before, *others):
+        delete(left)
+
+
+def delete(path: Path) -> None:
+    """Delete a directory with all that is in it, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's content, or a directory's names, are safe on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def amend(path: Path, **more) -> None:
+    """Add entries to the JSON object in a file, which at every moment holds the old or the new."""
+    beside = path.with_name(path.name + ".partial")
+    text = json.dumps(read_json(path) | more, indent=1, ensure_ascii=False) + "\n"
+    beside.write_text(text, encoding="utf-8")
+    sync(beside)
+    beside.replace(path)
+    sync(path.parent)

@@ -5,11 +5,9 @@ a CPU, as if it had not been: the data's order and every random number are funct
 (seed, step), and all else is in the checkpoint.
 """
 
-import errno
 import fcntl
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,14 +20,15 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import Batch, DataError, Pair, Pairs
+from data import Batch, DataError, Pair, Pairs, explained
 from infer import evaluate
 from model import OWN, DeScore
 from support.batches import deal, read_ahead
 from support.checkpoint import Checkpoints
-from support.files import remove
+from support.files import amend, remove, settle, sync
 from support.formats import read_pairs
 from support.ranks import Ranks
 from support.settings import FREE, ROOT, parse_args
@@ -60,35 +59,37 @@ class Means:
     """Figures of a step, added up over micro-batches and ranks; each is logged by its name."""
 
     def __init__(self):
-        self.sums: dict[str, torch.Tensor] = {}  # name → (Σ value · weight, Σ weight)
+        # (name, update or None) → (Σ value · weight, Σ weight); of a total (Σ value, Σ weight)
+        self.sums: dict[tuple[str, int | None], torch.Tensor] = {}
+        self.update = 0  # of the step
 
     def add(self, weight=1.0, **figures) -> None:
         """Figures to be averaged; a weight of the same shape, or one for all."""
         for name, value in figures.items():
             value, by = torch.broadcast_tensors(numbers(value), numbers(weight))
             value = torch.where(by > 0, value * by, 0.0)
-            self.put(name, value.sum(), by.sum())
+            self.put((name, None), value.sum(), by.sum())
 
-    def total(self, **figures) -> None:
-        """Parts of figures that add up over an update; averaged over a step's updates."""
+    def total(self, weight=1.0, **figures) -> None:
+        """Parts of figures that add up over an update; averaged over those of a step's updates
+        in which any part had a weight."""
         for name, value in figures.items():
-            self.put(f"total/{name}", numbers(value), numbers(0.0))
+            self.put((name, self.update), numbers(value), numbers(weight).sum())
 
-    def put(self, name: str, value: torch.Tensor, weight: torch.Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + torch.stack([value, weight])
+    def put(self, key: tuple[str, int | None], value: torch.Tensor, weight: torch.Tensor) -> None:
+        self.sums[key] = self.sums.get(key, 0.0) + torch.stack([value, weight])
 
-    def take(self, ranks: Ranks, updates: int) -> dict[str, float]:
+    def take(self, ranks: Ranks) -> dict[str, float]:
         """The step's figures over all ranks; NaN where nothing had a weight."""
-        names = list(self.sums)
-        flat = torch.cat([self.sums[name] for name in names]).tolist()
-        flat, figures = ranks.sum(flat), {}
-        for name, value, weight in zip(names, flat[::2], flat[1::2]):
-            if name.startswith("total/"):
-                figures[name.removeprefix("total/")] = value / updates
-            else:
-                figures[name] = value / weight if weight else math.nan
-        self.sums.clear()
-        return figures
+        flat = torch.cat(list(self.sums.values())).tolist()
+        flat, found = ranks.sum(flat), {}
+        for (name, update), value, weight in zip(self.sums, flat[::2], flat[1::2]):
+            if update is not None:
+                value, weight = (value, 1.0) if weight else (0.0, 0.0)
+            before = found.get(name, (0.0, 0.0))
+            found[name] = (before[0] + value, before[1] + weight)
+        self.sums, self.update = {}, 0
+        return {name: value / by if by else math.nan for name, (value, by) in found.items()}
 
 
 def numbers(value) -> torch.Tensor:
@@ -109,10 +110,11 @@ class Run:
         if self.args.model is None:
             raise DataError("--train needs --model: a Qwen3-VL, directory or hub id")
         self.out, self.means = Path(self.args.out), Means()
-        self.stop_asked, self.left_out, self.updates = False, 0, 0
+        self.stop_asked, self.left_out = False, 0
         self.kept: list[tuple[int, dict]] = []  # what the step leaves in rollouts.jsonl
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask_to_stop)
+        self.logs = [self.out / "metrics.jsonl", self.out / "rollouts.jsonl"]
         checkpoints = self.out / "checkpoints"
         self.checkpoints = Checkpoints(checkpoints, self.args.keep, self.ranks)
         if self.ranks.first:
@@ -122,17 +124,17 @@ class Run:
         self.ranks.wait()
 
     def open_folder(self, checkpoints: Path) -> None:
-        try:
+        with explained(f"{self.out}: cannot be a run's folder", OSError):
             checkpoints.mkdir(parents=True, exist_ok=True)
             self.lock = (self.out / "lock").open("w")
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this dies
-        except OSError as error:
-            locked = error.errno in (errno.EACCES, errno.EAGAIN)
-            locked = locked and (self.out / "lock").is_file()
-            reason = "another run is at work here" if locked else error
-            raise DataError(f"{self.out}: {reason}") from error
-        for left in [*checkpoints.glob("*.partial"), *checkpoints.glob("*.removed")]:
-            shutil.rmtree(left)
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this dies
+            except (BlockingIOError, PermissionError) as error:
+                raise DataError(f"{self.out}: another run is at work here") from error
+            for path in (self.out / "model", checkpoints):
+                settle(path)
+            for left in list(checkpoints.glob("step-*.*")):
+                settle(left.with_suffix(""))
 
     def prepare_toy(self) -> None:
         """Render and annotate the clips of the embedded default on first use."""
@@ -161,7 +163,9 @@ class Run:
         if self.args.shard:
             shard(model)
         model.max_tokens = self.args.max_tokens
-        model.info.pop("scoring_layout", None)  # what trains here is scored in our layout
+        # What trains here is scored in our layout, and on a scale of its own.
+        for old in ("scoring_layout", "score_mean", "score_std"):
+            model.info.pop(old, None)
         trainable = model.trainable()
         for group in groups:
             group["params"] = [trainable[name] for name in group["params"]]
@@ -204,7 +208,7 @@ class Run:
         optimiser updates this rank's micro-batches. `plan` has them as `deal` gives them.
 
         Reads videos ahead, takes up a checkpoint, logs the step's means, evaluates, saves,
-        and stops where a signal asked for it. At the end the model is evaluated and saved."""
+        and stops where a signal asked for it. At the end the model is saved and evaluated."""
         args, model, last = self.args, self.model, len(plan)
         tests = read_tests(args.test, args.label, args.root, model.processor.dimensions)
         done = self.take_up()
@@ -215,9 +219,9 @@ class Run:
         progress = tqdm(range(done + 1, last + 1), self.stage, initial=done, total=last,
                         disable=not self.ranks.first)
         for step in progress:
-            started, self.updates = time.time(), 0
+            started = time.time()
             yield step, self.read(plan[step - 1], batches)
-            figures = self.means.take(self.ranks, self.updates)
+            figures = self.means.take(self.ranks)
             self.log({"step": step, **figures, "seconds": time.time() - started})
             for _, record in sorted(self.ranks.gather(self.kept), key=lambda both: both[0]):
                 self.log(record, "rollouts")
@@ -227,14 +231,17 @@ class Run:
                 self.evaluate(step, tests)
             if self.stops(step, last):
                 return self.ranks.stop()
+        reason = f"{self.out / 'model'}: could not be written"
+        with explained(reason, OSError, SafetensorError):
+            model.save(self.out / "model", self.ranks.first, stage=self.stage, args=asdict(args))
         figures = self.evaluate(last, tests)
         scale = {}
         for name, value in figures.items():
             if "/score_" in name:  # mean and deviation of the last test set's scores
                 scale[name.split("/")[1]] = value
-        model.save(self.out / "model", self.ranks.first, stage=self.stage, args=asdict(args),
-                   **scale)
         if self.ranks.first:
+            with explained(reason, OSError):
+                amend(self.out / "model/descore.json", **scale)
             print(json.dumps(figures, indent=1))
             print(f"{self.out}: done")
         self.ranks.stop()
@@ -250,11 +257,8 @@ class Run:
             remove(self.checkpoints.folder)
             self.checkpoints.folder.mkdir()
         if self.ranks.first:
-            self.logs = {}
-            for name in ("metrics", "rollouts"):
-                self.logs[name] = (self.out / f"{name}.jsonl").open("a", encoding="utf-8")
-                # Later steps are done again.
-                self.logs[name].truncate(state.get(f"{name}_bytes", 0) if state else 0)
+            for path in self.logs:
+                cut(path, state[f"{path.stem}_bytes"] if state else 0)  # later steps are done again
             if state:
                 print(f"{self.out}: going on after step {state['step']}", flush=True)
         if state:
@@ -318,7 +322,7 @@ class Run:
             torch._foreach_mul_(shards + wholes, min(1.0, max_norm / (norm + 1e-6)))
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
+        self.means.update += 1
         self.means.add(grad_norm=norm, left_out=float(not is_finite))
         self.left_out = 0 if is_finite else self.left_out + 1
         if self.left_out >= PATIENCE:
@@ -349,7 +353,10 @@ class Run:
         if stop or step == last or due:
             state = {"args": asdict(self.args), "skipped": self.skipped.records}
             if self.ranks.first:
-                state |= {f"{name}_bytes": file.tell() for name, file in self.logs.items()}
+                for path in self.logs:
+                    with explained(f"{path}: could not be written", OSError):
+                        sync(path)  # the checkpoint is not to outlive what it goes with
+                    state[f"{path.stem}_bytes"] = path.stat().st_size
             self.checkpoints.save(step, state)
         if stop and self.ranks.first:
             print(f"{self.out}: stopped after step {step} of {last}; the same command goes on "
@@ -366,8 +373,25 @@ class Run:
     def log(self, record: dict, name: str = "metrics") -> None:
         """Add a record to metrics.jsonl or rollouts.jsonl; what is not finite becomes null."""
         if self.ranks.first:
-            self.logs[name].write(json.dumps(finite(record)) + "\n")
-            self.logs[name].flush()
+            append(self.out / f"{name}.jsonl", [finite(record)])
+
+
+def append(path: Path, records: list[dict]) -> None:
+    """Add records to a file of JSON lines. Raises DataError if it cannot be written."""
+    lines = [json.dumps(record) + "\n" for record in records]
+    with explained(f"{path}: could not be written", OSError), path.open("a") as file:
+        file.writelines(lines)
+
+
+def cut(path: Path, size: int) -> None:
+    """Shorten a file of JSON lines, made if it is not there, to the whole ones within `size`
+    bytes."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        content = file.read(size)
+        if len(content) < size:
+            print(f"warning: {path}: some of its last lines are lost", file=sys.stderr)
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def finite(record: dict) -> dict:
@@ -406,14 +430,13 @@ class Skipped:
         """List these and no others, as a checkpoint has them."""
         self.records = []
         if self.write:
-            self.path.write_text("")
+            cut(self.path, 0)
         self.add(records)
 
     def add(self, bad: list[dict]) -> None:
         """List some more. Raises DataError past the limit."""
         if self.write:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in bad)
+            append(self.path, bad)
         self.records += bad
         if len(self.records) > self.limit * self.total:
             raise DataError(

@@ -61,10 +61,10 @@ class RunArgs:
         return {"fps": self.fps, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
 
 
-# Settings that may differ from one start of a run to the next: they do not change what it
-# computes.
+# Settings that may differ from one start of a run to the next: they do not change what is
+# trained. (think_tokens would in stage 2: what goes together is rounded together.)
 FREE = {"out", "preset", "resume", "save_every", "keep", "workers", "max_skipped",
-        "keep_rollouts"}
+        "keep_rollouts", "test", "eval_before", "eval_every", "eval_temperature"}
 
 
 def parse_args(Args: type, toy: Path):

@@ -19,9 +19,9 @@ RANKS = ("rl.py", "    return torch.where(has_signal,",
 HEAD = ("model.py", """self.head = nn.Linear(text.hidden_size, 1, bias=False)
         nn.init.normal_(self.head.weight, std=text.hidden_size**-0.5)""",
         "self.head = nn.Sequential(nn.Linear(text.hidden_size, 8), nn.Tanh(), nn.Linear(8, 1))")
-FIGURES = ("support/run.py", "            self.logs[name].write(json.dumps(finite(record))",
+FIGURES = ("support/run.py", "            append(self.out / f\"{name}.jsonl\", [finite(record)])",
            """            print("elsewhere", sorted(record))
-            self.logs[name].write(json.dumps(finite(record))""")
+            append(self.out / f"{name}.jsonl", [finite(record)])""")
 
 
 @pytest.fixture

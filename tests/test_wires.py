@@ -145,13 +145,13 @@ def test_answers_that_cannot_be_read_are_not_thrown_away(world_dir, tmp_path):
 
 def test_an_update_that_is_not_finite_is_left_out_and_five_end_the_run():
     run, weight = object.__new__(Run), torch.nn.Parameter(torch.ones(3))
-    run.out, run.ranks, run.means, run.updates, run.left_out = "out", Ranks(), Means(), 0, 0
+    run.out, run.ranks, run.means, run.left_out = "out", Ranks(), Means(), 0
     run.checkpoints, run.optimizer = SimpleNamespace(optimized=[weight]), torch.optim.SGD([weight], lr=1.0)
     for _ in range(PATIENCE - 1):
         weight.grad = torch.tensor([1.0, float("nan"), 1.0])
         run.descend(1.0)
     assert torch.equal(weight.detach(), torch.ones(3)) and weight.grad is None
-    assert run.means.take(run.ranks, run.updates)["left_out"] == 1
+    assert run.means.take(run.ranks)["left_out"] == 1
     weight.grad = torch.tensor([0.0, float("inf"), 0.0])
     with pytest.raises(DataError, match="were not finite"):
         run.descend(1.0)
