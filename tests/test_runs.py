@@ -1,12 +1,18 @@
 """Runs that are killed, stopped, started twice, out of space; on many processes, sharded, in 4 and 8 bits."""
 
 import json
+import math
 import os
 import random
 import shutil
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +20,15 @@ from conftest import ROOT, TOY_VIDEO
 from launch import Started, run, run_ranks
 from safetensors.torch import load_file
 
-from data import read_pairs
+import support.checkpoint
+import support.run
+from data import DataError, read_pairs
+from support.batches import parts
+from support.checkpoint import Checkpoints, Different, sum_of
+from support.files import amend, put_in_place, remove, settle
+from support.ranks import ALONE, Ranks
+from support.run import Means, Run, append, cut
+from support.settings import RunArgs
 
 QUICK = [*TOY_VIDEO, "--workers", 0, "--max-new-tokens", 40, "--lr", 1e-3]
 LORA, FULL = ("--lora-rank", 4), ("--lora-rank", 0, "--lr", 1e-4)
@@ -119,11 +133,15 @@ def test_a_broken_checkpoint_is_passed_over(world_dir, whole, tmp_path):
     run(*arguments)
     newest = tmp_path / "run/checkpoints/step-3/rank-0.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    (tmp_path / "run/checkpoints/step-7.partial").mkdir()  # left by a run killed while saving
+    for left in ("checkpoints/step-7.partial", "checkpoints/step-1.removed", "model.removed", "model.before",
+                 "model.partial", "checkpoints.removed"):  # by runs killed at various moments
+        (tmp_path / "run" / left).mkdir()
+        (tmp_path / "run" / left / "file").write_text("")
     done = run(*arguments)
     assert "step-3: passed over, it is broken" in done.stderr and "going on after step 2" in done.stdout
     assert_same(whole("coldstart", *LORA), tmp_path / "run")
-    assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in (
+        ".partial", ".removed", ".before")]
 
 
 def test_other_settings_stop_with_the_difference(world_dir, whole, tmp_path):
@@ -153,10 +171,38 @@ def test_a_full_disk_leaves_no_broken_checkpoint(world_dir, tmp_path):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def test_a_model_that_does_not_fit_on_the_disk_leaves_the_one_before(world_dir, whole, tmp_path):
+    shutil.copytree(whole("coldstart", *LORA), tmp_path / "run")
+    done = Started(*command("coldstart", world_dir, tmp_path / "run", *LORA), largest_file=20_000).wait()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"error: {tmp_path / 'run/model'}: could not be written" in done.stderr
+    before, after = weights(whole("coldstart", *LORA)), weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_log_that_does_not_fit_on_the_disk_is_named():
+    with pytest.raises(DataError, match=r"/dev/full: could not be written.*No space left"):
+        append(Path("/dev/full"), [{"step": 1}])
+
+
 def test_an_unwritable_folder_is_known_at_the_start(world_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    done = run(*command("coldstart", world_dir, tmp_path / "file/run", *LORA), check=False)
-    assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
+    done = run(*command("coldstart", world_dir, tmp_path / "file", *LORA), check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: {tmp_path / 'file'}: cannot be a run's folder" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["file/run", "x" * 256, "of another user"])
+def test_what_cannot_be_a_runs_folder_is_not_said_to_be_in_use(name, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    if "user" in name:  # root may write anywhere
+        def refuse(path, mode):
+            raise PermissionError(13, "Permission denied", str(path))
+        monkeypatch.setattr(Path, "open", refuse)
+    started = object.__new__(Run)
+    started.out = tmp_path / name
+    with pytest.raises(DataError, match="cannot be a run's folder"):
+        started.open_folder(started.out / "checkpoints")
 
 
 @pytest.mark.parametrize(("stage", "processes", "extra"), [
@@ -172,14 +218,17 @@ def test_processes_train_like_one(stage, processes, extra, world_dir, whole, tmp
 def test_sharded_training_is_the_same(stage, extra, world_dir, whole, tmp_path):
     """Three pairs for two ranks: one is idle for a turn in each step of stage 2. The test set is odd too."""
     extra = (*FULL, *extra, "--test", world_dir / "test_id.jsonl")
-    sharded = command(stage, world_dir, tmp_path, *extra, "--shard", "full")
+    sharded = command(stage, world_dir, tmp_path, *extra, "--shard", "full", "--save-every", 1)
     run_ranks(2, *sharded)
     assert_close(whole(stage, *extra), tmp_path)
     before, after = (next(record for record in metrics(out) if "test_id/quality" in record)
                      for out in (whole(stage, *extra), tmp_path))
     assert before == pytest.approx(after, rel=1e-4)
+    newest = tmp_path / "checkpoints/step-3/rank-1.safetensors"  # the second rank's alone
+    newest.write_bytes(newest.read_bytes()[:-100])
     done, _ = run_ranks(2, *sharded)
-    assert "going on after step 3" in done.stdout
+    assert "step-3: passed over, it is broken (rank-1" in done.stderr
+    assert "going on after step 2" in done.stdout
     assert_close(whole(stage, *extra), tmp_path)
 
 
@@ -236,3 +285,343 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(world_dir, whole,
     one, three = (next(record for record in metrics(out) if "test_id/quality" in record)
                   for out in (whole("coldstart", *LORA, *test), tmp_path))
     assert one == pytest.approx(three, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints, without a run around them
+
+
+class Tiny(torch.nn.Linear):
+    """What stands for a model: its checkpoints take a millisecond."""
+
+    device = torch.device("cpu")
+
+    def trainable(self):
+        return dict(self.named_parameters())
+
+
+def tiny(folder, keep=3, ranks=ALONE, kind=torch.optim.AdamW):
+    torch.manual_seed(0)
+    model = Tiny(3, 2)
+    optimizer = kind(model.parameters(), lr=0.1)
+    checkpoints = Checkpoints(folder, keep, ranks)
+    checkpoints.attach(model, optimizer)
+    return model, optimizer, checkpoints
+
+
+def train(model, optimizer, checkpoints, steps):
+    """Make some steps and a checkpoint after each; returns the weights after each."""
+    found = []
+    for step in steps:
+        model(torch.ones(1, 3) * step).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        checkpoints.save(step, {"args": {"lr": 0.1}})
+        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    return found
+
+
+def holds(model, weights):
+    return all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder with the checkpoints of three steps, and the weights after each."""
+    return tmp_path, train(*tiny(tmp_path), (1, 2, 3))
+
+
+def taken_up(folder, capsys):
+    """What a fresh start takes up: the model, state.json, and what was said about it."""
+    model, optimizer, checkpoints = tiny(folder)
+    state = checkpoints.newest({"lr": 0.1})
+    if state:  # it can go on
+        train(model, optimizer, SimpleNamespace(save=lambda *_: None), [4])
+        model, _, checkpoints = tiny(folder)
+        checkpoints.newest({"lr": 0.1})
+    return model, state, capsys.readouterr().err
+
+
+def test_a_checkpoint_is_passed_over_if_any_of_its_bytes_has_changed(trained, capsys):
+    folder, weights = trained
+    model, state, said = taken_up(folder, capsys)
+    assert state["step"] == 3 and holds(model, weights[2]) and not said
+    rng = random.Random(0)
+    for path in sorted((folder / "step-3").iterdir()):
+        content = path.read_bytes()
+        for damage in range(100):
+            changed = bytearray(content)
+            at = rng.randrange(len(content))
+            changed[at] ^= 1 << rng.randrange(8)
+            if damage % 10 == 0:
+                changed = changed[:at]
+            path.write_bytes(changed)
+            model, state, said = taken_up(folder, capsys)
+            assert state["step"] == 2 and holds(model, weights[1]), (path, damage)
+            assert f"{folder / 'step-3'}: passed over, it is broken" in said
+        path.unlink()
+        assert taken_up(folder, capsys)[1]["step"] == 2
+        path.write_bytes(content)
+    assert taken_up(folder, capsys)[1]["step"] == 3
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("step", 99), ("step", "3"), ("step", "missing"), ("args", []), ("args", "missing"), ("ranks", "missing"),
+    ("optimizer", []), ("optimizer", None), ("optimizer", {"0/step/x": 1}), ("optimizer", {"9/step": 1}),
+    ("optimizer", {"x/step": 1}), ("optimizer", "missing")])
+def test_a_state_that_makes_no_sense_is_passed_over_whole(key, value, trained, capsys):
+    """Whether or not its sum is right."""
+    folder, weights = trained
+    path = folder / "step-3/state.json"
+    state = json.loads(path.read_text()) | {key: value}
+    if value == "missing":
+        del state[key]
+    sums = (folder / "step-3/SHA256SUMS").read_text().replace(sum_of(path), "")
+    path.write_text(json.dumps(state))
+    for signed in (False, True):
+        if signed:
+            (folder / "step-3/SHA256SUMS").write_text(sums + sum_of(path))
+        model, found, said = taken_up(folder, capsys)
+        assert found["step"] == 2 and holds(model, weights[1]) and "step-3: passed over" in said
+
+
+def test_what_is_no_checkpoint_is_let_alone(trained, capsys):
+    folder, weights = trained
+    for name in ("step-old1", "step-", "step-3.5", "other"):
+        (folder / name).mkdir()
+    (folder / "step-7").write_text("")
+    model, state, said = taken_up(folder, capsys)
+    assert state["step"] == 3 and holds(model, weights[2]) and "step-7: passed over" in said
+
+
+def test_broken_checkpoints_do_not_push_out_whole_ones(trained, capsys):
+    folder, _ = trained
+    for step in (2, 3):
+        (folder / f"step-{step}/SHA256SUMS").unlink()
+    model, optimizer, checkpoints = tiny(folder, keep=1)
+    assert checkpoints.newest({"lr": 0.1})["step"] == 1
+    (folder / "step-1/SHA256SUMS").unlink()
+    model, optimizer, checkpoints = tiny(folder, keep=1)
+    assert checkpoints.newest({"lr": 0.1}) is None
+    train(model, optimizer, checkpoints, [1])
+    assert taken_up(folder, capsys)[1]["step"] == 1
+
+
+class Threads(Ranks):
+    """Two ranks in one process, the lists that they gather side by side."""
+
+    def __init__(self, rank, lists, barrier):
+        super().__init__(rank, 2)
+        object.__setattr__(self, "meet", (lists, barrier))
+
+    def gather(self, mine):
+        lists, barrier = self.meet
+        lists[self.rank] = mine
+        barrier.wait(20)
+        both = lists[0] + lists[1]
+        barrier.wait(20)
+        return both
+
+
+def on_two_ranks(folder, work):
+    """What `work` returns, or raises, on each of two ranks that hold a shard each."""
+    lists, barrier = [[], []], threading.Barrier(2)
+
+    def rank(number):
+        kind = torch.optim.SGD  # without moments, for these shards are plain tensors
+        try:
+            return work(number, *tiny(folder, ranks=Threads(number, lists, barrier), kind=kind))
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(rank, range(2)))
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """Tensors pass for shards."""
+    monkeypatch.setattr(support.checkpoint, "DTensor", torch.Tensor)
+
+
+def test_ranks_agree_on_what_is_taken_up(sharded, tmp_path, capsys):
+    weights, _ = on_two_ranks(tmp_path, lambda rank, *tiny: train(*tiny, (1, 2, 3)))
+    assert len(list(tmp_path.glob("step-3/rank-*.safetensors"))) == 2
+
+    def take_up(rank, model, optimizer, checkpoints, other=None):
+        state = checkpoints.newest({"lr": 0.2 if rank == other else 0.1})
+        return state and state["step"], holds(model, weights[state["step"] - 1])
+
+    assert on_two_ranks(tmp_path, take_up) == [(3, True)] * 2
+    for step, rank in ((3, 1), (2, 0)):
+        path = tmp_path / f"step-{step}/rank-{rank}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        assert on_two_ranks(tmp_path, take_up) == [(step - 1, True)] * 2
+        assert f"passed over, it is broken (rank-{rank}.safetensors is not" in capsys.readouterr().err
+    errors = on_two_ranks(tmp_path, lambda *both: take_up(*both, other=1))
+    assert all(isinstance(error, Different) and "--lr was 0.1, is 0.2" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("name", ["rank-0.safetensors", "rank-1.safetensors", "state.json"])
+def test_a_rank_that_cannot_write_ends_them_all(name, sharded, tmp_path, monkeypatch):
+    def work(rank, model, optimizer, checkpoints):
+        train(model, optimizer, checkpoints, [1])
+        checkpoints.ranks.meet[1].wait(20)
+        monkeypatch.setattr(support.checkpoint, "sum_of", full)
+        train(model, optimizer, checkpoints, [2])
+
+    def full(path, sum_of=sum_of):
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        return sum_of(path)
+
+    for error in on_two_ranks(tmp_path, work):
+        assert isinstance(error, DataError) and "step-2: could not be written" in str(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is complete, or absent, at every moment
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Do something, killed before its n-th change of the file system; returns whether it got through."""
+    names = ("rename", "replace", "unlink", "rmdir", "fsync")
+    plain = {name: getattr(os, name) for name in names} | {"fsync": lambda file: None}
+
+    def do(number, work):
+        left = [number]
+
+        def counted(name):
+            def change(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                return plain[name](*args, **kwargs)
+            return change
+
+        with monkeypatch.context() as patch:
+            for name in names:
+                patch.setattr(os, name, counted(name))
+            try:
+                work()
+            except Killed:
+                return False
+        return True
+
+    return do
+
+
+def folder_of(path, text):
+    (path / "inner").mkdir(parents=True)
+    for name in ("one", "inner/two"):
+        (path / name).write_text(text)
+
+
+def content(path):
+    return [(path / name).read_text() for name in ("one", "inner/two")] if path.exists() else None
+
+
+@pytest.mark.parametrize("was_there", [True, False])
+def test_whenever_a_replacement_is_killed_a_whole_folder_is_left(was_there, killed_at, tmp_path):
+    finished, kills, seen = False, 0, set()
+    while not finished:
+        twice = 0
+        while True:  # clearing up is killed as well, and again
+            root = tmp_path / f"{kills}-{twice}"
+            place, beside = root / "model", root / "model.partial"
+            folder_of(beside, "new")
+            if was_there:
+                folder_of(place, "old")
+                folder_of(root / "model.before", "older")  # from a kill before
+            finished = killed_at(kills, partial(put_in_place, beside, place))
+            cleared = killed_at(twice, partial(settle, place))
+            settle(place)
+            found = content(place)
+            assert found in ([["old"] * 2, ["new"] * 2] if was_there else [None, ["new"] * 2])
+            assert not finished or found == ["new"] * 2
+            assert [path.name for path in root.iterdir()] == (["model"] if found else [])
+            seen.add(str(found))
+            twice += 1
+            if cleared:
+                break
+        kills += 1
+    assert len(seen) == 2 and kills > (10 if was_there else 5)
+
+
+def test_whenever_a_removal_is_killed_a_whole_folder_or_none_is_left(killed_at, tmp_path):
+    finished, kills = False, 0
+    while not finished:
+        place = tmp_path / str(kills) / "checkpoints"
+        folder_of(place, "old")
+        folder_of(place.with_name("checkpoints.removed"), "older")
+        finished = killed_at(kills, partial(remove, place))
+        assert content(place) in (["old"] * 2, None)
+        remove(place)
+        settle(place)
+        assert list(place.parent.iterdir()) == []
+        kills += 1
+    assert kills > 5
+
+
+def test_whenever_an_amendment_is_killed_the_old_or_the_new_is_left(killed_at, tmp_path):
+    path, finished, kills = tmp_path / "descore.json", False, 0
+    while not finished:
+        path.write_text('{"stage": "rl"}')
+        finished = killed_at(kills, lambda: amend(path, score_std=2.0))
+        assert json.loads(path.read_text()) in ({"stage": "rl"}, {"stage": "rl", "score_std": 2.0})
+        kills += 1
+    assert json.loads(path.read_text())["score_std"] == 2.0 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_log_is_cut_at_a_whole_line_and_never_grows(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    for size, kept, lost in ((0, b"", False), (4, b"1\n2\n", False), (6, b"1\n2\n3\n", False),
+                             (7, b"1\n2\n3\n", False), (99, b"1\n2\n3\n", True)):
+        path.write_bytes(b"1\n2\n3\n4")
+        cut(path, size)
+        assert path.read_bytes() == kept and ("lines are lost" in capsys.readouterr().err) == lost
+    cut(tmp_path / "new.jsonl", 0)
+    assert (tmp_path / "new.jsonl").read_bytes() == b""
+
+
+def test_the_logs_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
+    going, done = object.__new__(Run), []
+    going.out, going.ranks, going.stop_asked = tmp_path, ALONE, False
+    going.args, going.skipped = RunArgs(), SimpleNamespace(records=[])
+    going.logs = [tmp_path / "metrics.jsonl", tmp_path / "rollouts.jsonl"]
+    for path in going.logs:
+        path.write_text("{}\n")
+    monkeypatch.setattr(support.run, "sync", lambda path: done.append(path.name))
+    going.checkpoints = SimpleNamespace(save=lambda step, state: done.append(state["rollouts_bytes"]))
+    assert not going.stops(50, 100)
+    assert done == ["metrics.jsonl", "rollouts.jsonl", 3]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A step's bookkeeping
+
+
+def test_a_total_is_a_mean_over_the_updates_that_had_something():
+    means = Means()
+    for losses, decided in (((1.0, 2.0), (1, 1)), ((0.0, 0.0), (0, 0)), ((5.0, 0.0), (1, 0))):
+        for loss, weight in zip(losses, decided):
+            means.total(weight, bt_loss=loss)
+            means.total(0, nothing=0.0)
+            means.total(grpo_loss=loss)
+        means.update += 1
+    found = means.take(ALONE)
+    assert found["bt_loss"] == 4 and found["grpo_loss"] == pytest.approx(8 / 3)
+    assert math.isnan(found["nothing"]) and not means.sums and means.update == 0
+
+
+@pytest.mark.parametrize(("items", "updates", "sizes"), [
+    (6, 4, [1, 2, 1, 2]), (3, 5, [1, 1, 1]), (8, 4, [2, 2, 2, 2]), (128, 32, [4] * 32), (7, 1, [7])])
+def test_a_rollout_batch_is_cut_into_as_many_updates_as_asked(items, updates, sizes):
+    found = parts(list(range(items)), updates)
+    assert [len(some) for some in found] == sizes and list(chain(*found)) == list(range(items))

@@ -1,13 +1,16 @@
 """The stages from outside: processes started, files written, processes killed."""
 
 import json
+import shutil
+import time
 
 import pytest
 import torch
 from conftest import ROOT, TOY_VIDEO
-from launch import run
+from launch import Started, run, run_ranks
 from safetensors.torch import load_file
 
+from coldstart import order
 from data import DIMENSIONS, DataError, follows_format, read_pairs
 from model import DeScore
 from support.run import read_tests
@@ -16,9 +19,13 @@ QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--no-gradient-checkpoint
 
 
 def coldstart(world_dir, out, *extra, launch=("coldstart.py",)):
-    return run(*launch, "--backbone", "toy/backbone", "--train", world_dir / "train_cots.jsonl", "--out", out,
-               "--epochs", 1, "--batch-size", 6, "--max-tokens", 1000, "--lr", 1e-3, "--max-new-tokens", 150,
-               *QUICK, *extra)
+    return run(*coldstart_command(world_dir, out, *extra, launch=launch))
+
+
+def coldstart_command(world_dir, out, *extra, launch=("coldstart.py",)):
+    return [*launch, "--backbone", "toy/backbone", "--train", world_dir / "train_cots.jsonl", "--out", out,
+            "--epochs", 1, "--batch-size", 6, "--max-tokens", 1000, "--lr", 1e-3, "--max-new-tokens", 150,
+            *QUICK, *extra]
 
 
 def rl(world_dir, model, out, *extra, launch=("rl.py",)):
@@ -83,6 +90,8 @@ def test_stage_2_may_train_the_mergers(world_dir, stage1, tmp_path):
     before, after = (DeScore.load(run).qwen.model.visual.state_dict() for run in (stage1, tmp_path))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "merger" in name}
+    # Nothing was evaluated: what stage 1 measured is not the scale of these scores.
+    assert "score_std" in DeScore.load(stage1).info and "score_std" not in DeScore.load(tmp_path).info
 
 
 def test_a_model_of_stage_2_is_still_an_adapter_on_the_backbone(stage2):
@@ -197,6 +206,67 @@ def test_stage_1_needs_cots_and_stage_2_reference_scores(world_dir, tmp_path):
         done = run(script, "--backbone", "toy/backbone", "--train", tmp_path / "bare.jsonl", "--out",
                    tmp_path / "out", check=False)
         assert done.returncode == 1 and message in done.stderr
+
+
+def absolute(world_dir, name):
+    """The pairs of a file, such that it can be written anywhere."""
+    pairs = [json.loads(line) for line in (world_dir / name).read_text().splitlines()]
+    return [pair | {key: str(world_dir / pair[key]) for key in ("video_a", "video_b")} for pair in pairs]
+
+
+def write(path, pairs):
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path
+
+
+def test_a_run_killed_at_its_last_evaluation_has_its_model(world_dir, stage1, tmp_path):
+    """And goes on, though the test set has moved, one of its videos is broken, and its log is shorter."""
+    out, test = tmp_path / "run", ("--test", world_dir / "test_id.jsonl")
+    shutil.copytree(stage1, out)
+    shutil.rmtree(out / "model")
+    (out / "model.before").mkdir()  # an older one, whose place was not taken
+    process = Started(*coldstart_command(world_dir, out, *test, "--eval-every", 1))
+    while not (out / "model/descore.json").is_file() and process.running():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait().returncode == -9
+    model = DeScore.load(out)
+    assert model.info["stage"] == "coldstart" and "score_std" not in model.info
+    one, two = parameters(stage1), parameters(out)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+    pairs = absolute(world_dir, "test_id.jsonl")
+    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
+    pairs[0]["video_b"] = str(tmp_path / "broken.mp4")
+    log = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(log[: log.rindex(b'"step": 2') + 20])
+    moved = ("--test", write(tmp_path / "moved.jsonl", pairs))
+    done = coldstart(world_dir, out, *moved, "--eval-temperature", 0.5, "--eval-before", "false")
+    assert "metrics.jsonl: some of its last lines are lost" in done.stderr
+    records = metrics(out)
+    assert [record["step"] for record in records] == [0, 1, 1, 2] and "moved/quality" in records[-1]
+    assert DeScore.load(out).info["score_std"] == records[-1]["moved/score_std"]
+
+
+LORA, SHARDED = ("--lora-rank", 4), ("--lora-rank", 0, "--shard", "full")
+
+
+@pytest.mark.parametrize(("stage", "extra"), [("coldstart", LORA), ("rl", LORA), ("rl", SHARDED)])
+def test_a_step_in_which_nothing_can_be_read_moves_nothing(stage, extra, world_dir, tmp_path):
+    """With two ranks, of which one has no pair at all."""
+    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
+    pairs = absolute(world_dir, "train_cots.jsonl")[:2]
+    pairs[order(2, 1, 0)[1]]["video_a"] = str(tmp_path / "broken.mp4")  # of the second step
+    steps = {"coldstart": ["--epochs", 1], "rl": ["--steps", 2, "--updates", 1, "--group-size", 2]}
+    out, train = tmp_path / "out", write(tmp_path / "pairs.jsonl", pairs)
+    run_ranks(2, f"{stage}.py", "--model", "toy/backbone", "--out", out, "--train", train, "--lr", 1e-3,
+              "--batch-size", 1, "--max-new-tokens", 20, "--max-skipped", 1, "--save-every", 1, *TOY_VIDEO,
+              "--workers", 0, *steps[stage], *extra)
+    first, second = [record for record in metrics(out) if "grad_norm" in record]
+    assert first["grad_norm"] > 0 and first["loss"] is not None
+    assert second["grad_norm"] == 0 and second["loss"] is None and second["left_out"] == 0
+    sums = [(out / f"checkpoints/step-{step}/SHA256SUMS").read_text().splitlines() for step in (1, 2)]
+    assert sums[0][:-1] == sums[1][:-1]  # weights and moments, bit for bit; the last is state.json
 
 
 @pytest.fixture
