@@ -20,7 +20,7 @@ from torch import Tensor
 from data import Pair, both, keys_of
 from model import OWN, DeScore
 from support.batches import chunks, draw_seed, prompt_lengths
-from support.command import run_command
+from support.command import Count, NotNegative, Positive, Share, Whole, run_command
 from support.run import Run, Unit
 from support.settings import RunArgs, setting
 
@@ -30,20 +30,20 @@ class Args(RunArgs):
     """Stage 1 (DeScore, Section "Stage 1"; rate and p from the released code)."""
 
     out: str = setting("runs/coldstart", "the run's folder")
-    mask_p: float = setting(0.5, "p: chance that the CoTs of a pair are masked")
-    epochs: int = setting(2, "passes over the pairs")
-    batch_size: int = setting(32, "pairs a step, over all ranks")
-    lr: float = setting(2e-6, "learning rate after warm-up, constant")
-    head_lr: float | None = setting(None, "of [Reward] and head [lr]")
-    warmup: float = setting(0.05, "share of the steps it takes to rise")
-    weight_decay: float = setting(0.01, "AdamW")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to it")
-    lora_rank: int = setting(64, "adapters on the language model; 0: all of it")
+    mask_p: Share = setting(0.5, "p: chance that the CoTs of a pair are masked")
+    epochs: Count = setting(2, "passes over the pairs")
+    batch_size: Count = setting(32, "pairs a step, over all ranks")
+    lr: NotNegative = setting(2e-6, "learning rate after warm-up, constant")
+    head_lr: NotNegative | None = setting(None, "of [Reward] and head [lr]")
+    warmup: Share = setting(0.05, "share of the steps it takes to rise")
+    weight_decay: NotNegative = setting(0.01, "AdamW")
+    max_grad_norm: Positive = setting(1.0, "gradients are clipped to it")
+    lora_rank: Whole = setting(64, "adapters on the language model; 0: all of it")
     train_merger: bool = setting(True, "train the vision tower's mergers")
     train_vision: bool = setting(False, "train the rest of the vision tower")
-    max_pixels: int = setting(448 * 448, "pixels a frame, at most")
-    max_prompt: int = setting(6144, "longest prompt in tokens")
-    max_tokens: int = setting(24_576, "tokens at a time; a pair at least")
+    max_pixels: Count = setting(448 * 448, "pixels a frame, at most")
+    max_prompt: Whole = setting(6144, "longest prompt in tokens")
+    max_tokens: Count = setting(24_576, "tokens at a time; a pair at least")
 
 
 def bt_loss(

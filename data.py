@@ -7,7 +7,6 @@ pipeline makes it (qwen-vl-utils 0.0.14, the processor of transformers 4.57).
 import json
 import math
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -71,6 +70,18 @@ def explained(message: str, *kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise DataError(f"{message} ({reason})") from error
+
+
+TEXT_LIMIT = 50_000  # bytes of a prompt or CoT; the 6,200 tokens that stage 2 allows have fewer
+
+
+def checked(text: str, name: str) -> str:
+    """The text. DataError if it is too long or holds half of a surrogate pair."""
+    with explained(f"{name} is no Unicode text", UnicodeEncodeError):
+        size = len(text.encode())
+    if size > TEXT_LIMIT:
+        raise DataError(f"{name} has {size:,} bytes, more than {TEXT_LIMIT:,}")
+    return text
 
 
 def is_number(value) -> bool:
@@ -242,7 +253,7 @@ class Processor:
             instruction: str | None = INSTRUCTION, dimensions=DIMENSIONS):
         """instruction: a text with <video> and <prompt> in it; None where each prompt is itself a
         whole instruction, the video at its <video>, else before it."""
-        if instruction is not None and instruction.count("<video>") != 1:
+        if instruction is not None and checked(instruction, "the instruction").count("<video>") != 1:
             raise DataError("the instruction must hold <video> exactly once, and <prompt> where "
                             "the prompt belongs")
         self.tokenizer, self.settings = tokenizer, settings
@@ -292,6 +303,7 @@ class Processor:
             within_turn: str | None = None) -> Tensor:
         """Token ids (P,) of a video's prompt. With `within_turn`, a CoT, the turn stays the user's
         and holds it: the layout in which DeScore's release scores."""
+        checked(prompt, "the prompt")
         if self.instruction is not None:
             texts = self.instruction.split("<video>")
             before, after = (text.replace("<prompt>", prompt) for text in texts)
@@ -333,12 +345,9 @@ class Processor:
 # ------------------------------
 # Chains of thought
 
-BLOCKS = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-TAG = re.compile(r"</?(?:think|answer)>")
-
-
 def parse_cot(text: str, dimensions=DIMENSIONS) -> dict | None:
-    """The scores a CoT ends with: {"dimensional_scores": {...}, "overall_score": float | None}.
+    """The scores a CoT ends with: {"dimensional_scores": {...}, "overall_score": float | None},
+    and whatever else its answer says.
 
     None unless the text holds exactly one <answer> block and this holds one JSON object (in a
     ```json fence or not) with a valid sub-score for each dimension and no other, and an
@@ -361,7 +370,7 @@ def parse_cot(text: str, dimensions=DIMENSIONS) -> dict | None:
     if "overall_score" in answer and not (is_number(overall) and 1 <= overall <= 5):
         return None
     overall = None if overall is None else float(overall)
-    return {"dimensional_scores": scores, "overall_score": overall}
+    return answer | {"overall_score": overall}
 
 
 def no_duplicates(items: list[tuple[str, object]]) -> dict:
@@ -379,13 +388,6 @@ def is_scores(scores, dimensions=DIMENSIONS) -> bool:
     """Whether this is a sub-score, 0, 1, 2 or "N/A", for each dimension and nothing else."""
     return (isinstance(scores, dict) and set(scores) == set(dimensions)
             and all(is_sub_score(value) for value in scores.values()))
-
-
-def follows_format(text: str, dimensions=DIMENSIONS) -> bool:
-    """Whether a CoT keeps the format exactly: one <think> block with something in it, then one
-    <answer> block that `parse_cot` accepts, only white space around them, no further tag."""
-    match = BLOCKS.fullmatch(text) if len(TAG.findall(text)) == 4 else None
-    return bool(match and match[1].strip() and parse_cot(text, dimensions))
 
 
 def agreement(scores: dict, reference: dict) -> float:
@@ -539,6 +541,9 @@ def make_pair(record: dict, where: str, root: Path, dimensions=DIMENSIONS) -> Pa
         if not isinstance(record.get(key), (str, type(None))):
             raise DataError(f"{where}: {key} is not a text")
     known = {field.name: record.get(field.name) for field in fields(Pair)}
+    for key, value in known.items():
+        if isinstance(value, str):
+            checked(value, f"{where}: {key}")
     return Pair(**known | {key: str(root / record[key]) for key in ("video_a", "video_b")})
 
 

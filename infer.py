@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Key, Pair, agreement, both, follows_format, keys_of, parse_cot
+from data import Key, Pair, agreement, both, keys_of, parse_cot
 from model import DeScore
 from support import release, tables
 from support.batches import THINK_TOKENS, draw_seed, packed, prompt_lengths, read_ahead, sort_out
-from support.command import run_command
+from support.command import Count, NotNegative, Whole, run_command
 from support.files import default_model
 from support.formats import read_pairs
 from support.journal import Journal, made_by
 from support.ranks import ALONE, Ranks
 from support.shard import gathered
+from support.thought import follows_format
 
 
 def judge(
@@ -253,17 +254,17 @@ def parse_args() -> argparse.Namespace:
     add("--root", help="with --pairs: the folder that its paths are relative to [its own]")
     add("--out", type=Path, help="with --pairs: a file for the judgements, a line a video")
     add("--cot", choices=("on", "off"), default="on", help="off: score without thinking")
-    add("--samples", type=int, default=1, help="CoTs a video, their scores averaged")
+    add("--samples", type=Count, default=1, help="CoTs a video, their scores averaged")
     add("--instruction", help="a file with <video> and <prompt> in it [the model's own]; "
         "problem: the pair file's column")
     add("--scoring-layout", choices=("ours", "release"), help="release: as the authors score "
         "[the model's own]")
-    add("--max-new-tokens", type=int, default=4096, help="longest CoT")
-    add("--temperature", type=float, help="0: the likeliest token [0; with --samples 1]")
-    add("--seed", type=int, default=0, help="of the sampling at a temperature above 0")
-    add("--think-tokens", "--max-tokens", type=int, default=THINK_TOKENS,
+    add("--max-new-tokens", type=Count, default=4096, help="longest CoT")
+    add("--temperature", type=NotNegative, help="0: the likeliest token [0; with --samples 1]")
+    add("--seed", type=Whole, default=0, help="of the sampling at a temperature above 0")
+    add("--think-tokens", "--max-tokens", type=Count, default=THINK_TOKENS,
         help="tokens thought at a time, of prompts and their longest CoTs")
-    add("--workers", type=int, default=0, help="processes that decode videos ahead")
+    add("--workers", type=Whole, default=0, help="processes that decode videos ahead")
     add("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args()
     if args.inputs and os.path.isfile(args.inputs[-1]):

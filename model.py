@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
-from data import Batch, DataError, Processor
+from data import Batch, DataError, Processor, checked
 from support import saved
 from support.attention import GroupCache, pack_rows
 from support.batches import alike, packed
@@ -244,7 +244,8 @@ class DeScore(nn.Module):
     def score(self, batch: Batch, cots: list[str | None]) -> Tensor:
         """Score each of B videos after the given CoT, or after none where it is None: scores (B,).
         One forward over [prompt, CoT, [Reward]], no logits; differentiable."""
-        ids = [torch.tensor(self.processor.encode(cot or ""), dtype=torch.long) for cot in cots]
+        texts = [checked(cot or "", "a CoT") for cot in cots]
+        ids = [torch.tensor(self.processor.encode(text), dtype=torch.long) for text in texts]
         lengths = torch.tensor([len(i) for i in ids])[:, None, None]
         tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, None]  # (B, 1, C)
         mask = torch.arange(tokens.shape[-1]) < lengths

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from coldstart import bt_loss, order
-from data import DIMENSIONS, Batch, DataError, Pair, agreement, both, follows_format, keys_of, parse_cot
+from data import DIMENSIONS, Batch, DataError, Pair, agreement, both, keys_of, parse_cot
 from model import DeScore
 from support.batches import chunks, draw_seed, parts, prompt_lengths
-from support.command import run_command
+from support.command import Count, Factor, NotNegative, Number, Positive, Share, TopP, Whole, run_command
 from support.run import MicroBatch, Run, Unit
 from support.settings import RunArgs, load_function, setting
 from support.shard import gathered
+from support.thought import follows_format, thought
 
 
 @dataclass
@@ -44,37 +45,40 @@ class Args(RunArgs):
 
     model: str = setting("runs/coldstart", "the model of stage 1", aliases=["--backbone"])
     out: str = setting("runs/rl", "the run's folder")
-    steps: int = setting(65, "rollout batches")
-    batch_size: int = setting(128, "pairs a rollout batch, over all ranks")
-    updates: int = setting(32, "optimiser steps a rollout batch")
-    group_size: int = setting(8, "G: rollouts a video")
-    temperature: float = setting(1.0, "of the sampling")
-    top_p: float = setting(1.0, "of the sampling")
-    w_format: float = setting(0.1, "w_f")
-    w_quality: float = setting(0.7, "w_q")
-    w_length: float = setting(0.2, "w_l")
-    length_low: int = setting(500, "tokens up to which R_l is 0")
-    length_high: int = setting(2000, "tokens from which R_l is 1")
-    length_excess: int | None = setting(None, "from here R_l falls back to 0 [never]")
+    steps: Count = setting(65, "rollout batches")
+    batch_size: Count = setting(128, "pairs a rollout batch, over all ranks")
+    updates: Count = setting(32, "optimiser steps a rollout batch")
+    group_size: Count = setting(8, "G: rollouts a video")
+    temperature: Positive = setting(1.0, "of the sampling")
+    top_p: TopP = setting(1.0, "of the sampling")
+    w_format: Number = setting(0.1, "w_f")
+    w_quality: Number = setting(0.7, "w_q")
+    w_length: Number = setting(0.2, "w_l")
+    length_low: Whole = setting(500, "tokens up to which R_l is 0")
+    length_high: Count = setting(2000, "tokens from which R_l is 1")
+    length_excess: Count | None = setting(None, "from here R_l falls back to 0 [never]")
     reward: list[str] = setting([], "FILE:FUNCTION=WEIGHT: one more reward")
     advantage_std: bool = setting(True, "divide advantages by the group's std")
     loss_mean: Literal["cot", "token", "constant"] = setting("cot", "of L_GRPO: see there")
-    clip_low: float = setting(0.2, "ε below 1")
-    clip_high: float = setting(0.2, "ε above 1")
-    dual_clip: float | None = setting(None, "bound on ρ where A < 0 [off]")
+    clip_low: Share = setting(0.2, "ε below 1")
+    clip_high: NotNegative = setting(0.2, "ε above 1")
+    dual_clip: Factor | None = setting(None, "bound on ρ where A < 0 [off]")
     mask_truncated: bool = setting(False, "leave cut-off rollouts out of L_GRPO")
-    beta: float = setting(1e-5, "β of the KL term; 0 spares the reference's forward")
-    bt_weight: float = setting(0.005, "λ: weight of the Bradley-Terry loss")
-    lr: float = setting(1e-5, "constant (1e-6 in the paper, for the whole model)")
-    weight_decay: float = setting(0.01, "AdamW")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to it")
-    lora_rank: int = setting(64, "adapters, as in stage 1; 0: the whole model")
+    beta: NotNegative = setting(1e-5, "β of the KL term; 0 spares the reference's forward")
+    bt_weight: NotNegative = setting(0.005, "λ: weight of the Bradley-Terry loss")
+    lr: NotNegative = setting(1e-5, "constant (1e-6 in the paper, for the whole model)")
+    weight_decay: NotNegative = setting(0.01, "AdamW")
+    max_grad_norm: Positive = setting(1.0, "gradients are clipped to it")
+    lora_rank: Whole = setting(64, "adapters, as in stage 1; 0: the whole model")
     train_merger: bool = setting(False, "train the mergers too; π_ref shares them")
-    max_pixels: int = setting(307_200, "pixels a frame, at most")
-    max_prompt: int = setting(6200, "longest prompt in tokens")
-    max_tokens: int = setting(16_384, "tokens in a forward; a row at least")
-    save_every: int = setting(5, "steps between checkpoints; 0: at the end only")
-    keep_rollouts: int = setting(4, "videos a step whose rollouts are written down")
+    max_pixels: Count = setting(307_200, "pixels a frame, at most")
+    max_prompt: Whole = setting(6200, "longest prompt in tokens")
+    max_tokens: Count = setting(16_384, "tokens in a forward; a row at least")
+    save_every: Whole = setting(5, "steps between checkpoints; 0: at the end only")
+    keep_rollouts: Whole = setting(4, "videos a step whose rollouts are written down")
+
+    def __post_init__(self):
+        length_reward(0, self.length_low, self.length_high, self.length_excess)
 
 
 # ------------------------------
@@ -95,21 +99,29 @@ def quality_reward(text: str, gold: dict, dimensions=DIMENSIONS) -> float:
 
 def length_reward(n_tokens: int, low: int = 500, high: int = 2000,
                   excess: int | None = None) -> float:
-    """R_l = 0 up to `low` tokens, linear to 1 at `high`; from `excess` on, where set, it falls
-    back to 0 with the same slope, for a thought can be too long as well."""
+    """R_l = 0 up to `low` tokens of a thought, linear to 1 at `high`; from `excess` on, where
+    set, it falls back to 0 with the same slope, for a thought can be too long as well. Raises
+    ValueError unless low < high ≤ excess."""
+    if not low < high <= (excess or high):
+        raise ValueError(f"R_l needs low < high ≤ excess, not {low}, {high}, {excess}")
     rise = (n_tokens - low) / (high - low)
     fall = 1.0 if excess is None else 1.0 - (n_tokens - excess) / (high - low)
     return max(0.0, min(1.0, rise, fall))
 
 
-def make_rewards(args: Args, dimensions: dict) -> dict[str, tuple[float, Callable]]:
+def make_rewards(args: Args, processor) -> dict[str, tuple[float, Callable]]:
     """The rewards by name: the weight of each, and what it gives for a rollout's text, the
     number of its tokens, and the reference sub-scores of its video."""
-    low, high, excess = args.length_low, args.length_high, args.length_excess
+    dimensions = processor.dimensions
+    bounds = args.length_low, args.length_high, args.length_excess
+
+    def length(text: str, n_tokens: int, gold: dict) -> float:
+        return length_reward(len(processor.encode(thought(text, dimensions))), *bounds)
+
     rewards = {
         "format": (args.w_format, lambda text, n, gold: format_reward(text, dimensions)),
         "quality": (args.w_quality, lambda text, n, gold: quality_reward(text, gold, dimensions)),
-        "length": (args.w_length, lambda text, n, gold: length_reward(n, low, high, excess)),
+        "length": (args.w_length, length),
     }
     for given in args.reward:
         name, weight, function = load_function(given)
@@ -303,7 +315,7 @@ def main() -> None:
     groups = [{"params": list(model.trainable()), "lr": args.lr}]
     run.prepare(model, groups, args.weight_decay)
     pairs = run.read_train("scores", "reference sub-scores (scores_a, scores_b)")
-    rewards = make_rewards(args, model.processor.dimensions)
+    rewards = make_rewards(args, model.processor)
     plan = make_plan(args, pairs, run)
     grpo = partial(grpo_loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta,
                    loss_mean=args.loss_mean, dual_clip=args.dual_clip)

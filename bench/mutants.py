@@ -22,6 +22,7 @@ EQUATIONS, MODEL = "tests/test_equations.py", "tests/test_model.py"
 DATA, FORMATS, PARITY = "tests/test_data.py", "tests/test_formats.py", "tests/test_parity.py"
 STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_wires.py"
 HACKABLE, SAVED, JUDGING = "tests/test_hackable.py", "tests/test_saved.py", "tests/test_judging.py"
+FUZZ = "tests/test_fuzz.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 MASKED = "tests/test_steps.py -k masked"
 
@@ -58,8 +59,11 @@ MUTANTS = [
     ("rl.py", "float(follows_format(text, dimensions))", "1.0", EQUATIONS),
     ("rl.py", "(n_tokens - low) / (high - low)", "n_tokens / high", EQUATIONS),
     ("rl.py", "(n_tokens - excess) / (high - low)", "0.0", EQUATIONS),
-    ("rl.py", "length_reward(n, low, high, excess)", "length_reward(n, low, high)", WIRES),
-    ("rl.py", "length_reward(n, low, high, excess)", "length_reward(n, excess=excess)", STEPS2),
+    ("rl.py", "dimensions))), *bounds)", "dimensions))), *bounds[:2])", WIRES),
+    ("rl.py", "dimensions))), *bounds)", "dimensions))))", STEPS2),
+    ("rl.py", "encode(thought(text, dimensions))", "encode(text)", STEPS2),
+    ("rl.py", "not low < high <= (excess or high)", "False", EQUATIONS),
+    ("rl.py", "length_reward(0, self.length_low,", "(lambda *x: x)(0, self.length_low,", f"{HACKABLE} -k bounds"),
     ("rl.py", '"format": (args.w_format,', '"format": (args.w_quality,', STEPS2),
     ("rl.py", '"length": (args.w_length,', '"length": (args.w_format,', STEPS2),
     ("rl.py", "total += weight * part", "total += part", STEPS2),
@@ -149,7 +153,30 @@ MUTANTS = [
     ("data.py", "x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)", "x.permute(0, 3, 6, 7, 4, 2, 1, 5, 8)", DATA),
     ("data.py", 'mode="bicubic", antialias=True', 'mode="bicubic"', PARITY),
     ("data.py", "value in (0, 1, 2)", "value in (0, 1, 2, 3)", EQUATIONS),
-    ("data.py", "len(TAG.findall(text)) == 4", "len(TAG.findall(text)) >= 4", EQUATIONS),
+    ("data.py", "if size > TEXT_LIMIT:", "if False:", DATA),
+    ("data.py", 'checked(value, f"{where}: {key}")', "pass", DATA),
+    ("data.py", 'checked(prompt, "the prompt")', "pass", DATA),
+    ("model.py", 'checked(cot or "", "a CoT")', 'cot or ""', DATA),
+    # -- what a thought is
+    ("support/thought.py", "len(TAG.findall(text)) == 4", "len(TAG.findall(text)) >= 4", EQUATIONS),
+    ("support/thought.py", "cot is None or len(cot) > 2", "cot is None", EQUATIONS),
+    ("support/thought.py", "- implied) > 1:", "- implied) > 4:", EQUATIONS),
+    ("support/thought.py", "len(words) >= 3 and words - answer", "len(words) >= 3", EQUATIONS),
+    ("support/thought.py", "len(words) >= 3 and words - answer", "words - answer", EQUATIONS),
+    ("support/thought.py", "said = substance(match[1])", "said = match[1]", FUZZ),
+    ("support/thought.py", 'MARKUP.sub("", ', '("" + ', FUZZ),
+    ("support/thought.py", 'BLANK.sub("", ', '("" + ', FUZZ),
+    ("support/thought.py", "filter(is_seen, text)", "text", FUZZ),
+    ("support/thought.py", '" ".join(line.split())', "line", FUZZ),
+    ("support/thought.py", 'NUMBER.sub("0", ', '("" + ', FUZZ),
+    ("support/thought.py", 'SIGNS.sub(r"\\1", ', '("" + ', FUZZ),
+    ("support/thought.py", "199}?)\\1{2,}", "199}?)\\1{2000,}", FUZZ),
+    ("support/thought.py", "said.add(letters)", "pass", FUZZ),
+    # -- the range of a number
+    ("support/command.py", "abs(value) < 2**63 and fits(value)", "fits(value)", f"{HACKABLE} -k every_number"),
+    ("support/command.py", "abs(value) < 2**63 and fits(value)", "True", f"{HACKABLE} -k every_number"),
+    ("support/settings.py", '- {"preset"}', "", f"{HACKABLE} -k bad_value"),
+    ("support/settings.py", "if not callable(function):", "if False:", f"{HACKABLE} -k reward_that"),
     ("data.py", "sum(matched) / len(matched)", "sum(matched) / len(scores)", EQUATIONS),
     ("data.py", "dimensions[name] * scores[name]", "scores[name]", EQUATIONS),
     ("data.py", "split_special_tokens=True", "split_special_tokens=False", DATA),

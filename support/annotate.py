@@ -30,7 +30,7 @@ from data import DIMENSIONS, INSTRUCTION, DataError, Key, VideoSettings, keys_of
 from model import DeScore
 from support import journal, tables
 from support.batches import THINK_TOKENS
-from support.command import run_command
+from support.command import Count, NotNegative, Positive, Whole, run_command
 from support.formats import read_pairs, write_pairs
 
 try:
@@ -157,6 +157,8 @@ class Api:
                 problem = "an answer that is no chat completion"
                 continue
             if isinstance(cot, str) and cot.strip():
+                # JSON can hold half of a surrogate pair, which no file of text can.
+                cot = cot.encode(errors="replace").decode()
                 return {"video": video, "prompt": prompt, "cot": cot}
             problem = "an empty answer"
         raise DataError(f"{self.url}: gave up on {video} after {attempt + 1} attempts: {problem}")
@@ -199,18 +201,18 @@ def main() -> None:
     add("--api", metavar="URL", help="an OpenAI-compatible endpoint instead, up to /v1")
     add("--api-model", help="the model's name there")
     add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key, if any")
-    add("--parallel", type=int, default=Api.parallel, help="requests under way at a time")
-    add("--timeout", type=float, default=Api.timeout, help="seconds a request may take")
-    add("--retries", type=int, default=Api.retries, help="attempts after the first")
+    add("--parallel", type=Count, default=Api.parallel, help="requests under way at a time")
+    add("--timeout", type=Positive, default=Api.timeout, help="seconds a request may take")
+    add("--retries", type=Whole, default=Api.retries, help="attempts after the first")
     add("--scores", action="store_true", help="keep the sub-scores as reference, for stage 2")
-    add("--max-new-tokens", type=int, default=Api.max_new_tokens, help="longest CoT")
-    add("--temperature", type=float, default=Api.temperature)
-    add("--think-tokens", "--max-tokens", type=int, default=THINK_TOKENS,
+    add("--max-new-tokens", type=Count, default=Api.max_new_tokens, help="longest CoT")
+    add("--temperature", type=NotNegative, default=Api.temperature)
+    add("--think-tokens", "--max-tokens", type=Count, default=THINK_TOKENS,
         help="tokens at a time, of prompts and CoTs")
-    add("--seed", type=int, default=0)
-    add("--fps", type=float, help="frames sampled a second [the model's own; --api: 2]")
-    add("--min-pixels", type=int, help="a frame, at least [the model's own; --api: 131,072]")
-    add("--max-pixels", type=int, help="a frame, at most [the model's own; --api: 307,200]")
+    add("--seed", type=Whole, default=0)
+    add("--fps", type=Positive, help="frames sampled a second [the model's own; --api: 2]")
+    add("--min-pixels", type=Count, help="a frame, at least [the model's own; --api: 131,072]")
+    add("--max-pixels", type=Count, help="a frame, at most [the model's own; --api: 307,200]")
     args = parser.parse_args()
     if bool(args.model) == bool(args.api) or bool(args.api) != bool(args.api_model):
         raise DataError("annotate needs --model, or --api and --api-model")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from data import DataError, Processor, VideoSettings, explained, read_video
-from support.command import run_command
+from support.command import Count, Positive, run_command
 from support.formats import read_pairs
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "toy/backbone"
@@ -69,9 +69,9 @@ def main() -> None:
     add("pairs", type=Path, help="a pair file of any known kind")
     add("--label", help="the preference's column, if there are several [TA, else Overall]")
     add("--root", type=Path, help="folder that the file's paths are relative to [its own]")
-    add("--fps", type=float, default=2.0, help="frames sampled a second")
-    add("--min-pixels", type=int, default=VideoSettings.min_pixels, help="a frame, at least")
-    add("--max-pixels", type=int, default=448 * 448, help="a frame, at most")
+    add("--fps", type=Positive, default=2.0, help="frames sampled a second")
+    add("--min-pixels", type=Count, default=VideoSettings.min_pixels, help="a frame, at least")
+    add("--max-pixels", type=Count, default=448 * 448, help="a frame, at most")
     add("--model", default=EMBEDDED,
         help="whose tokenizer counts the tokens, directory or hub id [the embedded one]")
     args = parser.parse_args()

@@ -1,5 +1,6 @@
 """How our commands run. peft comes from here, for its import has remarks to make."""
 
+import argparse
 import logging
 import warnings
 from collections.abc import Callable
@@ -26,7 +27,34 @@ with quiet("bitsandbytes"):  # which peft imports, and which misses kernels not 
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.utils import get_peft_model_state_dict
 
-__all__ = ["LoraConfig", "PeftModel", "get_peft_model", "get_peft_model_state_dict", "run_command"]
+__all__ = ["LoraConfig", "PeftModel", "get_peft_model", "get_peft_model_state_dict", "number",
+           "run_command"]
+
+
+def number(kind: type, words: str, fits: Callable[[float], bool]) -> type:
+    """The type of a flag that is a number, int or float, within a range: a text becomes a plain
+    number, or argparse says that it is not what `words` say. NaN and infinity are in no range."""
+
+    def make(cls, text: str) -> float:
+        try:
+            value = kind(text)
+            if abs(value) < 2**63 and fits(value):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+
+    return type(kind.__name__, (kind,), {"__new__": make})
+
+
+Count = number(int, "a whole number of 1 or more", lambda x: x >= 1)
+Whole = number(int, "a whole number of 0 or more", lambda x: x >= 0)
+Number = number(float, "a finite number", lambda x: True)
+NotNegative = number(float, "a number of 0 or more", lambda x: x >= 0)
+Positive = number(float, "a number above 0", lambda x: x > 0)
+Factor = number(float, "a number of 1 or more", lambda x: x >= 1)
+Share = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+TopP = number(float, "a number above 0, at most 1", lambda x: 0 < x <= 1)
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -1,9 +1,10 @@
 """A stage's settings: a dataclass whose fields are the flags of its command line."""
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -12,13 +13,15 @@ from transformers.hf_argparser import HfArg
 
 from data import DataError, explained
 from support.batches import THINK_TOKENS
+from support.command import Count, NotNegative, Positive, Share, Whole
 from support.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def setting(default, help: str, **more):
-    """A field of a stage's settings, which is a flag of its command line."""
+    """A field of a stage's settings, which is a flag of its command line. Its type states the
+    range of a number (support/command.py)."""
     if isinstance(default, list):
         return HfArg(default_factory=default.copy, help=help, **more)
     return HfArg(default=default, help=help, **more)
@@ -34,26 +37,26 @@ class RunArgs:
     test: list[str] = setting([], "pair files to evaluate on")
     label: str | None = setting(None, "column of the preference [TA, else Overall]")
     root: str | None = setting(None, "folder of their relative paths [each file's own]")
-    max_skipped: float = setting(0.01, "share of the pairs that may be unreadable")
+    max_skipped: Share = setting(0.01, "share of the pairs that may be unreadable")
     out: str = setting("runs/run", "the run's folder: metrics, checkpoints, model")
     preset: str | None = setting(None, "JSON file of settings; flags override it")
-    seed: int = setting(0, "of the data's order and of everything drawn at random")
-    fps: float = setting(2.0, "frames sampled a second")
-    min_pixels: int = setting(128 * 32 * 32, "pixels a frame, at least")
+    seed: Whole = setting(0, "of the data's order and of everything drawn at random")
+    fps: Positive = setting(2.0, "frames sampled a second")
+    min_pixels: Count = setting(128 * 32 * 32, "pixels a frame, at least")
     gradient_checkpointing: bool = setting(True, "less memory, one more forward")
     quant: Literal["4bit"] | None = setting(None, "frozen linear layers in NF4")
     optim: Literal["adamw", "adamw8bit"] = setting("adamw", "8 bits: small moments")
     shard: Literal["full"] | None = setting(None, "split all that trains over ranks (FSDP2)")
-    save_every: int = setting(50, "steps between checkpoints; 0: at the end only")
-    keep: int = setting(2, "checkpoints kept")
+    save_every: Whole = setting(50, "steps between checkpoints; 0: at the end only")
+    keep: Count = setting(2, "checkpoints kept")
     resume: bool = setting(True, "go on from the newest checkpoint in --out")
-    workers: int = setting(2, "processes that decode videos ahead")
-    think_tokens: int = setting(THINK_TOKENS, "tokens thought at a time, of prompts and their "
+    workers: Whole = setting(2, "processes that decode videos ahead")
+    think_tokens: Count = setting(THINK_TOKENS, "tokens thought at a time, of prompts and their "
                                 "longest CoTs; one pair at least", aliases=["--eval-tokens"])
-    max_new_tokens: int = setting(4096, "longest CoT")
+    max_new_tokens: Count = setting(4096, "longest CoT")
     eval_before: bool = setting(True, "evaluate before the first step")
-    eval_every: int = setting(0, "evaluate every so many steps too [never]")
-    eval_temperature: float = setting(1.0, "of its CoTs; 1 is the policy itself")
+    eval_every: Whole = setting(0, "evaluate every so many steps too [never]")
+    eval_temperature: NotNegative = setting(1.0, "of its CoTs; 1 is the policy itself")
 
     @property
     def video(self) -> dict:
@@ -67,46 +70,74 @@ FREE = {"out", "preset", "resume", "save_every", "keep", "workers", "max_skipped
         "keep_rollouts", "test", "eval_before", "eval_every", "eval_temperature"}
 
 
+class PresetParser(HfArgumentParser):
+    """Reads the settings of a file, which is to blame for what is wrong with them."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
 def parse_args(Args: type, toy: Path):
     """Read the command line into a stage's Args, over a --preset. With no --train, what
     neither gives comes from the embedded default's settings, `toy`. Returns the Args, and
-    whether they are the embedded default's."""
+    whether they are the embedded default's. Raises DataError for a bad preset, and for settings
+    that do not go together; argparse ends the command for a flag that it cannot read."""
     parser = HfArgumentParser(Args)
     given = sys.argv[1:]
     args = parser.parse_args(given)
     if args.preset:
-        given = preset_flags(Path(args.preset), parser) + given
+        given = preset_flags(Path(args.preset), Args) + given
         args = parser.parse_args(given)
     embedded = args.train is None
     if embedded:
-        args = parser.parse_args(preset_flags(toy, parser) + given)
+        args = parser.parse_args(preset_flags(toy, Args) + given)
         if args.model.startswith("toy/"):
             args.model = str(ROOT / args.model)
-    return Args(**vars(args)), embedded
+    with explained("settings that do not go together", ValueError):
+        return Args(**vars(args)), embedded
 
 
-def preset_flags(path: Path, parser: HfArgumentParser) -> list[str]:
-    """The settings of a JSON file as a command line."""
-    settings, flags = read_json(path), []
-    known = [name for action in parser._actions for name in action.option_strings]
-    for key, value in settings.items():
-        flag = "--" + key.replace("_", "-")
-        if flag not in known:
+def preset_flags(path: Path, Args: type) -> list[str]:
+    """The settings of a JSON file as a command line. Raises DataError, naming the file and the
+    key, for what is no setting or has no such value."""
+    parser, flags = PresetParser(Args), []
+    known = {field.name for field in fields(Args)} - {"preset"}
+    for key, value in read_json(path).items():
+        name = key.replace("-", "_")
+        if name not in known:
             raise DataError(f"{path}: there is no setting {key!r}")
-        if value is not None and value != []:
-            values = value if isinstance(value, list) else [value]
-            flags += [flag, *map(str, values)]
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        with explained(f"{path}: {key!r} is {value!r}"[:300], ValueError):
+            if not all(isinstance(one, (str, int, float)) for one in values):
+                raise ValueError("neither a text nor a number")
+            some = [f"--{name}", *map(str, values)] if values else []
+            parser.parse_args(some)
+        flags += some
     return flags
 
 
 def load_function(given: str) -> tuple[str, float, Callable]:
-    """A function of the user's own, given as FILE:FUNCTION=WEIGHT: its name, weight and itself."""
-    kinds = (ValueError, OSError, SyntaxError, AttributeError, ImportError)
-    with explained(f"{given}: not FILE:FUNCTION=WEIGHT", *kinds):
+    """A function of the user's own, given as FILE:FUNCTION=WEIGHT: its name, weight and itself.
+    Raises DataError, saying what was given, where there is none or its file fails."""
+    with explained(f"{given}: not FILE:FUNCTION=WEIGHT", ValueError):
         where, weight = given.rsplit("=", 1)
         file, name = where.rsplit(":", 1)
-        path = Path(file) if Path(file).is_file() else ROOT / file
+        if not math.isfinite(weight := float(weight)):
+            raise ValueError("a weight is a finite number")
+    path = Path(file) if Path(file).is_file() else ROOT / file
+    if not path.is_file() or path.suffix != ".py":
+        raise DataError(f"{given}: {file} is no Python file")
+    # Whatever a file of the user's own may do while it runs.
+    with explained(f"{given}: {file} cannot be imported", Exception, SystemExit):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return name, float(weight), getattr(module, name)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise DataError(f"{given}: {file} has no function {name!r}")
+
+    def explaining(*arguments) -> float:
+        with explained(f"{given}: {name} fails", Exception, SystemExit):
+            return float(function(*arguments))
+
+    return name, weight, explaining

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from data import DataError, Key, Pair, follows_format, keys_of, parse_cot
+from data import DataError, Key, Pair, keys_of, parse_cot
+from support.thought import follows_format
 
 
 def describe(model, record: dict) -> dict:

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import av
@@ -30,7 +32,6 @@ from data import (
     Processor,
     VideoSettings,
     both,
-    follows_format,
     is_scores,
     keys_of,
     make_instruction,
@@ -42,10 +43,11 @@ from data import (
     smart_nframes,
     smart_resize,
 )
-from support import formats
+from support import formats, release
 from support.batches import alike, packed, prompt_lengths, read_ahead
 from support.filter import consistent, implied_overall
 from support.formats import write_pairs
+from support.thought import follows_format
 
 BACKBONE = ROOT / "toy/backbone"
 SETTINGS = VideoSettings(min_pixels=4096, max_pixels=4096, patch_size=8)
@@ -215,6 +217,68 @@ def test_bad_rows_are_named(tmp_path, line, message):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(DataError, match=rf"pairs\.jsonl, {message}"):
         read_pairs(tmp_path / "pairs.jsonl")
+
+
+HALF, LONG = "a \ud800 cat", "A cat. " * 8000
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("field", ["prompt", "cot_a", "cot_b", "model_a", "problem"])
+@pytest.mark.parametrize(("text", "message"), [
+    (HALF, "is no Unicode text"), (LONG, "has 56,000 bytes"),
+    ("\u732b" * 16_667, "has 50,001 bytes, more than 50,000")])
+def test_texts_that_are_no_texts_or_too_long_are_named_with_their_row(tmp_path, kind, field, text, message):
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").write_bytes(b"x")
+    if kind == "jsonl":
+        lines = [json.dumps(GOOD), json.dumps(GOOD | {field: text})]
+    elif field not in ("prompt", "cot_a") or text == HALF:  # which no file in UTF-8 can hold
+        return
+    else:
+        cot, prompt = (text, "a cat") if field == "cot_a" else ("", text)
+        lines = ["videos,GSB,prompt,CoT_A", "\"['a.mp4', 'b.mp4']\",A,a cat,",
+                 f"\"['a.mp4', 'b.mp4']\",A,{prompt},{cot}"]
+    path = tmp_path / f"pairs.{kind}"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=rf"pairs\.{kind}, row 2: {field} {message}"):
+        formats.read_pairs(path)
+
+
+def test_the_longest_text_is_long_enough(processor):
+    text = "subject: asked pink triangle, seen pink yes, triangle yes, so 2\n" * 750
+    assert len(text) < 50_000 and len(processor.encode(text)) > 6200
+
+
+def test_no_door_lets_a_text_in_that_is_none_or_too_long(model, tmp_path):
+    frames, seconds = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), [0.0, 0.5, 1.0, 1.5]
+    processor, started = model.processor, time.process_time()
+    batch = processor.collate([processor.sample(frames, seconds, "A cat.")])
+    for text in (HALF, "\udcff", "A cat. " * 150_000, "\n" * 10**6):
+        with pytest.raises(DataError, match="the prompt (is no Unicode text|has .* bytes)"):
+            processor.sample(frames, seconds, text)
+        with pytest.raises(DataError, match="a CoT (is no Unicode text|has .* bytes)"):
+            model.score(batch, [text])
+        with pytest.raises(DataError, match="the instruction (is no Unicode text|has .* bytes)"):
+            Processor(processor.tokenizer, SETTINGS, "<video><prompt>" + text)
+        with pytest.raises(DataError, match="the prompt (is no Unicode text|has .* bytes)"):
+            processor(ROOT / "tests/golden/four.mp4", text)
+    assert time.process_time() - started < 5  # some seconds each, were it read by the model
+    for content in (b"\xff\xfe<video>", b"<video>\0\xed\xa0\x80"):  # the second is U+D800
+        (tmp_path / "instruction.txt").write_bytes(content)
+        with pytest.raises(DataError, match=r"instruction\.txt: not UTF-8 text"):
+            release.use_instruction(model, str(tmp_path / "instruction.txt"))
+
+
+@pytest.mark.parametrize("command", ["check", "convert", "annotate", "filter"])
+def test_every_command_refuses_half_a_surrogate_pair_by_row(command, tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").write_bytes(b"x")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"prompt": HALF}))
+    out = [] if command == "check" else [str(tmp_path / "out.jsonl")]
+    more = ["--model", str(BACKBONE)] if command == "annotate" else []
+    monkeypatch.setattr("sys.argv", [command, str(tmp_path / "pairs.jsonl"), *out, *more])
+    with pytest.raises(DataError, match=r"pairs\.jsonl, row 2: prompt is no Unicode text"):
+        import_module(f"support.{command}").main()
 
 
 def test_an_empty_or_missing_file_is_named(tmp_path):
@@ -408,7 +472,7 @@ def test_the_instruction_names_the_dimensions_and_shows_an_answer():
         text = make_instruction(dimensions)
         assert text.count("<video>") == text.count("<prompt>") == 1
         example = text[text.index("{"): text.rindex("}") + 1]
-        cot = f"<think>x</think><answer>{example}</answer>"
+        cot = f"<think>it looks right</think><answer>{example}</answer>"
         assert follows_format(cot, dimensions)  # the form that is shown is the form that is asked for
         assert list(parse_cot(cot, dimensions)["dimensional_scores"]) == list(dimensions)
 
@@ -416,7 +480,7 @@ def test_the_instruction_names_the_dimensions_and_shows_an_answer():
 @pytest.mark.parametrize("dimensions", [THREE, SIX])
 def test_scores_are_about_the_dimensions_at_hand(dimensions):
     scores = dict(zip(dimensions, (2, 0, "N/A", 1, 1, 2)))
-    cot = f"<think>x</think><answer>{json.dumps({'dimensional_scores': scores})}</answer>"
+    cot = f"<think>it looks right</think><answer>{json.dumps({'dimensional_scores': scores})}</answer>"
     assert parse_cot(cot, dimensions) == {"dimensional_scores": scores, "overall_score": None}
     assert is_scores(scores, dimensions) and follows_format(cot, dimensions)
     for other in (DIMENSIONS, THREE, SIX):

@@ -1,5 +1,6 @@
 """Every equation against an independent formula, in float64."""
 
+import json
 import math
 
 import numpy as np
@@ -197,6 +198,12 @@ def test_length_reward(n, expected):
     close(length_reward(n), expected)
 
 
+@pytest.mark.parametrize("bounds", [(60, 60), (60, 59), (0, 0), (10, 30, 29), (10, 30, 5)])
+def test_the_length_reward_refuses_bounds_that_make_no_sense(bounds):
+    with pytest.raises(ValueError, match="R_l needs low < high ≤ excess, not"):
+        length_reward(20, *bounds)
+
+
 @pytest.mark.parametrize(("n", "expected"), [(20, 0.5), (30, 1), (40, 1), (50, 0.5), (60, 0), (99, 0)])
 def test_length_reward_falls_from_the_excess_on(n, expected):
     close(length_reward(n, low=10, high=30, excess=40), expected)
@@ -208,11 +215,11 @@ ANSWER = ('{"dimensional_scores": {"subject": 2, "dynamics": 1, "camera": "N/A",
 
 
 def test_quality_reward_counts_exact_matches():
-    assert quality_reward(f"<think>a</think><answer>{ANSWER}</answer>", GOLD) == 3 / 5
-    assert quality_reward(f"<think>a</think><answer>{ANSWER.replace('2', '3', 1)}</answer>", GOLD) == 0
+    assert quality_reward(f"<think>it looks right</think><answer>{ANSWER}</answer>", GOLD) == 3 / 5
+    assert quality_reward(f"<think>so</think><answer>{ANSWER.replace('2', '3', 1)}</answer>", GOLD) == 0
     assert quality_reward("no answer", GOLD) == 0
     only = {"camera": "N/A", "style": 2}
-    assert quality_reward(f"<think>a</think><answer>{ANSWER}</answer>", only) == 1 / 2
+    assert quality_reward(f"<think>it looks right</think><answer>{ANSWER}</answer>", only) == 1 / 2
 
 
 def test_quality_needs_na_to_match():
@@ -221,20 +228,20 @@ def test_quality_needs_na_to_match():
 
 
 @pytest.mark.parametrize(("text", "kept"), [
-    ("<think>a</think><answer>{}</answer>", True),
-    ("  <think>\na\n</think>\n\n<answer>\n```json\n{}\n```\n</answer>\n", True),
+    ("<think>it looks right</think><answer>{}</answer>", True),
+    ("  <think>\nit looks right\n</think>\n\n<answer>\n```json\n{}\n```\n</answer>\n", True),
     ("<think> </think><answer>{}</answer>", False),
     ("<answer>{}</answer>", False),
-    ("<answer>{}</answer><think>a</think>", False),
-    ("<think>a</think><answer>{}</answer> done", False),
-    ("well, <think>a</think><answer>{}</answer>", False),
-    ("<think>a</think>so<answer>{}</answer>", False),
-    ("<think>a</think><answer>{}</answer><answer>{}</answer>", False),
-    ("<think>a</think><think>b</think><answer>{}</answer>", False),
-    ("<think>a<answer>{}</answer></think><answer>{}</answer>", False),
-    ("<think>a</think><answer>{}", False),
-    ("<think>a</think><answer>{}{}</answer>", False),
-    ("<think>a</think><answer>[{}]</answer>", False),
+    ("<answer>{}</answer><think>it looks right</think>", False),
+    ("<think>it looks right</think><answer>{}</answer> done", False),
+    ("well, <think>it looks right</think><answer>{}</answer>", False),
+    ("<think>it looks right</think>so<answer>{}</answer>", False),
+    ("<think>it looks right</think><answer>{}</answer><answer>{}</answer>", False),
+    ("<think>it looks right</think><think>b</think><answer>{}</answer>", False),
+    ("<think>it looks right<answer>{}</answer></think><answer>{}</answer>", False),
+    ("<think>it looks right</think><answer>{}", False),
+    ("<think>it looks right</think><answer>{}{}</answer>", False),
+    ("<think>it looks right</think><answer>[{}]</answer>", False),
 ])
 def test_format_reward(text, kept):
     assert format_reward(text.replace("{}", ANSWER)) == float(kept)
@@ -242,13 +249,41 @@ def test_format_reward(text, kept):
 
 @pytest.mark.parametrize("value", ["3", "-1", "true", "[2]", "NaN", "null", '"2"', '"n/a"', "1.5"])
 def test_format_reward_checks_each_sub_score(value):
-    text = "<think>a</think><answer>" + ANSWER.replace('"subject": 2', f'"subject": {value}') + "</answer>"
-    assert format_reward(text) == 0
+    answer = ANSWER.replace('"subject": 2', f'"subject": {value}')
+    assert format_reward(f"<think>it looks right</think><answer>{answer}</answer>") == 0
 
 
 @pytest.mark.parametrize("value", ["0.9", "5.1", "NaN", "Infinity", "null", '"3"', "true"])
 def test_format_reward_checks_the_overall_score(value):
-    assert format_reward("<think>a</think><answer>" + ANSWER.replace("3.4", value) + "</answer>") == 0
+    answer = ANSWER.replace("3.4", value)
+    assert format_reward(f"<think>it looks right</think><answer>{answer}</answer>") == 0
+
+
+@pytest.mark.parametrize(("value", "kept"),
+                         [(2.34, 1), (3, 1), (4.33, 1), (2.33, 0), (4.34, 0), (1, 0), (5, 0)])
+def test_an_overall_score_may_be_a_step_off_the_sub_scores(value, kept):
+    """Which imply 1 + 2 · (2 · 2 + 2 · 1 + 0 + 1) / 6 = 3.33."""
+    text = "<think>it looks right</think><answer>" + ANSWER.replace("3.4", str(value)) + "</answer>"
+    assert format_reward(text) == kept and quality_reward(text, GOLD) == 3 / 5
+
+
+def test_where_nothing_is_asked_any_overall_score_goes():
+    answer = json.dumps({"dimensional_scores": dict.fromkeys(GOLD, "N/A"), "overall_score": 5})
+    assert format_reward(f"<think>it looks right</think><answer>{answer}</answer>") == 1
+
+
+@pytest.mark.parametrize("more", ['"note": "x"', '"note": NaN', '"overall": 3.4', '"": 0'])
+def test_format_reward_wants_the_scores_and_nothing_else(more):
+    text = "<think>it looks right</think><answer>" + ANSWER[:-1] + f", {more}}}</answer>"
+    assert format_reward(text) == 0 and quality_reward(text, GOLD) == 3 / 5
+
+
+@pytest.mark.parametrize(("think", "kept"), [
+    ("it looks right", 1), ("style: asked solid, seen solid", 1), ("它看起来，很对，是的", 1),
+    ("looks right", 0), ("it-looks", 0), ("1 2 3 4", 0), ("so so so so so", 0), (ANSWER, 0),
+    ("Subject: 1, Style: 2, Camera: N/A", 0), ("subject and style", 1)])
+def test_format_reward_wants_three_words_that_do_not_only_repeat_the_answer(think, kept):
+    assert format_reward(f"<think>{think}</think><answer>{ANSWER}</answer>") == kept
 
 
 def test_overall_score_weighs_primary_dimensions_twice():

@@ -1,6 +1,7 @@
 """What is meant to be changed can be changed: dimensions, how it thinks, rewards, what the loss is a mean of.
 And the code has the shape that lets a reader find where."""
 
+import argparse
 import ast
 import json
 import math
@@ -8,16 +9,22 @@ import re
 import shutil
 import statistics
 from graphlib import TopologicalSorter
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, TOY_VIDEO
 from launch import run
+from transformers import HfArgumentParser
 
+import coldstart
+import infer
 import rl
 from coldstart import order
-from data import read_pairs
+from data import DataError, read_pairs
 from model import DeScore
-from support import release
+from support import annotate, check, command, release
+from support.settings import load_function, parse_args
 
 FIVE = [ROOT / f"{name}.py" for name in ("data", "model", "coldstart", "rl", "infer")]
 QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--no-gradient-checkpointing", "--lr", 1e-3]
@@ -119,13 +126,14 @@ def test_both_stages_train_on_dimensions_of_ones_own(dimensions, world_dir, tmp_
 
 @pytest.mark.parametrize("dimensions", [DEFAULT, SIX, THREE])
 def test_rewards_are_about_the_dimensions_at_hand(dimensions):
-    rewards = rl.make_rewards(rl.Args(), dimensions)
+    processor = SimpleNamespace(dimensions=dimensions, encode=lambda text: 1250 * [0])
+    rewards = rl.make_rewards(rl.Args(), processor)
     gold = dict(zip(dimensions, (2, 0, "N/A", 1, 2, 1)))
     scores = gold | {next(iter(dimensions)): 1}  # one of them is wrong
-    text = f"<think>x</think><answer>{json.dumps({'dimensional_scores': scores})}</answer>"
+    text = f"<think>it looks right</think><answer>{json.dumps({'dimensional_scores': scores})}</answer>"
     weights = {name: weight for name, (weight, _) in rewards.items()}
     assert weights == {"format": 0.1, "quality": 0.7, "length": 0.2}
-    found = {name: function(text, 1250, gold) for name, (_, function) in rewards.items()}
+    found = {name: function(text, 9, gold) for name, (_, function) in rewards.items()}
     assert found == {"format": 1.0, "quality": (len(dimensions) - 1) / len(dimensions), "length": 0.5}
     text = text.replace('"text rendering"', '"texture"').replace('"camera"', '"lens"')
     assert all(rewards[name][1](text, 1250, gold) == 0 for name in ("format", "quality"))
@@ -329,10 +337,10 @@ def test_a_reward_of_ones_own_is_logged_and_weighs(world_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ("missing.py:f=1", "missing.py"), ("{own}:missing=1", "has no attribute 'missing'"),
+    ("missing.py:f=1", "missing.py"), ("{own}:missing=1", "has no function 'missing'"),
     ("{own}:colons_reward=much", "could not convert string to float: 'much'"),
     ("{own}:colons_reward", "not FILE:FUNCTION=WEIGHT"), ("{own}=1", "not FILE:FUNCTION=WEIGHT"),
-    ("{broken}:f=1", "not FILE:FUNCTION=WEIGHT"), ("{text}:f=1", "not FILE:FUNCTION=WEIGHT"),
+    ("{broken}:f=1", "cannot be imported"), ("{text}:f=1", "is no Python file"),
     ("{own}:nothing_reward=1", "the reward 'nothing' gave")])
 def test_what_is_wrong_with_a_reward_is_said_in_one_line(given, message, world_dir, tmp_path):
     for name, text in (("own.py", OWN), ("broken.py", "def f(:"), ("words.txt", "words")):
@@ -343,6 +351,45 @@ def test_what_is_wrong_with_a_reward_is_said_in_one_line(given, message, world_d
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (error,) = [line for line in done.stderr.splitlines() if "error: " in line]
     assert message in error and (given in error or "nothing" in given)
+
+
+HOSTILE = """
+import sys
+def none(text, n_tokens, gold): pass
+def words(text, n_tokens, gold): return "much"
+def two(text, n_tokens): return 1.0
+def fails(text, n_tokens, gold): return gold["missing"]
+def leaves(text, n_tokens, gold): sys.exit("bye")
+number, module = 5.0, sys
+"""
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("none", "none fails (float() argument must be"), ("words", "words fails (could not convert string"),
+    ("two", "two fails (two() takes 2 positional arguments but 3 were given)"),
+    ("fails", "fails fails ('missing')"), ("leaves", "leaves fails (bye)"),
+    ("number", "hostile.py has no function 'number'"), ("module", "hostile.py has no function 'module'")])
+def test_a_reward_that_is_wrong_is_named_with_its_error(name, message, tmp_path):
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    given = f"{tmp_path}/hostile.py:{name}=1"
+    with pytest.raises(DataError) as found:
+        _, _, function = load_function(given)
+        rl.reward_all({name: (1.0, function)}, ["text"], torch.ones(1, 1), [{}])
+    assert str(found.value).startswith(f"{given}: ") and message in str(found.value)
+
+
+@pytest.mark.parametrize("content", ["undefined", "import no_such_module", "1 / 0", "raise SystemExit(3)",
+                                     "def f(:", "\0", "assert False"])
+def test_a_reward_whose_file_fails_is_named(content, tmp_path):
+    (tmp_path / "bad.py").write_text(content)
+    with pytest.raises(DataError, match=r"bad\.py:f=1: .*bad\.py cannot be imported"):
+        load_function(f"{tmp_path}/bad.py:f=1")
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-inf", "", "1,5"])
+def test_a_reward_has_a_finite_weight(weight):
+    with pytest.raises(DataError, match="not FILE:FUNCTION=WEIGHT"):
+        load_function(f"support/release.py:format_reward={weight}")
 
 
 @pytest.mark.parametrize(("length", "expected"),
@@ -377,6 +424,100 @@ def test_the_releases_settings_are_a_preset(world_dir, tmp_path):
         for one in video["rollouts"]:
             assert one["reward_length"] == release.length_reward(one["cot"], 0, {})
             assert one["reward_format"] == release.format_reward(one["cot"], 0, {})
+
+
+NESTED = '{"steps": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize("stage", ["coldstart", "rl"])
+@pytest.mark.parametrize(("content", "message"), [
+    (NESTED, "not JSON"), ('{"out": {"a": 1}}', "neither a text nor a number"),
+    ('{"help": true}', "there is no setting 'help'"), ('{"preset": "x"}', "there is no setting 'preset'"),
+    ('{"no_resume": true}', "there is no setting 'no_resume'"), ('{"": 1}', "there is no setting ''"),
+    ('{"batch_size": 0}', "'batch_size' is 0 (argument --batch_size"), ('{"lr": "fast"}', "'lr' is 'fast' ("),
+    ('{"batch-size": 2.5}', "'batch-size' is 2.5 ("), ('{"lr": NaN}', "'lr' is nan ("),
+    ('{"lr": 1e400}', "'lr' is inf ("), ('{"seed": [1, 2]}', "'seed' is [1, 2] ("),
+    ('{"fps": true}', "'fps' is True ("),
+    ('{"optim": "sgd"}', "'optim' is 'sgd' ("), ('{"out": "--fps"}', "'out' is '--fps' ("),
+    ('{"seed": %s}' % ("9" * 4000), "'seed' is 9999"), ('{"resume": "maybe"}', "'resume' is 'maybe' ("),
+    ('{"test": [["a"]]}', "neither a text nor a number"), (b"\xff", "not JSON")])
+def test_a_bad_value_in_a_preset_is_named_with_its_file(content, message, stage, tmp_path, monkeypatch):
+    preset = tmp_path / "preset.json"
+    preset.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for flags, toy in ((["--preset", preset, "--train", "x"], ROOT / f"toy/{stage}.json"), ([], preset)):
+        monkeypatch.setattr("sys.argv", ["x", *map(str, flags)])
+        with pytest.raises(DataError) as found:
+            parse_args({"coldstart": coldstart, "rl": rl}[stage].Args, toy)
+        assert str(found.value).startswith(f"{preset}: ") and message in str(found.value)
+
+
+# What is odd for a flag that wants a number.
+ODD = ["-1", "0", "nan", "inf", "-inf", "1e400", "x", "", "9" * 30, "9" * 5000, "1e-400", "0x10", "\ud800"]
+RANGES = {name: value for name, value in vars(command).items() if isinstance(value, type)
+          and issubclass(value, (int, float))}
+
+
+def parsers(monkeypatch):
+    """The command lines of ours, by module; and the numbers of each, by flag."""
+    found = {}
+    for module in (coldstart, rl):
+        found[module.__name__] = HfArgumentParser(module.Args)
+
+    def kept(parser):
+        found[current] = parser
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", kept)
+    for module in (infer, annotate, check):
+        current = module.__name__
+        with pytest.raises(SystemExit):
+            module.main()
+    monkeypatch.undo()
+    for name, parser in found.items():
+        numbers = [action for action in parser._actions if action.type in (int, float, *RANGES.values())]
+        found[name] = parser, {action.option_strings[0]: action for action in numbers}
+    return found
+
+
+def test_every_number_of_a_command_line_has_a_range(monkeypatch):
+    found = parsers(monkeypatch)
+    counts = {name: len(numbers) for name, (_, numbers) in found.items()}
+    assert counts == {"coldstart": 23, "rl": 36, "infer": 6, "support.annotate": 10, "support.check": 3}
+    refused = 0
+    for parser, numbers in found.values():
+        parser.error = refuse
+        for flag, action in numbers.items():
+            assert action.type in RANGES.values(), flag
+            assert action.default is None or action.type(str(action.default)) == action.default
+            for odd in ODD:
+                try:
+                    value = getattr(parser.parse_known_args(["a", "b", f"{flag}={odd}"])[0], action.dest)
+                except ValueError as error:
+                    assert flag in str(error) and "is not a" in str(error)
+                    refused += 1
+                else:
+                    assert type(value) in (int, float) and odd in ("-1", "0", "1e-400")
+                    kinds = ("Number",) if odd == "-1" else ("Number", "Whole", "NotNegative", "Share")
+                    assert action.type in [RANGES[kind] for kind in kinds]
+    assert refused > 900
+
+
+def refuse(message):
+    raise ValueError(message)
+
+
+@pytest.mark.parametrize("flags", [["--length-low", 60, "--length-high", 60], ["--length-high", 10],
+                                   ["--length-excess", 82], ["--length-low", 83]])
+def test_bounds_of_the_length_go_together(flags, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["rl.py", *map(str, flags)])  # over 23 and 83
+    with pytest.raises(DataError, match="do not go together .R_l needs low < high"):
+        parse_args(rl.Args, ROOT / "toy/rl.json")
+
+
+def test_a_flag_that_makes_no_sense_is_said_in_a_line():
+    done = run("-m", "support.check", "no such file.jsonl", "--fps", 0, check=False)
+    assert done.returncode == 2 and "no such file" not in done.stderr
+    assert done.stderr.endswith(" error: argument --fps: '0' is not a number above 0\n")
 
 
 @pytest.mark.parametrize(("content", "message"), [

@@ -260,7 +260,7 @@ def test_p_is_the_chance_that_a_pair_is_masked(p, plain, pairs, start, tmp_path)
 
 G, LR2, MAX_NORM2, BETA, BT_WEIGHT, CLIP = 3, 1e-3, 3.0, 0.1, 0.5, (0.05, 0.1)
 WEIGHTS = {"format": 0.2, "quality": 0.5, "length": 0.3}
-LENGTH = (90, 110)
+LENGTH = (53, 73)
 # Notes what each rollout read and wrote, and under which log-probabilities.
 RECORDER = """
 import torch, rl
@@ -280,7 +280,16 @@ torch.save(calls, "{}")
 """
 
 
-def reward(text, length, gold):
+def said(thought):
+    """A thought without what says nothing: each line once, whatever its numbers and signs."""
+    found = {}
+    for line in thought.split("\n"):
+        line = re.sub("[0-9]+", "0", " ".join(line.split()))
+        found.setdefault(re.sub("[^a-z]", "", line.lower()), line)
+    return "\n".join(line for letters, line in found.items() if letters)
+
+
+def reward(text, gold, encode):
     """The three rewards of a CoT."""
     block = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
     answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
@@ -293,7 +302,9 @@ def reward(text, length, gold):
         read = False
     tags = len(re.findall(r"</?(?:think|answer)>", text)) == 4
     low, high = LENGTH
-    return {"format": float(bool(read and block and tags and block[1].strip())),
+    kept = bool(read and block and tags and len(set(re.findall("[a-z]+", block[1]))) > 2)
+    length = len(encode(said(block[1]))) if kept else 0
+    return {"format": float(kept),
             "quality": sum(scores[d] == v for d, v in gold.items()) / len(gold) if read else 0.0,
             "length": min(max((length - low) / (high - low), 0.0), 1.0)}
 
@@ -326,7 +337,7 @@ def watched(plain, weights, rows, call):
 def judged(plain, video, row):
     """Rewards and all else that is logged of a video's rollouts."""
     gold, cots = row[f"scores_{'ab'[video['side']]}"], video["cots"]
-    parts = [reward(plain.decode(cot), len(cot), gold) for cot in cots]
+    parts = [reward(plain.decode(cot), gold, plain.encode) for cot in cots]
     totals = [sum(w * part[name] for name, w in WEIGHTS.items()) for part in parts]
     video["advantages"] = advantages(totals)
     return [{"reward": total, **{f"reward_{name}": value for name, value in part.items()},

@@ -63,9 +63,14 @@ def test_each_step_draws_anew(world_dir, tmp_path):
 
 
 def test_the_length_reward_of_a_run_goes_by_its_settings():
+    processor = SimpleNamespace(dimensions={"subject": 2}, encode=str.split)  # a token a word
     args = Args(length_low=10, length_high=30, length_excess=40)
-    _, length = make_rewards(args, {"subject": 2})["length"]
-    assert [length("", n, {}) for n in (10, 20, 30, 40, 50, 60)] == [0, 0.5, 1, 1, 0.5, 0]
+    _, length = make_rewards(args, processor)["length"]
+    answer, found = '<answer>{"dimensional_scores": {"subject": 2}}</answer>', []
+    for n in (10, 20, 30, 40, 50, 60):
+        think = " ".join(("x" * (i % 7 + 2)).replace("x", "abcdefghi"[i // 7], 1) for i in range(n))
+        found.append(length(f"<think>{think}</think>{answer}", 999, {}))
+    assert found == [0, 0.5, 1, 1, 0.5, 0]
 
 
 def test_a_pair_that_cannot_be_read_counts_for_nothing(world_dir, tmp_path):
