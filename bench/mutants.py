@@ -25,6 +25,7 @@ HACKABLE, SAVED, JUDGING = "tests/test_hackable.py", "tests/test_saved.py", "tes
 FUZZ = "tests/test_fuzz.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 MASKED = "tests/test_steps.py -k masked"
+NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
 
 MUTANTS = [
     # -- stage 1: the pair loss, masking, order, optimiser
@@ -63,7 +64,7 @@ MUTANTS = [
     ("rl.py", "dimensions))), *bounds)", "dimensions))))", STEPS2),
     ("rl.py", "encode(thought(text, dimensions))", "encode(text)", STEPS2),
     ("rl.py", "not low < high <= (excess or high)", "False", EQUATIONS),
-    ("rl.py", "length_reward(0, self.length_low,", "(lambda *x: x)(0, self.length_low,", f"{HACKABLE} -k bounds"),
+    ("rl.py", "length_reward(0, self.length_low,", "(lambda *x: x)(0, self.length_low,", BOUNDS),
     ("rl.py", '"format": (args.w_format,', '"format": (args.w_quality,', STEPS2),
     ("rl.py", '"length": (args.w_length,', '"length": (args.w_format,', STEPS2),
     ("rl.py", "total += weight * part", "total += part", STEPS2),
@@ -173,8 +174,8 @@ MUTANTS = [
     ("support/thought.py", "199}?)\\1{2,}", "199}?)\\1{2000,}", FUZZ),
     ("support/thought.py", "said.add(letters)", "pass", FUZZ),
     # -- the range of a number
-    ("support/command.py", "abs(value) < 2**63 and fits(value)", "fits(value)", f"{HACKABLE} -k every_number"),
-    ("support/command.py", "abs(value) < 2**63 and fits(value)", "True", f"{HACKABLE} -k every_number"),
+    ("support/command.py", "abs(value) < 2**63 and fits(value)", "fits(value)", NUMBERS),
+    ("support/command.py", "abs(value) < 2**63 and fits(value)", "True", NUMBERS),
     ("support/settings.py", '- {"preset"}', "", f"{HACKABLE} -k bad_value"),
     ("support/settings.py", "if not callable(function):", "if False:", f"{HACKABLE} -k reward_that"),
     ("data.py", "sum(matched) / len(matched)", "sum(matched) / len(scores)", EQUATIONS),
