@@ -9,9 +9,9 @@ test: .venv/test
 	.venv/bin/ruff check
 	.venv/bin/python -m pytest
 
-.venv/demo: requirements.txt toy/requirements.txt
+.venv/demo: requirements.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q -r requirements.txt -r toy/requirements.txt
+	.venv/bin/pip install -q -r requirements.txt
 	touch $@
 
 .venv/test: requirements-dev.txt support/requirements.txt .venv/demo

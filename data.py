@@ -15,11 +15,12 @@ from dataclasses import dataclass, fields, replace
 from itertools import chain, groupby
 from pathlib import Path
 
-import decord
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from support.frames import ERRORS, Video
 
 # What a CoT judges, and how much each weighs in an overall score; above 1 is primary.
 # Instruction, format, rewards, tables follow from here; a saved model carries its own.
@@ -145,22 +146,18 @@ def smart_resize(height: int, width: int, frames: int, settings: VideoSettings) 
 
 @contextmanager
 def open_video(path: str | Path, settings: VideoSettings):
-    """A video file's reader, the indices of the frames to sample, and the second of each. Raises
-    DataError, naming the file, if it is missing or, within the block, no video can be read."""
+    """A video file, the indices of the frames to sample, and the second of each. Raises DataError,
+    naming the file, if it is missing or, within the block, no video can be read."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    broken = (decord.DECORDError, RuntimeError, ValueError, IndexError)
-    with explained(f"{path}: not a video that can be read", *broken):
-        reader = decord.VideoReader(str(path), num_threads=1)
-        total, video_fps = len(reader), reader.get_avg_fps()
-        if total < 1 or not video_fps > 0:
-            raise ValueError("it has no frames")
-        count = smart_nframes(total, video_fps, settings)
-        indices = torch.linspace(0, total - 1, count).round().long().tolist()
-        yield reader, indices, [index / video_fps for index in indices]
+    with explained(f"{path}: not a video that can be read", *ERRORS):
+        video = Video(path)
+        count = smart_nframes(video.total, video.fps, settings)
+        indices = torch.linspace(0, video.total - 1, count).round().long().tolist()
+        yield video, indices, [video.seconds[index] for index in indices]
 
 
 def read_video(path: str | Path, settings=VideoSettings()) -> tuple[Tensor, list[float]]:
@@ -168,13 +165,16 @@ def read_video(path: str | Path, settings=VideoSettings()) -> tuple[Tensor, list
 
     Returns frames (T, 3, H, W) uint8 with T even, and the second at which each stands. Raises
     DataError, naming the file, if no video can be read from it."""
-    with open_video(path, settings) as (reader, indices, seconds):
-        frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
-        size = smart_resize(*frames.shape[2:], len(indices), settings)
-    if frames.shape[2:] != size:
-        frames = F.interpolate(frames.float(), size, mode="bicubic", antialias=True)
-        frames = frames.round().clamp(0, 255).byte()
-    return frames, seconds
+    frames = []
+    with open_video(path, settings) as (video, indices, seconds):
+        for picture in video.frames(indices):
+            frame = torch.from_numpy(picture).permute(2, 0, 1)[None]
+            size = smart_resize(*frame.shape[2:], len(indices), settings)
+            if frame.shape[2:] != size:
+                frame = F.interpolate(frame.float(), size, mode="bicubic", antialias=True)
+                frame = frame.round().clamp(0, 255).byte()
+            frames.append(frame)
+    return torch.cat(frames), seconds
 
 
 def patchify(frames: Tensor, settings: VideoSettings) -> tuple[Tensor, Grid]:
@@ -291,8 +291,8 @@ class Processor:
     def outline(self, video: str | Path, prompt: str, within_turn: str | None = None) -> Sample:
         """The sample of a video file without any patches: a single frame is decoded."""
         s = self.settings
-        with open_video(video, s) as (reader, indices, seconds):
-            height, width = smart_resize(*reader[0].shape[:2], len(indices), s)
+        with open_video(video, s) as (clip, indices, seconds):
+            height, width = smart_resize(*next(clip.frames([0])).shape[:2], len(indices), s)
         p, t = s.patch_size, s.temporal_patch_size
         grid = (len(indices) // t, height // p, width // p)
         ids = self.prompt_ids(grid, seconds, prompt, within_turn)

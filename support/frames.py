@@ -1,0 +1,138 @@
+"""The frames of a video file by their number, as a player shows them. They are decoded forward from
+the start, never sought: a jump lands where it should in some kinds of file only."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import numpy as np
+
+# Files that hold a video themselves. FFmpeg knows playlists too, which make it open other files.
+CONTAINERS = "mov,matroska,avi,mpeg,mpegts,flv,asf,ogg,gif"
+# In these each packet has its time, and of these codecs each is one frame that is shown.
+TIMED, PLAIN = ("mov", "matroska"), ("h264", "hevc", "av1", "vp9")
+MAX_PIXELS = 8192 * 8192  # a frame
+# What is raised for a file that cannot be read.
+ERRORS = (av.FFmpegError, LookupError, ValueError, ArithmeticError, MemoryError, RuntimeError)
+
+
+class Video:
+    """How many frames a file shows (`total`), how many a second (`fps`), the second of each
+    (`seconds`, from 0.0), and the frames. Raises one of ERRORS where it cannot be read whole."""
+
+    def __init__(self, path: str | Path):
+        self.path = path
+        with opened(path) as (container, stream):
+            rate, tick = float(stream.average_rate or 0), float(stream.time_base)
+            packets = read_packets(container, stream)
+            stamps = packet_stamps(container, stream, packets)
+        if stamps is None:
+            stamps = [frame.pts for frame in self.decode()]
+        self.total = len(stamps)
+        self.fps, self.seconds = timing(stamps, tick, rate)
+
+    def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
+        """The frames (H, W, 3) uint8 at these indices, which rise and may repeat."""
+        wanted, count, size = Counter(indices), 0, {}
+        for count, frame in enumerate(self.decode(), 1):
+            if count - 1 in wanted:
+                size = size or {"width": frame.width, "height": frame.height}
+                picture = frame.to_ndarray(format="rgb24", threads=1, **size)
+                picture = np.rot90(picture, round(frame.rotation / 90)).copy()
+                yield from [picture] * wanted[count - 1]
+        if count != self.total:
+            raise ValueError(f"{self.total} frames are announced, {count} can be decoded")
+
+    def decode(self) -> Iterator[av.VideoFrame]:
+        """All frames, in the order in which they are shown."""
+        with opened(self.path) as (container, stream):
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    raise ValueError("a frame is damaged")
+                yield frame
+
+
+@contextmanager
+def opened(path: str | Path):
+    """An open file, and the stream in it that a player shows."""
+    limit = {"max_pixels": str(MAX_PIXELS)}
+    allowed = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    try:
+        container = av.open(f"file:{path}", options=limit | allowed)
+    except av.ArgumentError as error:
+        raise ValueError(f"it is none of {CONTAINERS}") from error
+    with container:
+        stream = container.streams.best("video")
+        context = stream and stream.codec_context
+        if not context or stream.disposition & av.stream.Disposition.attached_pic:
+            raise ValueError("it holds no video of a known codec")
+        if context.width * context.height > MAX_PIXELS:
+            raise ValueError(f"{context.width} x {context.height} pixels a frame")
+        context.thread_count = 1  # loaders read several files at a time
+        # An error where a player would guess what a damaged frame showed.
+        context.options = limit | {"err_detect": "explode"}
+        yield container, stream
+
+
+def read_packets(container, stream) -> list[av.Packet]:
+    """All packets of a stream. ValueError if the file is damaged or, where that can be seen, cut
+    short: a file of MPEG-TS or -PS may end anywhere."""
+    packets, end = [], 0.0
+    for packet in container.demux():
+        if packet.is_corrupt:
+            raise ValueError("it is damaged or cut short")
+        if packet.size and packet.pts is not None:
+            end = max(end, float((packet.pts + packet.duration) * packet.time_base))
+        if packet.size and packet.stream_index == stream.index:
+            packets.append(packet)
+    name, whole = kind(container), True
+    if name == "mov":
+        whole = len(packets) >= len(stream.index_entries)
+    elif name == "gif":
+        whole = any(bytes(packet).endswith(b";") for packet in packets[-1:])
+    elif name in ("matroska", "avi", "flv"):
+        # Their headers say how long they are, give or take the last frame.
+        rate = stream.average_rate or 10
+        announced = max((container.duration or 0) / av.time_base, stream.frames / rate)
+        whole = announced <= end + 1.5 / rate
+    if not whole:
+        raise ValueError("it is cut short")
+    return packets
+
+
+def packet_stamps(container, stream, packets: list[av.Packet]) -> list[int] | None:
+    """When each frame is shown, in ticks, in order, without decoding; None where packets do not
+    tell."""
+    stamps = [packet.pts for packet in packets]
+    fields = stream.codec_context.field_order > 1  # a packet may be half a frame
+    if kind(container) not in TIMED or stream.codec.canonical_name not in PLAIN or fields:
+        return None
+    # What is shown before the first packet's frame may need frames that are not in the file.
+    if not packets or None in stamps or not packets[0].is_keyframe or stamps[0] > min(stamps):
+        return None
+    return sorted(packet.pts for packet in packets if not packet.is_discard)
+
+
+def kind(container) -> str:
+    return container.format.name.partition(",")[0]
+
+
+def timing(stamps: list[int | None], tick: float, rate: float) -> tuple[float, list[float]]:
+    """Frames a second, and the second of each of `stamps` (in ticks). Where the file keeps to its
+    `rate` (0.0: it has none) these are exactly the multiples of 1 / rate."""
+    if not stamps:
+        raise ValueError("it has no frames")
+    steady = [index / rate for index in range(len(stamps))] if rate else []
+    if None in stamps or len(set(stamps)) < len(stamps):
+        if not rate:
+            raise ValueError("it has no frame rate")
+        return rate, steady
+    seconds = [(stamp - min(stamps)) * tick for stamp in sorted(stamps)]
+    if rate:
+        # Stamps are rounded to a tick, often of a millisecond.
+        slack = 1.001 * min(max(tick, 0.001), 0.25 / rate)
+        if max(abs(a - b) for a, b in zip(steady, seconds)) <= slack:
+            return rate, steady
+    return (len(seconds) - 1) / (seconds[-1] or 1), seconds
