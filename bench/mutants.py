@@ -22,7 +22,7 @@ EQUATIONS, MODEL = "tests/test_equations.py", "tests/test_model.py"
 DATA, FORMATS, PARITY = "tests/test_data.py", "tests/test_formats.py", "tests/test_parity.py"
 STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_wires.py"
 HACKABLE, SAVED, JUDGING = "tests/test_hackable.py", "tests/test_saved.py", "tests/test_judging.py"
-FUZZ = "tests/test_fuzz.py"
+FUZZ, FRAMES = "tests/test_fuzz.py", "tests/test_frames.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 MASKED = "tests/test_steps.py -k masked"
 NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
@@ -181,6 +181,19 @@ MUTANTS = [
     ("data.py", "sum(matched) / len(matched)", "sum(matched) / len(scores)", EQUATIONS),
     ("data.py", "dimensions[name] * scores[name]", "scores[name]", EQUATIONS),
     ("data.py", "split_special_tokens=True", "split_special_tokens=False", DATA),
+    ("data.py", "video.seconds[index] for", "index / video.fps for", FRAMES),
+    ("support/frames.py", "for packet in packets if not packet.is_discard", "for packet in packets", FRAMES),
+    ("support/frames.py", " or stamps[0] > min(stamps)", "", FRAMES),
+    ("support/frames.py", "len(packets) >= len(stream.index_entries)", "True", FRAMES),
+    ("support/frames.py", "announced <= end + 1.5 / rate", "True", FRAMES),
+    ("support/frames.py", '"format_whitelist": CONTAINERS, ', "", FRAMES),
+    ("support/frames.py", " or stream.disposition & av.stream.Disposition.attached_pic", "", FRAMES),
+    ("support/frames.py", "round(frame.rotation / 90)", "0", FRAMES),
+    ("support/frames.py", "if count != self.total:", "if False:", FRAMES),
+    ("support/frames.py", "in sorted(stamps)]", "in stamps]", FRAMES),
+    ("support/frames.py", "min(max(tick, 0.001), 0.25 / rate)", "max(tick, 0.001)", FRAMES),
+    ("support/frames.py", "(stamp - min(stamps)) * tick", "stamp * tick", FRAMES),
+    ("support/frames.py", 'limit | {"err_detect": "explode"}', "limit", FRAMES),
     # -- inference
     ("infer.py", "right[human != 0]", "right", EQUATIONS),
     ("infer.py", "allowed[1:-1] = size[1:] != size[:-1]", "pass", EQUATIONS),

@@ -2,6 +2,7 @@
 pixels, and by times that are so by construction (tests/golden/make_frames.py)."""
 
 import shutil
+import sys
 
 import av
 import numpy as np
@@ -13,7 +14,10 @@ from transformers import AutoTokenizer
 
 from data import DataError, Processor, VideoSettings, read_video
 from support import frames
-from support.frames import Video
+from support.frames import Video, timing
+
+sys.path.insert(0, str(ROOT / "tests/golden"))
+import make_frames
 
 FOLDER = ROOT / "tests/golden/frames"
 SETTINGS = VideoSettings(fps=4.0, min_pixels=4096)
@@ -112,12 +116,45 @@ def test_what_generators_write_is_decoded_once_and_outlined_by_one_frame(name, p
     assert len(decoded) == 1 + len(CLIPS[name][0])
 
 
-def test_a_clip_that_begins_within_a_group_of_pictures_is_counted_by_decoding(tmp_path):
+@pytest.mark.parametrize("name", ["open-h264.mp4", "open-hevc.mp4"])
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_a_clip_that_begins_within_a_group_of_pictures_is_counted_by_decoding(tmp_path, name, container):
     """Cut out of an open group: its first frames in time refer to one that is not there."""
-    copy("open-hevc.mp4", tmp_path / "v.mp4", first=5)
-    video = Video(tmp_path / "v.mp4")
+    copy(name, tmp_path / f"v.{container}", first=5)
+    video = Video(tmp_path / f"v.{container}")
     assert [number(picture) for picture in video.frames(range(video.total))] == list(range(8, 24))
-    assert video.seconds == [n / 12 for n in range(16)]
+    assert np.allclose(video.seconds, [n / 12 for n in range(16)], atol=0.001)
+
+
+@pytest.mark.parametrize(("name", "encoder"), [
+    ("v.webm", "libvpx"), ("v.wmv", "wmv2"), ("v.ogv", "libtheora"), ("v.mkv", "ffv1"), ("v.mov", "mpeg4"),
+    ("v.mkv", "mpeg4")])
+def test_other_kinds_of_files(tmp_path, name, encoder):
+    if encoder not in av.codecs_available:
+        pytest.skip(f"this FFmpeg has no {encoder}")
+    make_frames.write(tmp_path / name, encoder, {"bf": "2"} if encoder == "mpeg4" else {})
+    video = Video(tmp_path / name)
+    assert [number(picture) for picture in video.frames(range(24))] == list(range(24))
+    assert (video.fps, video.seconds) == (12, [n / 12 for n in range(24)])
+
+
+@pytest.mark.parametrize(("stamps", "tick", "rate", "fps", "seconds"), [
+    ([5, 6, 7], 1 / 12, 12.0, 12.0, [0, 1 / 12, 2 / 12]),
+    ([5, 6, 8], 1 / 12, 12.0, 8.0, [0, 1 / 12, 3 / 12]),  # one is missing
+    ([7, 5, 6], 1 / 12, 12.0, 12.0, [0, 1 / 12, 2 / 12]),
+    ([0, 42, 83], 0.001, 24.0, 24.0, [0, 1 / 24, 2 / 24]),  # rounded
+    ([0, 42, 90], 0.001, 24.0, 2 / 0.09, [0, 0.042, 0.09]),
+    ([0, 50, 100], 0.01, 0.0, 2.0, [0, 0.5, 1]),  # no rate is given
+    ([None, 0, 1], 0.5, 4.0, 4.0, [0, 0.25, 0.5]), ([3, 3, 4], 0.5, 4.0, 4.0, [0, 0.25, 0.5])])
+def test_seconds_follow_the_rate_or_else_the_timestamps(stamps, tick, rate, fps, seconds):
+    found, when = timing(stamps, tick, rate)
+    assert found == pytest.approx(fps) and when == pytest.approx(seconds, abs=1e-12)
+
+
+@pytest.mark.parametrize(("stamps", "message"), [([], "no frames"), ([None, 1], "no frame rate")])
+def test_no_seconds_are_made_up(stamps, message):
+    with pytest.raises(ValueError, match=message):
+        timing(stamps, 0.1, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -219,8 +256,8 @@ def test_pictures_and_covers_are_no_videos(tmp_path):
             frame.rate, frame.pts = 16000, start
             container.mux(sound.encode(frame))
         container.mux(sound.encode())
-    for name in ("still.png", "moving.webp", "song.m4a"):
-        with pytest.raises(DataError, match=name):
+    for name, why in (("still.png", "none of"), ("moving.webp", "none of"), ("song.m4a", "holds no video")):
+        with pytest.raises(DataError, match=f"{name}: .*{why}"):
             read_video(tmp_path / name)
 
 
@@ -247,13 +284,15 @@ def test_a_file_with_its_index_in_front_is_never_read_in_part(tmp_path):
             read_video(tmp_path / "cut.mp4")
 
 
-def test_a_frame_that_is_damaged_is_an_error(tmp_path):
-    whole = bytearray((FOLDER / "closed.mp4").read_bytes())
-    middle = whole.index(b"mdat") + 1100  # past the encoder's note in the first frame
-    whole[middle : middle + 40] = bytes(40)
-    (tmp_path / "v.mp4").write_bytes(whole)
-    with pytest.raises(DataError, match=r"v\.mp4: not a video that can be read"):
-        read_video(tmp_path / "v.mp4")
+@pytest.mark.parametrize(("name", "place", "bits"), [
+    ("closed.mp4", 1140, 255),
+    ("open-hevc.mp4", 1273, 4)])  # a player makes something up, and does not say so
+def test_a_frame_that_is_damaged_is_an_error(tmp_path, name, place, bits):
+    whole = bytearray((FOLDER / name).read_bytes())
+    whole[place] ^= bits
+    (tmp_path / name).write_bytes(whole)
+    with pytest.raises(DataError, match=rf"{name}: not a video that can be read"):
+        read_video(tmp_path / name)
 
 
 def test_more_frames_or_fewer_than_announced_are_an_error():
