@@ -181,6 +181,11 @@ def test_no_rollout_buys_reward_by_saying_a_thing_again(filling, total):
         assert len(substance(think)) <= once + 2 * len(LINE) + 30
 
 
+@pytest.mark.parametrize("blank", named(glyphless=GLYPHLESS))
+def test_what_has_no_glyph_makes_no_word_longer(blank):
+    assert substance(blank.join(THOUGHT)) == substance(THOUGHT)
+
+
 def test_what_says_more_is_worth_more(total):
     more = [f"{word}: asked none, seen two {word}" for word in ("clouds", "roads", "trees", "birds", "kites")]
     found = [total(cot(think="\n".join([THOUGHT, *more[:count]]))) for count in range(6)]
