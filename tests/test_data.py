@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -43,7 +44,7 @@ from data import (
     smart_nframes,
     smart_resize,
 )
-from support import formats, release
+from support import annotate, formats, release
 from support.batches import alike, packed, prompt_lengths, read_ahead
 from support.filter import consistent, implied_overall
 from support.formats import write_pairs
@@ -279,6 +280,15 @@ def test_every_command_refuses_half_a_surrogate_pair_by_row(command, tmp_path, m
     monkeypatch.setattr("sys.argv", [command, str(tmp_path / "pairs.jsonl"), *out, *more])
     with pytest.raises(DataError, match=r"pairs\.jsonl, row 2: prompt is no Unicode text"):
         import_module(f"support.{command}").main()
+
+
+def test_half_a_surrogate_pair_in_an_answer_can_be_written_down():
+    message = SimpleNamespace(message=SimpleNamespace(content=HALF))
+    completions = SimpleNamespace(create=lambda **asked: SimpleNamespace(choices=[message]))
+    api = annotate.Api("https://HOST/v1", "NAME", SETTINGS)
+    api.client = SimpleNamespace(chat=SimpleNamespace(completions=completions))
+    api.content = lambda video, prompt: []
+    assert api.ask("v.mp4", "a cat")["cot"] == "a ? cat"
 
 
 def test_an_empty_or_missing_file_is_named(tmp_path):
