@@ -80,17 +80,17 @@ def default_model() -> str:
 
 def put_in_place(beside: Path, place: Path) -> None:
     """Rename a directory that was written beside its place into it, its content safe on the
-    disk first. What was there before is kept as `place`.before until the new one is: whenever
+    disk first. What was there before is kept as `place`.replaced until the new one is: whenever
     this is cut off, `settle` finds a complete one."""
     for path in [*beside.rglob("*"), beside]:
         sync(path)
-    before = place.with_name(place.name + ".before")
+    replaced = place.with_name(place.name + ".replaced")
     if place.exists():
-        delete(before)
-        place.rename(before)
+        delete(replaced)
+        place.rename(replaced)
     beside.rename(place)
     sync(place.parent)
-    delete(before)
+    delete(replaced)
 
 
 def remove(directory: Path) -> None:
@@ -104,11 +104,11 @@ def remove(directory: Path) -> None:
 
 def settle(place: Path) -> None:
     """Clear up what a kill has left beside a place, of `put_in_place`, `remove` or the writing."""
-    before, *others = (place.with_name(f"{place.name}.{end}")
-                       for end in ("before", "removed", "partial"))
-    if before.exists() and not place.exists():
-        before.rename(place)
-    for left in (before, *others):
+    replaced, *others = (place.with_name(f"{place.name}.{end}")
+                         for end in ("replaced", "removed", "partial"))
+    if replaced.exists() and not place.exists():
+        replaced.rename(place)
+    for left in (replaced, *others):
         delete(left)
 
 

@@ -31,7 +31,7 @@ from support.checkpoint import Checkpoints
 from support.files import amend, remove, settle, sync
 from support.formats import read_pairs
 from support.ranks import Ranks
-from support.settings import FREE, ROOT, parse_args
+from support.settings import FREE, FREE_IN, ROOT, parse_args
 from support.shard import local, shard
 
 PATIENCE = 5  # so many updates in a row without a finite gradient end a run
@@ -251,7 +251,8 @@ class Run:
         self.checkpoints.attach(self.model, self.optimizer)
         state = None
         if self.args.resume:
-            settings = {k: v for k, v in asdict(self.args).items() if k not in FREE}
+            free = FREE | FREE_IN.get(self.stage, set())
+            settings = {k: v for k, v in asdict(self.args).items() if k not in free}
             state = self.checkpoints.newest(settings)
         elif self.ranks.first:
             remove(self.checkpoints.folder)

@@ -65,9 +65,10 @@ class RunArgs:
 
 
 # Settings that may differ from one start of a run to the next: they do not change what is
-# trained. (think_tokens would in stage 2: what goes together is rounded together.)
+# trained.
 FREE = {"out", "preset", "resume", "save_every", "keep", "workers", "max_skipped",
         "keep_rollouts", "test", "eval_before", "eval_every", "eval_temperature"}
+FREE_IN = {"coldstart": {"think_tokens", "max_new_tokens"}}  # which thinks in evaluation alone
 
 
 class PresetParser(HfArgumentParser):

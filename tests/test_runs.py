@@ -133,15 +133,15 @@ def test_a_broken_checkpoint_is_passed_over(world_dir, whole, tmp_path):
     run(*arguments)
     newest = tmp_path / "run/checkpoints/step-3/rank-0.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    for left in ("checkpoints/step-7.partial", "checkpoints/step-1.removed", "model.removed", "model.before",
-                 "model.partial", "checkpoints.removed"):  # by runs killed at various moments
+    for left in ("checkpoints/step-7.partial", "checkpoints/step-1.removed", "checkpoints.removed",
+                 "model.removed", "model.replaced", "model.partial"):  # by runs killed at various moments
         (tmp_path / "run" / left).mkdir()
         (tmp_path / "run" / left / "file").write_text("")
     done = run(*arguments)
     assert "step-3: passed over, it is broken" in done.stderr and "going on after step 2" in done.stdout
     assert_same(whole("coldstart", *LORA), tmp_path / "run")
     assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in (
-        ".partial", ".removed", ".before")]
+        ".partial", ".removed", ".replaced")]
 
 
 def test_other_settings_stop_with_the_difference(world_dir, whole, tmp_path):
@@ -538,7 +538,7 @@ def test_whenever_a_replacement_is_killed_a_whole_folder_is_left(was_there, kill
             folder_of(beside, "new")
             if was_there:
                 folder_of(place, "old")
-                folder_of(root / "model.before", "older")  # from a kill before
+                folder_of(root / "model.replaced", "older")  # from a kill before
             finished = killed_at(kills, partial(put_in_place, beside, place))
             cleared = killed_at(twice, partial(settle, place))
             settle(place)

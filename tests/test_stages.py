@@ -225,7 +225,7 @@ def test_a_run_killed_at_its_last_evaluation_has_its_model(world_dir, stage1, tm
     out, test = tmp_path / "run", ("--test", world_dir / "test_id.jsonl")
     shutil.copytree(stage1, out)
     shutil.rmtree(out / "model")
-    (out / "model.before").mkdir()  # an older one, whose place was not taken
+    (out / "model.replaced").mkdir()  # an older one, whose place was not taken
     process = Started(*coldstart_command(world_dir, out, *test, "--eval-every", 1))
     while not (out / "model/descore.json").is_file() and process.running():
         time.sleep(0.002)
@@ -242,7 +242,8 @@ def test_a_run_killed_at_its_last_evaluation_has_its_model(world_dir, stage1, tm
     log = (out / "metrics.jsonl").read_bytes()
     (out / "metrics.jsonl").write_bytes(log[: log.rindex(b'"step": 2') + 20])
     moved = ("--test", write(tmp_path / "moved.jsonl", pairs))
-    done = coldstart(world_dir, out, *moved, "--eval-temperature", 0.5, "--eval-before", "false")
+    done = coldstart(world_dir, out, *moved, "--eval-temperature", 0.5, "--eval-before", "false",
+                     "--think-tokens", 900, "--max-new-tokens", 140)
     assert "metrics.jsonl: some of its last lines are lost" in done.stderr
     records = metrics(out)
     assert [record["step"] for record in records] == [0, 1, 1, 2] and "moved/quality" in records[-1]
