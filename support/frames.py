@@ -60,7 +60,7 @@ def opened(path: str | Path):
     limit = {"max_pixels": str(MAX_PIXELS)}
     allowed = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     try:
-        container = av.open(f"file:{path}", options=limit | allowed)
+        container = av.open(f"file:{path}", options=limit | allowed, metadata_errors="replace")
     except av.ArgumentError as error:
         raise ValueError(f"it is none of {CONTAINERS}") from error
     with container:

@@ -240,6 +240,14 @@ def test_a_name_is_a_name(tmp_path, monkeypatch, name):
         read_video(name)
 
 
+@pytest.mark.parametrize("name", ["closed.mp4", "closed.mkv", "bframes.avi"])
+def test_a_title_may_be_in_any_encoding(tmp_path, name):
+    whole = (FOLDER / name).read_bytes()
+    assert b"Lavf" in whole
+    (tmp_path / name).write_bytes(whole.replace(b"Lavf", b"L\xe4vf"))
+    assert Video(tmp_path / name).total == 24
+
+
 def test_pictures_and_covers_are_no_videos(tmp_path):
     from PIL import Image
     picture = Image.fromarray(np.zeros((48, 64, 3), np.uint8))
