@@ -24,12 +24,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-from data import DIMENSIONS, DataError, agreement, follows_format, parse_cot, read_video
+from damage import FATAL, damage
+
+from data import DIMENSIONS, DataError, agreement, parse_cot, read_video
 from model import DeScore
 from support.checkpoint import Checkpoints
 from support.filter import implied_overall
 from support.formats import read_pairs
 from support.ranks import ALONE
+from support.thought import follows_format
 
 GOLD = dict(zip(DIMENSIONS, (2, 1, "N/A", 0, 2)))
 PIECES = [
@@ -124,20 +127,16 @@ def pairs(folder: Path, rng: random.Random) -> Iterator[str]:
 
 
 def models(folder: Path, rng: random.Random) -> Iterator[str]:
-    """A saved adapter and a saved model of full weights, one file of it damaged."""
-    places = {}
+    """A saved adapter and a saved model of full weights with one fault each."""
     for rank in (2, 0):
         model = DeScore.load(ROOT / "toy/backbone", device="cpu")
         model.set_trainable(rank)
         model.save(folder / f"rank-{rank}")
-        places[folder / f"rank-{rank}"] = [*(folder / f"rank-{rank}").iterdir()]
     while True:
-        place = rng.choice([*places])
-        path = rng.choice(places[place])
-        content = path.read_bytes()
-        path.write_bytes(damaged(content, rng))
-        yield attempt(DeScore.load, place)
-        path.write_bytes(content)
+        fault = damage(folder / f"rank-{rng.choice((2, 0))}", folder / "damaged", rng)
+        outcome = attempt(DeScore.load, folder / "damaged")
+        fatal = outcome == "read" and fault.partition(": ")[2].startswith(FATAL)
+        yield f"loaded in spite of {fault}" if fatal else outcome
 
 
 def checkpoints(folder: Path, rng: random.Random) -> Iterator[str]:
@@ -169,7 +168,7 @@ def checkpoints(folder: Path, rng: random.Random) -> Iterator[str]:
         path.write_bytes(content)
 
 
-ATTACKS = {videos: 20_000, texts: 200_000, pairs: 100_000, models: 2_000, checkpoints: 5_000}
+ATTACKS = {videos: 20_000, texts: 200_000, pairs: 100_000, models: 1_000, checkpoints: 10_000}
 
 
 def main() -> None:
