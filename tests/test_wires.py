@@ -68,7 +68,7 @@ def test_the_length_reward_of_a_run_goes_by_its_settings():
     _, length = make_rewards(args, processor)["length"]
     answer, found = '<answer>{"dimensional_scores": {"subject": 2}}</answer>', []
     for n in (10, 20, 30, 40, 50, 60):
-        think = " ".join(("x" * (i % 7 + 2)).replace("x", "abcdefghi"[i // 7], 1) for i in range(n))
+        think = " ".join("bcdfghkl"[i // 8] + "amnopqrt"[i % 8] for i in range(n))  # no word twice
         found.append(length(f"<think>{think}</think>{answer}", 999, {}))
     assert found == [0, 0.5, 1, 1, 0.5, 0]
 
