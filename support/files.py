@@ -42,7 +42,8 @@ def read_info(directory: Path) -> dict:
             raise DataError(f"{path}: {key!r} is {info[key]!r}")
         if "tensors" in info and key in ("video", "instruction", "dimensions") and key not in info:
             raise DataError(f"{path}: {key!r} is missing")
-    if (info.get("instruction") or "<video>").count("<video>") != 1:
+    instruction = info.get("instruction")
+    if instruction is not None and instruction.count("<video>") != 1:
         raise DataError(f"{path}: 'instruction' does not hold <video> exactly once")
     for key in ("score_mean", "score_std"):
         if key in info and not (is_number(info[key]) and math.isfinite(info[key])):
