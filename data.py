@@ -73,7 +73,7 @@ def explained(message: str, *kinds: type[Exception]) -> Iterator[None]:
         raise DataError(f"{message} ({reason})") from error
 
 
-TEXT_LIMIT = 50_000  # bytes of a prompt or CoT; the 6,200 tokens that stage 2 allows have fewer
+TEXT_LIMIT = 50_000  # bytes of a prompt or CoT: 6,200 tokens of 8, more than text has
 
 
 def checked(text: str, name: str) -> str:
@@ -149,11 +149,11 @@ def open_video(path: str | Path, settings: VideoSettings):
     """A video file, the indices of the frames to sample, and the second of each. Raises DataError,
     naming the file, if it is missing or, within the block, no video can be read."""
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
-    with explained(f"{path}: not a video that can be read", *ERRORS):
+    with explained(f"{path}: not a video that can be read", OSError, *ERRORS):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty")
         video = Video(path)
         count = smart_nframes(video.total, video.fps, settings)
         indices = torch.linspace(0, video.total - 1, count).round().long().tolist()

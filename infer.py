@@ -43,6 +43,8 @@ def judge(
     is the mean over so many CoTs, score_std their spread, and cot the first. `without_cot` adds
     score_no_cot; without `think` that is all there is. Of a video that cannot be read: video,
     prompt, error. DataError where a score is not finite, if it is to be `finite`."""
+    if finite:
+        model.check_head()
     numbered = ranks.share(list(enumerate(keys)))
     lengths = prompt_lengths(model.processor, [key for _, key in numbered])
     sizes = [lengths[key] + samples * max_new_tokens * think for _, key in numbered]
@@ -271,6 +273,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"{args.inputs[-1]} is a file; the prompt comes last, and is missing")
     if bool(args.pairs) == bool(args.inputs) or len(args.inputs) == 1:
         parser.error("give videos and their prompt, or --pairs FILE")
+    if args.out and not args.pairs:
+        parser.error("--out keeps the judgements of --pairs")
     if args.temperature is None:
         args.temperature = 0.0 if args.samples == 1 else 1.0
     return args

@@ -139,6 +139,12 @@ class DeScore(nn.Module):
         r = self.head(hidden.to(self.query.dtype)).squeeze(-1).float()
         return r if self.has_head else torch.full_like(r, torch.nan)
 
+    def check_head(self) -> None:
+        """DataError unless there is a head whose scores mean something."""
+        if not self.has_head:
+            raise DataError(f"{self.name}: has no trained [Reward] and head: it can think, "
+                            "but a score would be made up; see coldstart.py")
+
     # -- think, then score
 
     @torch.no_grad()
@@ -275,9 +281,7 @@ class DeScore(nn.Module):
         """`forward_rows` for rows of like length together, so that little is padding, and at most
         `max_tokens`: row numbers and what it returns for them. A sharded model takes all rows at
         once, for its ranks have to run in step."""
-        if not self.has_head:
-            raise DataError(f"{self.name}: has no trained [Reward] and head: it can think, "
-                            "but a score would be made up; see coldstart.py")
+        self.check_head()
         batch = self.encode(batch)
         tokens, mask = tokens.to(self.device), mask.to(self.device)
         inputs = mask & (tokens != self.eos)

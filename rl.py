@@ -54,7 +54,7 @@ class Args(RunArgs):
     w_format: Number = setting(0.1, "w_f")
     w_quality: Number = setting(0.7, "w_q")
     w_length: Number = setting(0.2, "w_l")
-    length_low: Whole = setting(500, "tokens up to which R_l is 0")
+    length_low: Whole = setting(500, "tokens of a thought up to which R_l is 0")
     length_high: Count = setting(2000, "tokens from which R_l is 1")
     length_excess: Count | None = setting(None, "from here R_l falls back to 0 [never]")
     reward: list[str] = setting([], "FILE:FUNCTION=WEIGHT: one more reward")
@@ -102,7 +102,7 @@ def length_reward(n_tokens: int, low: int = 500, high: int = 2000,
     """R_l = 0 up to `low` tokens of a thought, linear to 1 at `high`; from `excess` on, where
     set, it falls back to 0 with the same slope, for a thought can be too long as well. Raises
     ValueError unless low < high ≤ excess."""
-    if not low < high <= (excess or high):
+    if not low < high <= (high if excess is None else excess):
         raise ValueError(f"R_l needs low < high ≤ excess, not {low}, {high}, {excess}")
     rise = (n_tokens - low) / (high - low)
     fall = 1.0 if excess is None else 1.0 - (n_tokens - excess) / (high - low)

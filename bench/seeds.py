@@ -9,6 +9,7 @@ are not repeated.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,8 @@ TEST = ("--test", f"{HELD_OUT}/test_id.jsonl", f"{HELD_OUT}/test_ood.jsonl")
 
 def run(script: str, out: str, *arguments: str) -> None:
     """Run a stage unless its folder already holds what it ended with."""
-    if not (ROOT / out / "model/descore.json").is_file():
+    info = ROOT / out / "model/descore.json"
+    if not info.is_file() or "score_std" not in json.loads(info.read_text()):  # not yet measured
         print(f"$ python {script} --out {out} {' '.join(arguments)}", flush=True)
         subprocess.run([sys.executable, script, "--out", out, *TEST, *arguments], cwd=ROOT, check=True,
                        stdout=sys.stderr)

@@ -26,7 +26,17 @@ import torch
 from tqdm import tqdm
 
 import infer
-from data import DIMENSIONS, INSTRUCTION, DataError, Key, VideoSettings, keys_of, parse_cot, read_video
+from data import (
+    DIMENSIONS,
+    INSTRUCTION,
+    TEXT_LIMIT,
+    DataError,
+    Key,
+    VideoSettings,
+    keys_of,
+    parse_cot,
+    read_video,
+)
 from model import DeScore
 from support import journal, tables
 from support.batches import THINK_TOKENS
@@ -46,8 +56,8 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
 
     write(keys, done=…) yields a dict with video, prompt and cot, or error where the video cannot be
     read, for each key that is not in `done`; made_by says what decides them. scores: make the CoTs'
-    sub-scores for `dimensions` the reference; pairs with a CoT that has none are left out and
-    counted. Returns an exit code, 1 if a video cannot be read. Raises DataError as `read_pairs`,
+    sub-scores for `dimensions` the reference; pairs with a CoT that has none, or is longer than pair
+    files may hold, are left out and counted. Returns an exit code, 1 if a video cannot be read. Raises DataError as `read_pairs`,
     `write` and `Journal` do, and where no pair is left."""
     if out.is_dir():
         raise DataError(f"{out}: is a directory")
@@ -71,18 +81,19 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
         found = parse_cot(pair.cot_a, dimensions), parse_cot(pair.cot_b, dimensions)
         if scores and None not in found:
             pair.scores_a, pair.scores_b = (cot["dimensional_scores"] for cot in found)
-        if not scores or None not in found:
+        too_long = max(len(pair.cot_a.encode()), len(pair.cot_b.encode())) > TEXT_LIMIT
+        if not too_long and (not scores or None not in found):
             kept.append(pair)
     if not could_be_read:
         raise DataError(f"{out}: no pair has two videos that can be read")
     if not kept:
-        raise DataError(f"{out}: no scores can be read from any pair's CoTs; {written} has them")
+        raise DataError(f"{out}: no pair has CoTs of use; {written} has them")
     write_pairs(out, kept)
     if not code:
         written.unlink()
     said = f"{out}: {len(kept)} pairs, {len(done.records)} videos annotated"
     if len(kept) < len(could_be_read):
-        said += f"; {len(could_be_read) - len(kept)} left out, no scores can be read from a CoT"
+        said += f"; {len(could_be_read) - len(kept)} left out, a CoT has no scores or is too long"
     if unreadable:
         said += (f"; {unreadable['unreadable']} left out, a video cannot be read. The same command "
                  f"asks again for such videos alone, as long as {written} is there")

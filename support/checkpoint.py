@@ -56,7 +56,8 @@ class Checkpoints:
 
     def newest(self, settings: dict) -> dict | None:
         """Restore the newest checkpoint that every rank finds whole; returns its state.json, None
-        if there is none. Raises `Different` on all ranks if it was made with other settings."""
+        if there is no checkpoint. Raises `Different` on all ranks if it was made with other
+        settings, DataError if there are some and none can be used."""
         paths = self.ranks.gather(self.found() if self.ranks.first else [])
         for path in reversed(paths):
             errors = []
@@ -75,6 +76,8 @@ class Checkpoints:
                 return state
             if self.ranks.first:
                 print(f"warning: {errors[0]}", file=sys.stderr)
+        if paths:
+            raise DataError(f"{self.folder}: no checkpoint can be used; --resume false begins anew")
         return None
 
     def save(self, step: int, state: dict) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -76,33 +77,48 @@ def opened(path: str | Path):
         yield container, stream
 
 
-def read_packets(container, stream) -> list[av.Packet]:
-    """All packets of a stream. ValueError if the file is damaged or, where that can be seen, cut
-    short: a file of MPEG-TS or -PS may end anywhere."""
-    packets, end = [], 0.0
+class Packet(NamedTuple):
+    """What a packet of the stream says of itself."""
+
+    pts: int | None
+    is_keyframe: bool
+    is_discard: bool
+
+
+def read_packets(container, stream) -> list[Packet]:
+    """The packets of a stream. ValueError if it is damaged or, where that can be seen, cut short:
+    a file of FLV, MPEG-TS or -PS may end anywhere."""
+    packets, samples, end, last = [], 0, 0.0, b""
     for packet in container.demux():
-        if packet.is_corrupt:
-            raise ValueError("it is damaged or cut short")
         if packet.size and packet.pts is not None:
             end = max(end, float((packet.pts + packet.duration) * packet.time_base))
-        if packet.size and packet.stream_index == stream.index:
-            packets.append(packet)
-    name, whole = kind(container), True
-    if name == "mov":
-        whole = len(packets) >= len(stream.index_entries)
-    elif name == "gif":
-        whole = any(bytes(packet).endswith(b";") for packet in packets[-1:])
-    elif name in ("matroska", "avi", "flv"):
-        # Their headers say how long they are, give or take the last frame.
-        rate = stream.average_rate or 10
-        announced = max((container.duration or 0) / av.time_base, stream.frames / rate)
-        whole = announced <= end + 1.5 / rate
-    if not whole:
+        if packet.stream_index != stream.index:
+            continue
+        if packet.is_corrupt:
+            raise ValueError("it is damaged or cut short")
+        samples += packet.dts is not None
+        if packet.size:
+            packets.append(Packet(packet.pts, packet.is_keyframe, packet.is_discard))
+            last = bytes(packet)[-1:] if kind(container) == "gif" else b""
+    if not {
+        "mov": samples >= len(stream.index_entries),
+        "gif": last == b";",
+        "avi": is_whole_riff(Path(container.name.removeprefix("file:"))),
+        # Its header says how long it is, give or take the last frame.
+        "matroska": (container.duration or 0) / av.time_base <= end + 1.5 / (stream.average_rate or 10),
+    }.get(kind(container), True):
         raise ValueError("it is cut short")
     return packets
 
 
-def packet_stamps(container, stream, packets: list[av.Packet]) -> list[int] | None:
+def is_whole_riff(path: Path) -> bool:
+    """Whether a file is as long as its header says, where it says so."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8)[4:], "little")
+    return size == 2**32 - 1 or size + 8 <= path.stat().st_size
+
+
+def packet_stamps(container, stream, packets: list[Packet]) -> list[int] | None:
     """When each frame is shown, in ticks, in order, without decoding; None where packets do not
     tell."""
     stamps = [packet.pts for packet in packets]
@@ -125,7 +141,7 @@ def timing(stamps: list[int | None], tick: float, rate: float) -> tuple[float, l
     if not stamps:
         raise ValueError("it has no frames")
     steady = [index / rate for index in range(len(stamps))] if rate else []
-    if None in stamps or len(set(stamps)) < len(stamps):
+    if None in stamps:
         if not rate:
             raise ValueError("it has no frame rate")
         return rate, steady

@@ -18,8 +18,9 @@ KINDS = {"video": str, "prompt": str, "cot": str, "truncated": bool, "score": fl
          "score_no_cot": float}
 NEEDED = {"on": list(KINDS), "off": ["video", "prompt", "score_no_cot"],
           None: ["video", "prompt", "cot"]}
-# The settings of infer and annotate that decide a record.
-DECIDING = ("model", "api", "api_model", "cot", "samples", "temperature", "seed", "max_new_tokens")
+ODD = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ over the golden ratio; its bits are well mixed
+# The settings of infer and annotate that decide a record, beside the model's weights.
+DECIDING = ("api", "api_model", "cot", "samples", "temperature", "seed", "max_new_tokens")
 
 
 class Journal:
@@ -100,15 +101,21 @@ def made_by(model, args: Namespace) -> dict:
     processor = model.processor
     return deciding(args) | {
         "weights": fingerprint(model), "dtype": str(model.dtype), "instruction": processor.instruction,
-        "video": asdict(processor.settings), "layout": model.info.get("scoring_layout", "ours")}
+        "video": asdict(processor.settings), "layout": model.info.get("scoring_layout", "ours"),
+        "scoring_video": model.info.get("scoring_video")}
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A name for the weights that a model has, wherever they came from: SHA-256 over the sums of
-    their bits, which are exact and quick on any device."""
+def fingerprint(model) -> str:
+    """A name for the weights that a model has, wherever they came from: SHA-256 over sums of their
+    bits, each by an odd number of its place. These are exact, and quick on any device."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        total = tensor.view(bits).sum(dtype=torch.int64).item()
+        total = 0
+        for part in tensor.contiguous().view(bits).flatten().split(2**24):
+            odd = torch.arange(1, 2 * len(part), 2, device=part.device) * ODD
+            total = (total * ODD + (part.long() * odd).sum().item()) % 2**64
         digest.update(f"{name} {tuple(tensor.shape)} {total}\n".encode())
+    for adapter in getattr(model.backbone, "peft_config", {}).values():
+        digest.update(f"{adapter.r} {adapter.lora_alpha}".encode())
     return digest.hexdigest()

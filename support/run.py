@@ -242,7 +242,7 @@ class Run:
         if self.ranks.first:
             with explained(reason, OSError):
                 amend(self.out / "model/descore.json", **scale)
-            print(json.dumps(figures, indent=1))
+            print(json.dumps(finite(figures), indent=1))
             print(f"{self.out}: done")
         self.ranks.stop()
 

@@ -44,7 +44,7 @@ def check_finite(model, records: list[dict]) -> None:
     for record in records:
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise DataError(f"{record['video']}: its {name} is {value}; {model.source} has "
+                raise DataError(f"{record['video']}: its {name} is {value}; {model.name} has "
                                 "no trained head, or broken weights")
 
 

@@ -6,6 +6,7 @@ says nothing is not counted.
 
 import re
 import unicodedata
+from functools import lru_cache
 
 from data import DIMENSIONS, overall_score, parse_cot
 
@@ -27,7 +28,14 @@ def thought(text: str, dimensions: dict[str, int] = DIMENSIONS) -> str:
 
     Kept is: one <think> block of three words or more, not just the answer's, then one <answer>
     block that `parse_cot` accepts and that holds nothing else; only white space around them, no
-    further tag. An overall_score may be 1, a sub-score's step, off what the sub-scores imply."""
+    further tag. An overall_score, which goes from 1 to 5, may be 1 off what the sub-scores imply."""
+    return found(text, tuple(dimensions.items()))
+
+
+@lru_cache(4096)  # a rollout is asked twice, for R_f and for R_l
+def found(text: str, items: tuple) -> str:
+    """`thought` for the items of the dimensions."""
+    dimensions = dict(items)
     match = BLOCKS.fullmatch(text) if len(TAG.findall(text)) == 4 else None
     cot = parse_cot(text, dimensions) if match else None
     if cot is None or len(cot) > 2:
@@ -53,7 +61,7 @@ def substance(text: str) -> str:
     text = MARKUP.sub("", unicodedata.normalize("NFKC", text))
     text = BLANK.sub("", "".join(filter(is_seen, text)))
     lines = (" ".join(line.split()) for line in text.splitlines())
-    text = SIGNS.sub(r"\1", NUMBER.sub("0", "\n".join(filter(None, lines))))
+    text = SIGNS.sub(first_sign, NUMBER.sub("0", "\n".join(filter(None, lines))))
     while text != (text := REPEATED.sub(r"\1", text)):
         pass  # what is left may stand there three times as well
     kept, said = [], {""}
@@ -63,6 +71,12 @@ def substance(text: str) -> str:
             said.add(letters)
             kept.append(sentence)
     return "".join(kept).strip()
+
+
+def first_sign(run: re.Match) -> str:
+    """The first of a run of signs; marks, such as vowel signs, belong to letters and stay."""
+    marks = any(unicodedata.category(character)[0] == "M" for character in run[0])
+    return run[0] if marks else run[1]
 
 
 def is_seen(character: str) -> bool:

@@ -184,7 +184,7 @@ def test_another_rank_blames_the_adapter(copied):
 
 def test_any_damage_is_refused_in_one_line(saved, tmp_path):
     refused = 0
-    for seed in range(40):
+    for seed in range(25):
         rng = random.Random(seed)
         what = damage(saved / rng.choice(["adapter", "full"]), tmp_path / "bad", rng)
         if (tmp_path / "bad/adapter_config.json").is_file() and "descore.json" not in what:
@@ -195,7 +195,7 @@ def test_any_damage_is_refused_in_one_line(saved, tmp_path):
         except DataError as error:
             assert str(tmp_path) in str(error) and "\n" not in str(error), what
             refused += 1
-    assert 15 < refused < 35
+    assert 8 < refused < 23
 
 
 def test_code_that_comes_with_a_model_is_not_run(saved, tmp_path, monkeypatch):
