@@ -56,9 +56,9 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
 
     write(keys, done=…) yields a dict with video, prompt and cot, or error where the video cannot be
     read, for each key that is not in `done`; made_by says what decides them. scores: make the CoTs'
-    sub-scores for `dimensions` the reference; pairs with a CoT that has none, or is longer than pair
-    files may hold, are left out and counted. Returns an exit code, 1 if a video cannot be read. Raises DataError as `read_pairs`,
-    `write` and `Journal` do, and where no pair is left."""
+    sub-scores for `dimensions` the reference; pairs with a CoT that has none, or is longer than
+    pair files may hold, are left out and counted. Returns an exit code, 1 if a video cannot be
+    read. Raises DataError as `read_pairs`, `write` and `Journal` do, and where no pair is left."""
     if out.is_dir():
         raise DataError(f"{out}: is a directory")
     pairs = read_pairs(path, dimensions=dimensions)

@@ -1,13 +1,15 @@
-"""Keep the pairs whose two CoTs imply the human label: the consistency filter of both stages.
+"""Keep the pairs whose two annotations imply the human label: the consistency filter of both stages.
 
     python -m support.filter annotated.jsonl train.jsonl
+
+A video's annotation is its CoT, or where a pair has none its reference sub-scores.
 """
 
 import argparse
 from collections import Counter
 from pathlib import Path
 
-from data import DIMENSIONS, Pair, overall_score, parse_cot
+from data import DIMENSIONS, Pair, both, overall_score, parse_cot
 from support.command import run_command
 from support.files import local_folder, read_info
 from support.formats import read_pairs, write_pairs
@@ -22,24 +24,28 @@ def implied_overall(text: str, dimensions: dict[str, int] = DIMENSIONS) -> float
 
 
 def consistent(pair: Pair, dimensions: dict[str, int] = DIMENSIONS) -> str:
-    """Whether the preference that a pair's CoTs imply is the human label: "kept", or why not."""
-    if pair.cot_a is None or pair.cot_b is None:
+    """Whether the preference that a pair's annotations imply is the human label: "kept", or why not."""
+    cots, scores = both([pair], "cot"), both([pair], "scores")
+    if cots == [None, None] and None not in scores:
+        a, b = (overall_score(found, dimensions) for found in scores)
+    elif None in cots:
         return "no CoT"
-    a, b = (implied_overall(cot, dimensions) for cot in (pair.cot_a, pair.cot_b))
+    else:
+        a, b = (implied_overall(cot, dimensions) for cot in cots)
     if a is None or b is None:
-        return "a CoT that cannot be parsed"
+        return "an annotation that says nothing"
     implied = (a > b) - (a < b)
     if implied == pair.human:
         return "kept"
     if implied == 0:
-        return "the CoTs imply a tie"
-    return "the label is a tie" if pair.human == 0 else "the CoTs imply the other"
+        return "the annotations imply a tie"
+    return "the label is a tie" if pair.human == 0 else "the annotations imply the other"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("pairs", type=Path, help="a pair file with CoTs, of any known kind")
+    add("pairs", type=Path, help="a pair file with CoTs or sub-scores")
     add("out", type=Path, help="a file in our own format, JSON lines")
     add("--model", help="the saved model whose dimensions the CoTs judge [data.DIMENSIONS]")
     args = parser.parse_args()

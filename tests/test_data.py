@@ -520,7 +520,7 @@ def test_the_filter_goes_by_the_dimensions_at_hand():
 
     pair = Pair("p", "a", "b", "A", cot_a=cot(2, 0, 0), cot_b=cot(0, 1, 2))  # 4 / 4 over 3 / 4
     assert consistent(pair, THREE) == "kept" and consistent(replace(pair, preference="B"), THREE) != "kept"
-    assert consistent(pair) == "a CoT that cannot be parsed"
+    assert consistent(pair) == "an annotation that says nothing"
 
 
 # ------------------------------------------------------------------------------------------------------------

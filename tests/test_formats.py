@@ -422,14 +422,23 @@ def cot(overall=None, **scores):
 
 
 @pytest.mark.parametrize(("label", "a", "b", "verdict"), [
-    ("A", cot(4.0), cot(3.0), "kept"), ("B", cot(4.0), cot(3.0), "the CoTs imply the other"),
+    ("A", cot(4.0), cot(3.0), "kept"), ("B", cot(4.0), cot(3.0), "the annotations imply the other"),
     ("tie", cot(4.0), cot(4.0), "kept"), ("tie", cot(4.0), cot(3.0), "the label is a tie"),
-    ("A", cot(4.0), cot(4.0), "the CoTs imply a tie"),
-    ("A", cot(4.0), "nothing", "a CoT that cannot be parsed"), ("A", cot(4.0), None, "no CoT"),
+    ("A", cot(4.0), cot(4.0), "the annotations imply a tie"),
+    ("A", cot(4.0), "nothing", "an annotation that says nothing"), ("A", cot(4.0), None, "no CoT"),
     ("A", cot(subject=2, style=0), cot(), "kept"),  # a primary dimension weighs more than a secondary one
     ("B", cot(environment=2, dynamics=0), cot(), "kept")])
 def test_the_filter_keeps_what_is_consistent(label, a, b, verdict):
     assert consistent(Pair("p", "a", "b", label, cot_a=a, cot_b=b)) == verdict
+
+
+@pytest.mark.parametrize(("label", "b", "verdict"), [
+    ("A", {"style": 0}, "kept"), ("B", {"style": 0}, "the annotations imply the other"),
+    ("tie", {}, "kept"), ("A", {}, "the annotations imply a tie")])
+def test_the_filter_goes_by_reference_scores_where_there_are_no_cots(label, b, verdict):
+    scores = dict.fromkeys(DIMENSIONS, 2)
+    pair = Pair("p", "a", "b", label, scores_a=scores, scores_b=scores | b)
+    assert consistent(pair) == verdict
 
 
 def test_filter_says_what_it_kept(world_dir, tmp_path):

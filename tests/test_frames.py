@@ -279,6 +279,14 @@ def test_a_file_cut_short_is_an_error(tmp_path, name, share):
         read_video(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["bframes.avi", "h264.avi"])
+@pytest.mark.parametrize("size", [0, 2**32 - 1])
+def test_an_avi_written_to_a_pipe_has_no_length_and_is_read(tmp_path, name, size):
+    whole = (FOLDER / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[:4] + size.to_bytes(4, "little") + whole[8:])
+    assert sampled(tmp_path / name) == sampled(FOLDER / name)
+
+
 def test_a_file_with_its_index_in_front_is_never_read_in_part(tmp_path):
     copy("closed.mp4", tmp_path / "v.mp4", movflags="faststart")
     assert sampled(tmp_path / "v.mp4") == sampled(FOLDER / "closed.mp4")

@@ -130,13 +130,27 @@ def test_models_are_told_apart_by_their_weights(model):
         parameter.data.view(-1)[0] *= 1 + 1e-6
         assert fingerprint(model) != first
         parameter.data.copy_(before)
+    model.head.weight.data = model.head.weight.data.flip(-1)  # the same numbers in another order
+    assert fingerprint(model) != first
+    model.head.weight.data = model.head.weight.data.flip(-1)
     assert fingerprint(model) == first
+    model.set_trainable(2)
+    adapted = fingerprint(model)
+    model.backbone.peft_config["default"].lora_alpha = 400
+    assert fingerprint(model) != adapted
+
+
+def test_a_file_for_judgements_needs_pairs(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["infer.py", "a.mp4", "a cat", "--out", "f.jsonl"])
+    with pytest.raises(SystemExit):
+        infer.parse_args()
+    assert "--out keeps the judgements of --pairs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("extra", "named"), [
     (["--seed", "1"], {"seed"}), (["--temperature", "0.5"], {"temperature"}), (["--cot", "off"], {"cot"}),
     (["--samples", "2", "--temperature", "0"], {"samples"}), (["--max-new-tokens", "6"], {"max_new_tokens"}),
-    (["--model", "other"], {"model"}), (["--workers", "2", "--think-tokens", "7", "--json"], set())])
+    (["--model", "other"], set()), (["--workers", "2", "--think-tokens", "7", "--json"], set())])
 def test_what_decides_a_judgement_is_written_down(model, extra, named, monkeypatch):
     made = []
     for more in ([], extra):

@@ -144,6 +144,16 @@ def test_a_broken_checkpoint_is_passed_over(world_dir, whole, tmp_path):
         ".partial", ".removed", ".replaced")]
 
 
+def test_where_no_checkpoint_can_be_used_nothing_is_begun_anew(world_dir, whole, tmp_path):
+    shutil.copytree(whole("coldstart", *LORA), tmp_path / "run")
+    for path in (tmp_path / "run/checkpoints").glob("step-*/rank-0.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    log = (tmp_path / "run/metrics.jsonl").read_bytes()
+    done = run(*command("coldstart", world_dir, tmp_path / "run", *LORA), check=False)
+    assert done.returncode == 1 and "no checkpoint can be used; --resume false" in done.stderr
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == log
+
+
 def test_other_settings_stop_with_the_difference(world_dir, whole, tmp_path):
     shutil.copytree(whole("coldstart", *LORA), tmp_path / "run")
     arguments = command("coldstart", world_dir, tmp_path / "run", *LORA, "--weight-decay", 0.3)

@@ -2,8 +2,8 @@
 
     python toy/prepare.py runs/toy
 
-Leaves train.jsonl (reference sub-scores, for stage 2), train_cots.jsonl (the backbone's CoTs, consistent with
-the label, for stage 1), test_id.jsonl and test_ood.jsonl.
+Leaves train_cots.jsonl (the backbone's CoTs, for stage 1) and train_scores.jsonl (reference sub-scores, for
+stage 2), both consistent with the label, test_id.jsonl and test_ood.jsonl.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def main() -> None:
     run("toy/world.py", out, "--pairs", args.pairs, "--test-pairs", args.test_pairs, "--seed", args.seed)
     run("-m", "support.annotate", out / "train.jsonl", annotated, "--model", ROOT / "toy/backbone",
         "--max-new-tokens", 140, "--think-tokens", 36000, "--seed", args.seed)
-    run("-m", "support.filter", annotated, out / "train_cots.jsonl",
-        "--model", ROOT / "toy/backbone")
+    for annotations, kept in ((annotated, "train_cots.jsonl"), (out / "train.jsonl", "train_scores.jsonl")):
+        run("-m", "support.filter", annotations, out / kept, "--model", ROOT / "toy/backbone")
 
 
 if __name__ == "__main__":
