@@ -113,6 +113,8 @@ class VideoSettings:
             fits = is_number(value) and isinstance(value, (int, field.type))
             if not fits or not value > 0:
                 raise TypeError(f"{field.name} is {value!r}")
+        if self.max_frames < 2:
+            raise TypeError("max_frames is 1")
 
 
 def smart_nframes(total: int, video_fps: float, settings: VideoSettings) -> int:
@@ -253,9 +255,11 @@ class Processor:
             instruction: str | None = INSTRUCTION, dimensions=DIMENSIONS):
         """instruction: a text with <video> and <prompt> in it; None where each prompt is itself a
         whole instruction, the video at its <video>, else before it."""
-        if instruction is not None and checked(instruction, "the instruction").count("<video>") != 1:
-            raise DataError("the instruction must hold <video> exactly once, and <prompt> where "
-                            "the prompt belongs")
+        if instruction is not None:
+            checked(instruction, "the instruction")
+            if instruction.count("<video>") != 1 or "<prompt>" not in instruction:
+                raise DataError("the instruction must hold <video> exactly once, and <prompt> "
+                                "where the prompt belongs")
         self.tokenizer, self.settings = tokenizer, settings
         self.instruction, self.dimensions = instruction, dimensions
         self.special = {}
@@ -500,7 +504,7 @@ def json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
     for row, line in enumerate(text.split("\n"), 1):
         if line.strip():
             with explained(f"{path}, row {row}: not JSON", ValueError, RecursionError):
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=no_duplicates)
             if not isinstance(record, dict):
                 raise DataError(f"{path}, row {row}: not a JSON object")
             yield row, record | {"preference": record.get("preference") or ""}

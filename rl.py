@@ -17,7 +17,6 @@ log-probabilities are those recorded while sampling; π_ref is this model with t
 stage 1 left.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,16 +115,21 @@ def make_rewards(args: Args, processor) -> dict[str, tuple[float, Callable]]:
     bounds = args.length_low, args.length_high, args.length_excess
 
     def length(text: str, n_tokens: int, gold: dict) -> float:
-        return length_reward(len(processor.encode(thought(text, dimensions))), *bounds)
+        said = len(processor.encode(thought(text, dimensions)))
+        return length_reward(min(said, n_tokens), *bounds)
 
     rewards = {
         "format": (args.w_format, lambda text, n, gold: format_reward(text, dimensions)),
         "quality": (args.w_quality, lambda text, n, gold: quality_reward(text, gold, dimensions)),
         "length": (args.w_length, length),
     }
+    given_names = set()
     for given in args.reward:
         name, weight, function = load_function(given)
-        # One of the same name takes the other's place.
+        if name in given_names:
+            raise DataError(f"--reward {given}: another has this name")
+        given_names.add(name)
+        # One of the same name as ours takes its place.
         rewards[name.removesuffix("_reward")] = (weight, function)
     return rewards
 
@@ -258,7 +262,7 @@ def reward_all(
         values = []
         for i, (text, n_tokens) in enumerate(zip(texts, lengths.flatten().tolist())):
             values.append(float(function(text, n_tokens, gold[i // lengths.shape[1]])))
-        if not all(map(math.isfinite, values)):
+        if not all(abs(value) < 1e30 for value in values):  # NaN is not, nor what overflows
             raise DataError(f"the reward {name!r} gave {values}")
         part = torch.tensor(values, dtype=torch.double).view(lengths.shape)
         total += weight * part

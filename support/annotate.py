@@ -41,6 +41,7 @@ from model import DeScore
 from support import journal, tables
 from support.batches import THINK_TOKENS
 from support.command import Count, NotNegative, Positive, Whole, run_command
+from support.files import check_out
 from support.formats import read_pairs, write_pairs
 
 try:
@@ -59,8 +60,7 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
     sub-scores for `dimensions` the reference; pairs with a CoT that has none, or is longer than
     pair files may hold, are left out and counted. Returns an exit code, 1 if a video cannot be
     read. Raises DataError as `read_pairs`, `write` and `Journal` do, and where no pair is left."""
-    if out.is_dir():
-        raise DataError(f"{out}: is a directory")
+    check_out(out, path)
     pairs = read_pairs(path, dimensions=dimensions)
     print(pairs.summary())
     keys = list(dict.fromkeys(keys_of(pairs)))

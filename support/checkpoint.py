@@ -2,7 +2,6 @@
 trains and the optimiser's state, or a rank's shards of both. Complete or absent; what its files
 were when they were written stands in SHA256SUMS (`sha256sum -c SHA256SUMS`)."""
 
-import hashlib
 import json
 import shutil
 import sys
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from data import DataError
-from support.files import delete, put_in_place, read_json, remove
+from support.files import delete, digest, put_in_place, read_json, remove
 from support.ranks import Ranks
 from support.shard import local
 
@@ -190,11 +189,7 @@ def step_of(path: Path) -> int:
 
 def sum_of(path: Path) -> str:
     """A file's line in SHA256SUMS."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while some := file.read(1 << 24):
-            digest.update(some)
-    return f"{digest.hexdigest()}  {path.name}\n"
+    return f"{digest(path)}  {path.name}\n"
 
 
 def check(path: Path) -> None:

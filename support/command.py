@@ -67,3 +67,5 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except (DataError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

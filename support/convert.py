@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from support.command import run_command
+from support.files import check_out
 from support.formats import read_pairs, write_pairs
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     add("--label", help="the preference's column, if there are several [TA, else Overall]")
     add("--root", type=Path, help="folder that the file's paths are relative to [its own]")
     args = parser.parse_args()
+    check_out(args.out, args.pairs)
     pairs = read_pairs(args.pairs, args.label, args.root)
     write_pairs(args.out, pairs)
     print(f"{args.out}: from {pairs.summary()}")

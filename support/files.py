@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent, and what hub ids stand for."""
 
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ def read_json(path: Path) -> dict:
 
 # What descore.json says, by type; anything else in it is kept as it is.
 KINDS = {"backbone": str, "video": dict, "instruction": (str, type(None)), "dimensions": dict,
-         "tensors": list, "scoring_layout": str, "scoring_video": dict}
+         "tensors": list, "files": dict, "scoring_layout": str, "scoring_video": dict}
 
 
 def read_info(directory: Path) -> dict:
@@ -42,12 +43,13 @@ def read_info(directory: Path) -> dict:
             raise DataError(f"{path}: {key!r} is {info[key]!r}")
         if "tensors" in info and key in ("video", "instruction", "dimensions") and key not in info:
             raise DataError(f"{path}: {key!r} is missing")
-    instruction = info.get("instruction")
-    if instruction is not None and instruction.count("<video>") != 1:
-        raise DataError(f"{path}: 'instruction' does not hold <video> exactly once")
-    for key in ("score_mean", "score_std"):
-        if key in info and not (is_number(info[key]) and math.isfinite(info[key])):
-            raise DataError(f"{path}: {key!r} is {info[key]!r}, not a number")
+    scale = [info[key] for key in ("score_mean", "score_std") if key in info]
+    if len(scale) == 1 or not all(is_number(part) and math.isfinite(part) for part in scale):
+        raise DataError(f"{path}: score_mean and score_std are not two numbers")
+    if scale and scale[1] < 0:
+        raise DataError(f"{path}: score_std is {scale[1]}")
+    if info.get("scoring_layout", "ours") not in ("ours", "release"):
+        raise DataError(f"{path}: scoring_layout is {info['scoring_layout']!r}, not ours or release")
     weights = info.get("dimensions", {"any": 1}).values()
     if not weights or not all(is_number(weight) and 0 < weight < math.inf for weight in weights):
         raise DataError(f"{path}: 'dimensions' is {info['dimensions']!r}, not names with weights")
@@ -77,6 +79,24 @@ def default_model() -> str:
             return run
     raise DataError("no model in runs/: run `torchrun coldstart.py` and `torchrun rl.py` "
                     "first, or pass --model")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while some := file.read(1 << 24):
+            found.update(some)
+    return found.hexdigest()
+
+
+def check_out(out: Path, pairs: Path) -> None:
+    """Raises DataError if a command that reads `pairs` cannot write a new file to `out`."""
+    if out.is_dir():
+        raise DataError(f"{out}: is a directory")
+    if out.exists() and (not out.is_file() or out.samefile(pairs)):
+        what = "the pair file itself" if out.is_file() else "no plain file"
+        raise DataError(f"{out}: is {what}; choose another for what is written")
 
 
 def put_in_place(beside: Path, place: Path) -> None:

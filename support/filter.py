@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data import DIMENSIONS, Pair, both, overall_score, parse_cot
 from support.command import run_command
-from support.files import local_folder, read_info
+from support.files import check_out, local_folder, read_info
 from support.formats import read_pairs, write_pairs
 
 
@@ -49,6 +49,7 @@ def main() -> None:
     add("out", type=Path, help="a file in our own format, JSON lines")
     add("--model", help="the saved model whose dimensions the CoTs judge [data.DIMENSIONS]")
     args = parser.parse_args()
+    check_out(args.out, args.pairs)
     info = read_info(local_folder(args.model)) if args.model else {}
     dimensions = info.get("dimensions", DIMENSIONS)
     pairs = read_pairs(args.pairs, dimensions=dimensions)

@@ -43,6 +43,8 @@ def read_pairs(path: str | Path, label: str | None = None, root: str | Path | No
     try:
         is_json = text.lstrip().startswith(("{", "["))
         columns = [] if is_json else next(csv.reader(io.StringIO(text)), [])
+        if len(set(columns)) < len(columns):
+            raise DataError(f"{path}: a column stands twice: {', '.join(columns)[:300]}")
         if len(columns) > 1:
             records = csv_records(text, columns, path, label)
         else:
@@ -201,13 +203,20 @@ def plain_scores(scores):
     return plain
 
 
+def relative(video: str, folder: Path) -> str:
+    """The path of a video from a folder; links to folders are followed, for ".." goes by what they
+    lead to."""
+    place, name = os.path.split(video)
+    return os.path.join(os.path.relpath(os.path.realpath(place), os.path.realpath(folder)), name)
+
+
 def write_pairs(path: str | Path, pairs: list[Pair]) -> None:
     """Write our own format, with paths relative to the file, whole or not at all."""
     path, lines = Path(path), []
     for pair in pairs:
         record = {key: value for key, value in asdict(pair).items() if value is not None}
         for key in ("video_a", "video_b"):
-            record[key] = os.path.relpath(record[key], path.parent)
+            record[key] = relative(record[key], path.parent)
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     beside = path.with_name(path.name + ".partial")
     with explained(f"{path}: cannot be written", OSError, UnicodeEncodeError):

@@ -1,5 +1,6 @@
 """Judgements that outlast the command that makes them, and what made them."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -36,7 +37,11 @@ class Journal:
         first = json.dumps({"made_by": self.made_by}) + "\n"
         with explained(f"{path}: cannot be written", OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("a").close()
+            self.lock = path.open("a")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this dies
+            except BlockingIOError as error:
+                raise DataError(f"{path}: another command writes to it") from error
         content = path.read_bytes() if path.is_file() else b""
         *lines, half = content.split(b"\n")
         if not lines and not first.encode().startswith(half):
@@ -107,7 +112,8 @@ def made_by(model, args: Namespace) -> dict:
 
 def fingerprint(model) -> str:
     """A name for the weights that a model has, wherever they came from: SHA-256 over sums of their
-    bits, each by an odd number of its place. These are exact, and quick on any device."""
+    bits, each by an odd number of its place, which are exact and quick on any device, and over
+    what else makes it: settings and tokenizer."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
@@ -116,6 +122,9 @@ def fingerprint(model) -> str:
             odd = torch.arange(1, 2 * len(part), 2, device=part.device) * ODD
             total = (total * ODD + (part.long() * odd).sum().item()) % 2**64
         digest.update(f"{name} {tuple(tensor.shape)} {total}\n".encode())
+    digest.update(model.qwen.config.to_json_string().encode())
     for adapter in getattr(model.backbone, "peft_config", {}).values():
-        digest.update(f"{adapter.r} {adapter.lora_alpha}".encode())
+        names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+        digest.update(str([getattr(adapter, name) for name in names]).encode())
+    digest.update(model.processor.tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()

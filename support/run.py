@@ -254,6 +254,9 @@ class Run:
             free = FREE | FREE_IN.get(self.stage, set())
             settings = {k: v for k, v in asdict(self.args).items() if k not in free}
             state = self.checkpoints.newest(settings)
+            if not state and (self.out / "model").is_dir():
+                raise DataError(f"{self.out}: holds a model and no checkpoint to go on from; give "
+                                "another --out, or --resume false to begin anew")
         elif self.ranks.first:
             remove(self.checkpoints.folder)
             self.checkpoints.folder.mkdir()

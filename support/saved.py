@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from data import DIMENSIONS, DataError, Processor, VideoSettings, explained, make_instruction
 from support import release
 from support.command import PeftModel, get_peft_model_state_dict
-from support.files import local_folder, put_in_place, read_info
+from support.files import digest, local_folder, put_in_place, read_info
 from support.shard import whole
 
 MOST_LAYERS = 1000  # a config.json with more is damaged, and making them would fill the memory
@@ -34,6 +34,7 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
     # Whatever a damaged file makes other packages raise.
     with silence(), explained(f"{directory}: no model can be loaded from it", Exception):
         info = read_info(directory)
+        check_files(directory, info.pop("files", {}))
         is_adapter = "backbone" in info  # which names its backbone; full weights are one
         backbone = info.pop("backbone", str(directory if os.path.isdir(source) else source))
         if is_adapter and (directory / backbone).is_dir():
@@ -125,6 +126,16 @@ def load_rest(model, directory: Path, is_adapter: bool, tensors: list[str] | Non
         load_own(model, path, tensors)
     elif head.is_file():
         release.load_head(model, head)
+
+
+def check_files(directory: Path, sums: dict[str, str]) -> None:
+    """Raises DataError if a file of a saved model is not as it was saved."""
+    for name, wanted in sums.items():
+        if not (directory / name).is_file():
+            raise DataError(f"{directory / name}: no such file, and it was saved with the model")
+        if digest(directory / name) != wanted:
+            raise DataError(f"{directory / name}: not as it was saved. If it was changed on purpose, "
+                            "take it from files in descore.json")
 
 
 def load_adapter(model, directory: Path) -> None:
@@ -227,6 +238,7 @@ def save(model, directory: Path, write: bool) -> None:
         save_file(own, beside / "descore.safetensors")
         info["tensors"] = sorted(own)
     processor.tokenizer.save_pretrained(beside)
+    info["files"] = {path.name: digest(path) for path in sorted(beside.iterdir())}
     text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
     (beside / "descore.json").write_text(text, encoding="utf-8")
     put_in_place(beside, directory)

@@ -4,6 +4,7 @@ A policy that is paid by the token would write blanks, rules and copies as gladl
 says nothing is not counted.
 """
 
+import html
 import re
 import unicodedata
 from functools import lru_cache
@@ -58,7 +59,7 @@ def substance(text: str) -> str:
     one end of a line, a number one digit, a run of signs its first; markup and characters without
     a glyph are left out, and so is what stands three times in a row but for once, and a sentence
     or line that stands above, whatever its numbers, signs and case."""
-    text = MARKUP.sub("", unicodedata.normalize("NFKC", text))
+    text = MARKUP.sub("", unicodedata.normalize("NFKC", html.unescape(text)))
     text = BLANK.sub("", "".join(filter(is_seen, text)))
     lines = (" ".join(line.split()) for line in text.splitlines())
     text = SIGNS.sub(first_sign, NUMBER.sub("0", "\n".join(filter(None, lines))))

@@ -133,10 +133,31 @@ def test_rewards_are_about_the_dimensions_at_hand(dimensions):
     text = f"<think>it looks right</think><answer>{json.dumps({'dimensional_scores': scores})}</answer>"
     weights = {name: weight for name, (weight, _) in rewards.items()}
     assert weights == {"format": 0.1, "quality": 0.7, "length": 0.2}
-    found = {name: function(text, 9, gold) for name, (_, function) in rewards.items()}
+    found = {name: function(text, 1300, gold) for name, (_, function) in rewards.items()}
     assert found == {"format": 1.0, "quality": (len(dimensions) - 1) / len(dimensions), "length": 0.5}
     text = text.replace('"text rendering"', '"texture"').replace('"camera"', '"lens"')
     assert all(rewards[name][1](text, 1250, gold) == 0 for name in ("format", "quality"))
+
+
+def test_a_thought_is_never_longer_than_what_was_written():
+    """Cleaning may make more of a text, such as the twelve letters of one sign; it is not paid."""
+    processor = SimpleNamespace(dimensions=DEFAULT, encode=lambda text: 1250 * [0])
+    _, length = rl.make_rewards(rl.Args(), processor)["length"]
+    answer = json.dumps({"dimensional_scores": dict.fromkeys(DEFAULT, 2)})
+    text = f"<think>it looks right</think><answer>{answer}</answer>"
+    assert [length(text, n, {}) for n in (1000, 1250, 2000)] == [1 / 3, 0.5, 0.5]
+
+
+def test_two_rewards_of_one_name_are_refused():
+    given = "support/release.py:format_reward=1"
+    with pytest.raises(DataError, match="another has this name"):
+        rl.make_rewards(rl.Args(reward=[given, given]), SimpleNamespace(dimensions=DEFAULT))
+
+
+@pytest.mark.parametrize("value", [1e308, -1e30, float("nan"), float("inf")])
+def test_a_reward_that_overflows_is_refused(value):
+    with pytest.raises(DataError, match="the reward 'odd' gave"):
+        rl.reward_all({"odd": (0.5, lambda text, n, gold: value)}, ["a"], torch.ones(1, 1), [{}])
 
 
 # ------------------------------------------------------------------------------------------------------------

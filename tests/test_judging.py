@@ -1,6 +1,7 @@
 """What judges videos: files of judgements that go on, videos that cannot be read, scores that are none."""
 
 import json
+import os
 import resource
 import shutil
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from infer import by_key, evaluate, judge, report
 from model import DeScore
 from support import annotate as annotating
 from support import tables
+from support.formats import read_pairs as read_any
 from support.formats import write_pairs
 from support.journal import Journal, fingerprint, made_by
 from support.ranks import ALONE
@@ -64,6 +66,7 @@ def test_any_text_goes_through_a_journal_and_on(tmp_path):
     whole = path.read_bytes()
     for cut in (0, 1, 30):  # killed amid the third
         path.write_bytes(whole + (json.dumps(records[2]).encode()[:cut]))
+        journal = None  # which lets go of the file
         journal = Journal(path, MADE, keys)
         assert list(journal.records.values()) == records[:2] and path.read_bytes() == whole
     journal.add(records[2])
@@ -192,6 +195,7 @@ def scorer(tmp_path_factory):
 def test_a_retrained_model_does_not_go_on_in_the_old_ones_file(world_dir, scorer, tmp_path):
     folder = shutil.copytree(scorer, tmp_path / "model")
     info = json.loads((folder / "descore.json").read_text()) | {"backbone": str(ROOT / "toy/backbone")}
+    info["files"] = {}
     (folder / "descore.json").write_text(json.dumps(info))
     out = tmp_path / "out.jsonl"
     command = ["infer.py", "--pairs", world_dir / "test_id.jsonl", "--model", folder, "--cot", "off",
@@ -377,13 +381,14 @@ def test_a_full_disk_costs_half_a_line(tmp_path):
     keys = [(f"{number}.mp4", "p" * 300) for number in range(20)]
     path = tmp_path / "j.jsonl"
     full = "j.jsonl: cannot be written; once it can, the same command goes on (.*)$"
-    for size in (10, 1000, 2000, 4000):
+    for size in (1000, 2000, 4000):
         with pytest.raises(DataError, match=full), room(size):
             journal = Journal(path, MADE, keys)
             for video, prompt in keys:
                 if (video, prompt) not in journal.records:
                     journal.add({"video": video, "prompt": prompt, "cot": "c"})
         assert path.stat().st_size == size
+        journal.lock.close()
         assert len(Journal(path, MADE, keys).records) == max(0, (size - 40) // 350)
     with pytest.raises(DataError, match="/dev/full: cannot be written"):
         Journal(Path("/dev/full"), MADE, keys)
@@ -425,7 +430,7 @@ NO_FILE, TOY = "cannot be written ([Errno 21] Is a directory", ["--model", "toy/
 @pytest.mark.parametrize(("command", "error"), [
     (["infer.py", "--pairs", "{pairs}", *TOY, "--out", "{folder}"], "{folder}: " + NO_FILE),
     (["-m", "support.annotate", "{pairs}", "{folder}", *TOY], "{folder}: is a directory"),
-    (["-m", "support.convert", "{pairs}", "{folder}"], "{folder}: " + NO_FILE),
+    (["-m", "support.convert", "{pairs}", "{folder}"], "{folder}: is a directory"),
     (["-m", "support.convert", "{folder}", "out.jsonl"], "{folder}: is a directory"),
     (["-m", "support.annotate", "{pairs}", "{out}", "--model", "toy"], "toy: neither descore.json"),
     (["infer.py", "{pairs}", "{pairs}", *TOY], "{pairs} is a file; the prompt comes last")])
@@ -436,3 +441,49 @@ def test_what_users_get_wrong_is_said_in_one_line(command, error, world_dir, tmp
     assert done.returncode and f"error: {error.format(**names)}" in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"] and not any((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize(("video", "message"), [("missing.mp4", "no such file"),
+                                                ("README.md", "not a video"), ("toy", "no such file")])
+def test_a_single_video_that_cannot_be_read_is_one_clear_line(scorer, video, message):
+    done = run("infer.py", video, "a cat", "--model", scorer, check=False)
+    assert done.returncode == 1 and f"error: {video}: {message}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["convert", "filter", "annotate"])
+def test_a_pair_file_is_not_written_over_itself(command, world_dir, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text((world_dir / "train_cots.jsonl").read_text())
+    before = pairs.read_bytes()
+    more = ["--model", ROOT / "toy/backbone"] if command == "annotate" else []
+    (tmp_path / "link.jsonl").symlink_to(pairs)
+    os.mkfifo(tmp_path / "pipe")
+    for out, why in (("pairs.jsonl", "the pair file itself"), ("link.jsonl", "the pair file itself"),
+                     ("pipe", "no plain file"), (".", "a directory")):
+        done = run("-m", f"support.{command}", pairs, tmp_path / out, *more, check=False)
+        assert done.returncode == 1 and why in done.stderr and len(done.stderr.splitlines()) == 1
+    assert pairs.read_bytes() == before
+
+
+def test_paths_lead_from_a_linked_folder_to_the_videos(world_dir, tmp_path):
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep/er")
+    run("-m", "support.convert", world_dir / "train.jsonl", tmp_path / "link/pairs.jsonl")
+    assert len(read_pairs(tmp_path / "link/pairs.jsonl")) == len(read_pairs(world_dir / "train.jsonl"))
+
+
+def test_two_commands_do_not_write_to_one_file(tmp_path):
+    first = Journal(tmp_path / "j.jsonl", MADE, [])
+    with pytest.raises(DataError, match="j.jsonl: another command writes to it"):
+        Journal(tmp_path / "j.jsonl", MADE, [])
+    assert first.records == {}
+
+
+def test_what_stands_twice_in_a_pair_file_is_an_error(tmp_path):
+    (tmp_path / "p.csv").write_text("path_A,path_B,prompt,TA,TA\na,b,x,A,B\n")
+    with pytest.raises(DataError, match="a column stands twice: path_A"):
+        read_any(tmp_path / "p.csv")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x", "preference": "A", "preference": "B"}\n')
+    with pytest.raises(DataError, match="row 1: not JSON .a key stands twice"):
+        read_pairs(tmp_path / "p.jsonl")

@@ -298,7 +298,7 @@ def test_saved_and_loaded_scores_are_bit_equal(rank, keys, tmp_path):
     model.set_trainable(rank, train_merger=True)
     for parameter in model.trainable().values():
         parameter.data.add_(torch.randn_like(parameter) * 0.01)
-    model.save(tmp_path / "saved", score_mean=1.5)
+    model.save(tmp_path / "saved", score_mean=1.5, score_std=0.5)
     again = DeScore.load(tmp_path / "saved", device="cpu")
     cots = ["<think>\nsubject: a red circle", None, ""]
     model.eval()

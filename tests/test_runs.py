@@ -130,6 +130,9 @@ def test_a_broken_checkpoint_is_passed_over(world_dir, whole, tmp_path):
     shutil.copytree(whole("coldstart", *LORA), tmp_path / "run")
     arguments = command("coldstart", world_dir, tmp_path / "run", *LORA, "--save-every", 1)
     shutil.rmtree(tmp_path / "run/checkpoints")
+    done = run(*arguments, check=False)  # a finished model is not replaced without a word
+    assert done.returncode == 1 and "holds a model and no checkpoint to go on from" in done.stderr
+    shutil.rmtree(tmp_path / "run/model")
     run(*arguments)
     newest = tmp_path / "run/checkpoints/step-3/rank-0.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -412,7 +415,8 @@ def test_broken_checkpoints_do_not_push_out_whole_ones(trained, capsys):
     assert checkpoints.newest({"lr": 0.1})["step"] == 1
     (folder / "step-1/SHA256SUMS").unlink()
     model, optimizer, checkpoints = tiny(folder, keep=1)
-    assert checkpoints.newest({"lr": 0.1}) is None
+    with pytest.raises(DataError, match="no checkpoint can be used"):
+        checkpoints.newest({"lr": 0.1})
     train(model, optimizer, checkpoints, [1])
     assert taken_up(folder, capsys)[1]["step"] == 1
 

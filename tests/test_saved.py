@@ -40,13 +40,18 @@ def disturb(model):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a model that is an `adapter` and one that is `full`, both with mergers that trained."""
+    """A folder with a model that is an `adapter` and one that is `full`, both with mergers that trained;
+    as saved before files had sums, so that what is in them must be looked at."""
     folder = tmp_path_factory.mktemp("saved")
     for name, rank in (("adapter", 2), ("full", 0)):
         model = load(BACKBONE)
         model.set_trainable(rank, train_merger=True)
         disturb(model)
         model.save(folder / name)
+        path = folder / name / "descore.json"
+        info = json.loads(path.read_text())
+        assert set(info.pop("files")) == {file.name for file in path.parent.iterdir()} - {path.name}
+        path.write_text(json.dumps(info))
     return folder
 
 
@@ -123,6 +128,35 @@ def test_what_weights_are_not_whole_is_named(copied, kind):
             load(copied)
         path.write_bytes(whole)
     load(copied)
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_a_file_that_is_not_as_it_was_saved_is_named(tmp_path, rank):
+    model = load(BACKBONE)
+    model.set_trainable(rank)
+    model.save(tmp_path / "model")
+    for path in sorted((tmp_path / "model").iterdir()):
+        if path.name != "descore.json":
+            content = path.read_bytes()
+            path.write_bytes(content[:-2] + b" " + content[-1:])
+            with pytest.raises(DataError, match=f"{path}: not as it was saved"):
+                load(tmp_path / "model")
+            path.unlink()
+            with pytest.raises(DataError, match=f"{path}: no such file"):
+                load(tmp_path / "model")
+            path.write_bytes(content)
+    load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"score_mean": 1.0}, "not two numbers"), ({"score_mean": 0.0, "score_std": -1.0}, "score_std is -1"),
+    ({"score_mean": "x", "score_std": 1.0}, "not two numbers"), ({"scoring_layout": "Release"}, "'Release'"),
+    ({"instruction": "<video> Judge it."}, "<prompt>"), ({"video": {"max_frames": 1}}, "max_frames")])
+def test_settings_that_make_no_sense_are_refused(saved, tmp_path, change, message):
+    shutil.copytree(saved / "full", tmp_path / "full")
+    change_json(tmp_path / "full/descore.json", **change)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "full")
 
 
 @pytest.mark.parametrize("gone", ["descore.safetensors", "descore.json", "adapter_config.json",
