@@ -7,6 +7,7 @@ pipeline makes it (qwen-vl-utils 0.0.14, the processor of transformers 4.57).
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -58,7 +59,10 @@ Grid = tuple[int, int, int]  # how many patches: in time, down, across
 
 
 class DataError(ValueError):
-    """Bad input; the message names the file (and row) and what is wrong."""
+    """Bad input; the message names the file (and row) and what is wrong, on one line."""
+
+    def __str__(self) -> str:
+        return re.sub(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", " ", super().__str__())
 
 
 @contextmanager

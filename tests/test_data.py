@@ -584,3 +584,9 @@ def test_without_a_limit_any_prompt_is_read(model, limit):
     key = (str(ROOT / "tests/golden/four.mp4"), "A red circle. " * 50)
     ((_, errors),) = read_ahead(model.processor, [[[key]]], limit=limit)
     assert errors == [None]
+
+
+def test_an_error_is_on_one_line(tmp_path):
+    with pytest.raises(DataError) as error:
+        read_video(tmp_path / "a\nb\u2028c.mp4")
+    assert str(error.value).splitlines() == [f"{tmp_path}/a b c.mp4: no such file"]
