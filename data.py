@@ -296,14 +296,14 @@ class Processor:
         patches, grid = patchify(frames, self.settings)
         return Sample(self.prompt_ids(grid, seconds, prompt), patches, grid)
 
-    def outline(self, video: str | Path, prompt: str, within_turn: str | None = None) -> Sample:
+    def outline(self, video: str | Path, prompt: str) -> Sample:
         """The sample of a video file without any patches: a single frame is decoded."""
         s = self.settings
         with open_video(video, s) as (clip, indices, seconds):
             height, width = smart_resize(*next(clip.frames([0])).shape[:2], len(indices), s)
         p, t = s.patch_size, s.temporal_patch_size
         grid = (len(indices) // t, height // p, width // p)
-        ids = self.prompt_ids(grid, seconds, prompt, within_turn)
+        ids = self.prompt_ids(grid, seconds, prompt)
         return Sample(ids, torch.empty(0, 3 * t * p * p, dtype=torch.uint8), grid)
 
     def prompt_ids(

@@ -81,6 +81,7 @@ def judge_batch(
     is_release = model.info.get("scoring_layout") == "release"
     records = [{"video": video, "prompt": prompt} for video, prompt in keys]
     none, no_cot = [None] * len(keys), None
+    watched = release.watch(model, keys, batch) if is_release else None
     if think:
         thoughts = model.think(batch, samples, max_new_tokens, temperature, seeds=seeds,
                                without_cot=without_cot and not is_release)
@@ -90,7 +91,7 @@ def judge_batch(
         for tokens, mask in zip(thoughts.tokens, thoughts.mask):
             cots.append([model.processor.decode(t[m]) for t, m in zip(tokens, mask)])
         if is_release:
-            scores = [release.score(model, keys, batch, list(some)) for some in zip(*cots)]
+            scores = [release.score(model, keys, watched, list(some)) for some in zip(*cots)]
             scores = torch.stack(scores, 1)
         for i, record in enumerate(records):
             record |= {"cot": cots[i][0], "truncated": truncated[i, 0].item(),
@@ -99,7 +100,7 @@ def judge_batch(
                 record["score_std"] = scores[i].std().item()
     if without_cot:
         if is_release:
-            no_cot = release.score(model, keys, batch, none)
+            no_cot = release.score(model, keys, watched, none)
         elif no_cot is None:
             no_cot = model.score(batch, none)
         for record, score in zip(records, no_cot.tolist()):

@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict:
 
 # What descore.json says, by type; anything else in it is kept as it is.
 KINDS = {"backbone": str, "video": dict, "instruction": (str, type(None)), "dimensions": dict,
-         "tensors": list, "files": dict, "scoring_layout": str, "scoring_video": dict}
+         "files": dict, "scoring_layout": str, "scoring_video": dict}
 
 
 def read_info(directory: Path) -> dict:
@@ -41,7 +41,7 @@ def read_info(directory: Path) -> dict:
     for key, kind in KINDS.items():
         if key in info and not isinstance(info[key], kind):
             raise DataError(f"{path}: {key!r} is {info[key]!r}")
-        if "tensors" in info and key in ("video", "instruction", "dimensions") and key not in info:
+        if "files" in info and key in ("video", "instruction", "dimensions") and key not in info:
             raise DataError(f"{path}: {key!r} is missing")
     scale = [info[key] for key in ("score_mean", "score_std") if key in info]
     if len(scale) == 1 or not all(is_number(part) and math.isfinite(part) for part in scale):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data import Batch, DataError, Processor, explained, read_text
+from data import Batch, DataError, Processor, Sample, explained, open_video, read_text, read_video
 
 HEADS = ("rm_head.weight", "base_model.model.rm_head.weight", "weight")  # names in rm_head.pth
 SCORING_VIDEO = {"min_pixels": 3136, "max_pixels": 200_704}  # thinking is at qwen-vl-utils' defaults
@@ -48,23 +48,33 @@ def use_instruction(model, given: str) -> None:
     model.processor = Processor(old.tokenizer, old.settings, text, old.dimensions)
 
 
-def score(model, keys: list[tuple[str, str]], batch: Batch,
+def watch(model, keys: list[tuple[str, str]], batch: Batch) -> tuple[Batch, list[list[float]]]:
+    """The videos of a batch, encoded as they are seen for scoring, which is at a size of its own
+    where info["scoring_video"] gives one; and the seconds of each one's frames."""
+    size = model.info.get("scoring_video")
+    settings = replace(model.processor.settings, **size or {})
+    if size:
+        frames = [read_video(video, settings) for video, _ in keys]
+        samples = [model.processor.sample(*read, prompt) for read, (_, prompt) in zip(frames, keys)]
+        return model.encode(model.processor.collate(samples)), [seconds for _, seconds in frames]
+    found = []
+    for video, _ in keys:
+        with open_video(video, settings) as (_, _, seconds):
+            found.append(seconds)
+    return batch, found
+
+
+def score(model, keys: list[tuple[str, str]], watched: tuple[Batch, list[list[float]]],
           cots: list[str | None]) -> torch.Tensor:
     """Score as the release does: the CoT is read again, inside the user's turn, and [Reward]
-    follows it there. For models that were trained so; costs a second pass. `batch` holds the
-    same videos, encoded; with info["scoring_video"] they are seen again at another size. Returns
-    scores (B,)."""
-    own, size = model.processor, model.info.get("scoring_video")
-    settings = replace(own.settings, **size or {})
-    reader = Processor(own.tokenizer, settings, own.instruction, own.dimensions)
+    follows it there. For models that were trained so; costs a second pass. `watched` is what
+    `watch` gives for the keys. Returns scores (B,)."""
+    batch, seconds = watched
     samples = []
-    for (video, prompt), cot in zip(keys, cots):
-        sample = reader.outline(video, prompt, cot or "")
-        if size:
-            sample = replace(sample, patches=reader(video, prompt).patches)
-        samples.append(sample)
-    again = reader.collate(samples)
-    again = again if size else replace(again, features=batch.features)
+    for grid, when, (_, prompt), cot in zip(batch.grid.tolist(), seconds, keys, cots):
+        ids = model.processor.prompt_ids(tuple(grid), when, prompt, cot or "")
+        samples.append(Sample(ids, batch.patches[:0].cpu(), tuple(grid)))
+    again = replace(model.processor.collate(samples), features=batch.features)
     return model.score(again, [None] * len(keys))
 
 

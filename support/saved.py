@@ -49,10 +49,9 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
                            merge_size=vision.spatial_merge_size)
         dimensions = info.pop("dimensions", DIMENSIONS)
         instruction = info.pop("instruction", make_instruction(dimensions))
-        tensors = info.pop("tensors", None)
         model = cls(qwen, Processor(tokenizer, settings, instruction, dimensions), backbone)
         model.name, model.dtype, model.quant, model.info = str(source), dtype, quant, info
-        load_rest(model, directory, is_adapter, tensors)
+        load_rest(model, directory, is_adapter)
         if quant:  # its weights are on the device, and stay as they are
             model.query.data, model.head = model.query.data.to(device), model.head.to(device)
         else:
@@ -114,16 +113,15 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: st
     return qwen, tokenizer
 
 
-def load_rest(model, directory: Path, is_adapter: bool, tensors: list[str] | None) -> None:
+def load_rest(model, directory: Path, is_adapter: bool) -> None:
     """What a saved model has beside its backbone: an adapter, the query, the head, and other
-    weights that trained. is_adapter: whether it is one on a backbone elsewhere; tensors: what
-    descore.safetensors must hold, where that is known."""
+    weights that trained. is_adapter: whether it is one on a backbone elsewhere."""
     adapter = directory if is_adapter else directory / "lora_adapter"  # the release's stage 1
     if is_adapter or adapter.is_dir():
         load_adapter(model, adapter)
     path, head = directory / "descore.safetensors", release.head_file(directory)
-    if path.is_file() or is_adapter or tensors:
-        load_own(model, path, tensors)
+    if path.is_file() or is_adapter:
+        load_own(model, path)
     elif head.is_file():
         release.load_head(model, head)
 
@@ -150,14 +148,13 @@ def load_adapter(model, directory: Path) -> None:
     check_finite(path, adapter_weights(model))
 
 
-def load_own(model, path: Path, tensors: list[str] | None) -> None:
+def load_own(model, path: Path) -> None:
     if not path.is_file():
         raise DataError(f"{path}: no such file, and the query vector and the head are in it")
     with explained(f"{path}: cannot be read", Exception):
         tensor_names(path)
         weights = load_file(path)
-    wanted = set(tensors or weights) | set(own_weights(model))
-    check_names(path, lacking=wanted - set(weights), unused=set(weights) - wanted)
+    check_names(path, lacking=set(own_weights(model)) - set(weights), unused=())
     own = model.state_dict()
     for name, tensor in weights.items():
         if name not in own or own[name].shape != tensor.shape:
@@ -236,7 +233,6 @@ def save(model, directory: Path, write: bool) -> None:
     if own:
         own = {name: tensor.detach().contiguous() for name, tensor in own.items()}
         save_file(own, beside / "descore.safetensors")
-        info["tensors"] = sorted(own)
     processor.tokenizer.save_pretrained(beside)
     info["files"] = {path.name: digest(path) for path in sorted(beside.iterdir())}
     text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"

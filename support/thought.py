@@ -75,9 +75,10 @@ def substance(text: str) -> str:
 
 
 def first_sign(run: re.Match) -> str:
-    """The first of a run of signs; marks, such as vowel signs, belong to letters and stay."""
+    """The first of a run of signs, or three where they are marks, such as vowel signs, which belong
+    to letters."""
     marks = any(unicodedata.category(character)[0] == "M" for character in run[0])
-    return run[0] if marks else run[1]
+    return run[0][:3] if marks else run[1]
 
 
 def is_seen(character: str) -> bool:

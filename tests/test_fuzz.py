@@ -141,6 +141,16 @@ COPIES = [
     f"{json.dumps({'dimensional_scores': GOLD})}\n" * 100, (json.dumps(GOLD) + " ") * 100]
 
 
+@pytest.mark.parametrize(("text", "said"), [
+    ("&nbsp;&zwnj;a &amp; b", "a & b"), ("so --- it is", "so - it is"), ("a <b>c</b>", "a c"),
+    ("it is 12.5 s, not 1920x1080", "it is 0 s, not 0x0"),
+    ("वीडियो में लाल", None),  # Hindi, with marks
+    ("วิดีโอ", None), ("un café", None),
+    ("a\u0302\u0303\u0304\u0305\u0306\u0307", "\u1eab\u0304\u0305\u0306")])
+def test_what_is_left_of_a_text(text, said):
+    assert substance(text) == (text if said is None else said)
+
+
 def named(**kinds):
     return [pytest.param(text, id=f"{kind} {i}") for kind in kinds for i, text in enumerate(kinds[kind])]
 

@@ -15,13 +15,15 @@ from launch import Started, run, run_ranks
 from safetensors.torch import load_file, save_file
 
 import infer
-from data import DataError, Pair, Processor, read_pairs
+from data import TEXT_LIMIT, DataError, Pair, Processor, read_pairs
 from infer import by_key, evaluate, judge, report
 from model import DeScore
 from support import annotate as annotating
 from support import tables
+from support.command import run_command
 from support.formats import read_pairs as read_any
 from support.formats import write_pairs
+from support.frames import Video
 from support.journal import Journal, fingerprint, made_by
 from support.ranks import ALONE
 
@@ -487,3 +489,43 @@ def test_what_stands_twice_in_a_pair_file_is_an_error(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "x", "preference": "A", "preference": "B"}\n')
     with pytest.raises(DataError, match="row 1: not JSON .a key stands twice"):
         read_pairs(tmp_path / "p.jsonl")
+
+
+def test_a_cot_that_no_pair_file_may_hold_costs_its_pair(world_dir, tmp_path, capsys):
+    def write(keys, done):
+        for number, (video, prompt) in enumerate(keys):
+            yield {"video": video, "prompt": prompt, "cot": "a" * (TEXT_LIMIT + (number == 0))}
+
+    annotating.annotate(world_dir / "train.jsonl", tmp_path / "out.jsonl", write, MADE | {"cot": None})
+    kept = read_pairs(tmp_path / "out.jsonl")  # what is written can be read
+    assert len(kept) == len(read_pairs(world_dir / "train.jsonl")) - 1
+    assert "1 left out, a CoT has no scores or is too long" in capsys.readouterr().out
+
+
+def test_a_command_that_is_interrupted_ends_without_a_traceback():
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == 130
+
+
+def test_the_release_reads_a_video_once_for_all_its_scores(model, keys, monkeypatch):
+    """However many CoTs are scored, and without one; at a size of its own one reading more."""
+    read, encoded, encode = [], [], DeScore.encode
+    frames = Video.frames
+    monkeypatch.setattr(Video, "frames", lambda self, indices: (
+        read.append(len(indices)) or frames(self, indices)))
+    monkeypatch.setattr(DeScore, "encode", lambda self, batch: (
+        encoded.append(batch.features is None) or encode(self, batch)))
+    model.set_trainable(2)
+    model.info["scoring_layout"] = "release"
+    for size, more in ((None, 0), ({"max_pixels": 4096}, 1)):
+        read.clear()
+        encoded.clear()
+        if size:
+            model.info["scoring_video"] = size
+        (found,) = judge(model, keys[:1], max_new_tokens=3, temperature=1.0, samples=3, without_cot=True)
+        assert {"score", "score_std", "score_no_cot"} <= set(found)
+        assert len([count for count in read if count > 1]) == 1 + more and sum(encoded) == 1 + more

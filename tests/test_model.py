@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 import model as descore
-from data import DIMENSIONS, DataError
+from data import DIMENSIONS, DataError, read_video
 from infer import by_key, judge
 from model import DeScore
 
@@ -466,8 +466,9 @@ def test_a_release_is_read_and_scores_in_its_own_layout(release, keys, key):
     torch.testing.assert_close(model.query.double(), model.qwen.get_input_embeddings().weight[-1], rtol=1e-6,
                                atol=0)
     (record,) = judge(model, keys[:1], max_new_tokens=5)
-    outline = model.processor.outline(*keys[0], record["cot"])
-    sample = replace(model.processor(*keys[0]), input_ids=outline.input_ids)
+    sample, (_, seconds) = model.processor(*keys[0]), read_video(keys[0][0], model.processor.settings)
+    ids = model.processor.prompt_ids(sample.grid, seconds, keys[0][1], record["cot"])
+    sample = replace(sample, input_ids=ids)
     text = model.processor.tokenizer.decode(sample.input_ids)
     assert text.endswith(model.processor.instruction.split("<prompt>")[1] + record["cot"])
     assert text.count("<|im_start|>") == 1

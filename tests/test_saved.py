@@ -40,18 +40,18 @@ def disturb(model):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a model that is an `adapter` and one that is `full`, both with mergers that trained;
-    as saved before files had sums, so that what is in them must be looked at."""
+    """A folder with a model that is an `adapter` and one that is `full`, without the sums of their files,
+    so that what is in them must be looked at."""
     folder = tmp_path_factory.mktemp("saved")
     for name, rank in (("adapter", 2), ("full", 0)):
         model = load(BACKBONE)
-        model.set_trainable(rank, train_merger=True)
+        model.set_trainable(rank)
         disturb(model)
         model.save(folder / name)
         path = folder / name / "descore.json"
         info = json.loads(path.read_text())
-        assert set(info.pop("files")) == {file.name for file in path.parent.iterdir()} - {path.name}
-        path.write_text(json.dumps(info))
+        assert set(info["files"]) == {file.name for file in path.parent.iterdir()} - {path.name}
+        path.write_text(json.dumps(info | {"files": {}}))
     return folder
 
 
@@ -164,6 +164,9 @@ def test_settings_that_make_no_sense_are_refused(saved, tmp_path, change, messag
 def test_a_file_that_is_missing_is_named(copied, gone):
     if (copied / gone).is_file():
         (copied / gone).unlink()
+        if (copied.name, gone) == ("full", "descore.safetensors"):  # what is left is a backbone
+            assert not load(copied).has_head
+            return
         with pytest.raises(DataError, match=str(copied)):
             load(copied)
 
