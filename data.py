@@ -414,6 +414,14 @@ def overall_score(scores: dict, dimensions=DIMENSIONS) -> float | None:
     return 1 + 2 * total / sum(dimensions[name] for name in asked)
 
 
+def implied_overall(text: str, dimensions=DIMENSIONS) -> float | None:
+    """What a CoT says of its video, 1 to 5: its overall_score, else its weighted sub-scores."""
+    cot = parse_cot(text, dimensions)
+    if cot is None or cot["overall_score"] is not None:
+        return cot and cot["overall_score"]
+    return overall_score(cot["dimensional_scores"], dimensions)
+
+
 # ------------------------------
 # Preference pairs
 

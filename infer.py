@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Key, Pair, agreement, both, keys_of, parse_cot
+from data import Key, Pair, agreement, both, implied_overall, keys_of, parse_cot
 from model import DeScore
 from support import release, tables
 from support.batches import THINK_TOKENS, draw_seed, packed, prompt_lengths, read_ahead, sort_out
@@ -154,6 +154,19 @@ def margins(pairs: list[Pair], judged: Judged, field: str) -> Tensor | None:
     return torch.tensor(found, dtype=torch.double)
 
 
+def accuracy_reading(pairs: list[Pair], judged: Judged, dimensions: dict) -> float:
+    """What whoever reads the CoTs and no score would get: the share of decided pairs whose
+    preferred video's CoT says the better (`implied_overall`), half of one where they say the same
+    or one cannot be read."""
+    right = []
+    for pair in pairs:
+        a, b = (implied_overall(judged[key]["cot"], dimensions) for key in pair.videos())
+        read = 0 if None in (a, b) else (a > b) - (a < b)
+        if pair.human:
+            right.append((1 + read * pair.human) / 2)
+    return statistics.fmean(right) if right else float("nan")
+
+
 ACCURACIES = {"accuracy": accuracy_without_ties, "accuracy_ties": accuracy_with_ties}
 FIELDS = {"score": "", "score_no_cot": "_no_cot"}  # field of a record → suffix of its figures
 
@@ -174,6 +187,7 @@ def measure(pairs: list[Pair], judged: Judged, dimensions: dict) -> dict[str, fl
                 figures[name + suffix] = accuracy(human, margin)
     if not all("cot" in record for record in judged.values()):
         return figures
+    figures["accuracy_reading"] = accuracy_reading(pairs, judged, dimensions)
     qualities = []
     for key, gold in dict(zip(keys_of(pairs), both(pairs, "scores"))).items():
         if gold:

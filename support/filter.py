@@ -9,18 +9,10 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from data import DIMENSIONS, Pair, both, overall_score, parse_cot
+from data import DIMENSIONS, Pair, both, implied_overall, overall_score
 from support.command import run_command
 from support.files import check_out, local_folder, read_info
 from support.formats import read_pairs, write_pairs
-
-
-def implied_overall(text: str, dimensions: dict[str, int] = DIMENSIONS) -> float | None:
-    """What a CoT says of its video, 1 to 5: its overall_score, else its weighted sub-scores."""
-    cot = parse_cot(text, dimensions)
-    if cot is None or cot["overall_score"] is not None:
-        return cot and cot["overall_score"]
-    return overall_score(cot["dimensional_scores"], dimensions)
 
 
 def consistent(pair: Pair, dimensions: dict[str, int] = DIMENSIONS) -> str:

@@ -10,10 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ("accuracy_id", "accuracy_ood", "accuracy_id_no_cot", "accuracy_ood_no_cot", "quality_id",
-           "quality_ood", "format_rate")
+sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "bench")]
+import world
+from ceilings import right
+
+TESTS = ("test_id", "test_ood", "test_trap")
+# What stands in a row of the table, and the figure that says it.
+FIGURES = {"score": "accuracy", "score without CoT": "accuracy_no_cot", "reading the CoT": "accuracy_reading",
+           "R_q": "quality", "format": "format_rate"}
 
 
 def run(*command: str | Path) -> float:
@@ -25,14 +32,35 @@ def run(*command: str | Path) -> float:
     return time.time() - started
 
 
-def figures(run_folder: str, which: int) -> dict[str, float]:
-    """One evaluation of a run: the first (0) or the last (-1), under the demo's names."""
-    lines = (ROOT / run_folder / "metrics.jsonl").read_text().splitlines()
-    record = [record for record in map(json.loads, lines) if "test_id/quality" in record][which]
-    found = {f"{name}_{split}{suffix}": record[f"test_{split}/{name}{suffix}"]
-             for name, suffix in (("accuracy", ""), ("accuracy", "_no_cot"), ("quality", ""))
-             for split in ("id", "ood")}
-    return found | {"format_rate": (record["test_id/format_rate"] + record["test_ood/format_rate"]) / 2}
+def figures(run_folder: str, which: int) -> dict[str, dict[str, float]]:
+    """One evaluation of a run, the first (0) or the last (-1): for each row of the table a figure by test
+    set.""" lines = (ROOT / run_folder / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "test_id/quality" in record]
+    return {row: {test: records[which][f"{test}/{name}"] for test in TESTS} for row, name in FIGURES.items()}
+
+
+def rules(folder: Path) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """How often rules that see no video agree with the labels, and how many pairs of a test set are
+    decided.""" found, decided = {}, {}
+    for test in TESTS:
+        pairs = [json.loads(line) for line in (folder / f"{test}.jsonl").read_text().splitlines()]
+        pairs = [pair for pair in pairs if pair["preference"] != "tie"]
+        decided[test] = len(pairs)
+        for name in world.rules(pairs[0]):
+            agreed = fmean(right(world.rules(pair)[name], pair["preference"]) for pair in pairs)
+            found.setdefault(name, {})[test] = agreed
+    return found, decided
+
+
+def show(stage: str, rows: dict[str, dict[str, float]], decided: dict[str, int]) -> None:
+    """Rows of the table, accuracies with 95 % intervals."""
+    for row, found in rows.items():
+        cells = []
+        for test, value in found.items():
+            half = 1.96 * (value * (1 - value) / decided[test]) ** 0.5
+            cells.append(f"{value:.3f}" if row in ("R_q", "format") else f"{value:.3f} ± {half:.3f}")
+        print(f"{stage:<10}{row:<20}" + "".join(f"{cell:>16}" for cell in cells))
+        stage = ""
 
 
 def main() -> None:
@@ -42,19 +70,24 @@ def main() -> None:
     seconds["coldstart"] = run("coldstart.py")
     seconds["rl"] = run("rl.py")
     seconds["infer"] = 0.0
-    for split in ("test_id", "test_ood"):  # a clip of each kind
-        pair = json.loads((ROOT / f"runs/toy/{split}.jsonl").read_text().splitlines()[0])
+    for test in TESTS[:2]:  # a clip of each kind
+        pair = json.loads((ROOT / f"runs/toy/{test}.jsonl").read_text().splitlines()[0])
         seconds["infer"] += run("infer.py", f"runs/toy/{pair['video_a']}", pair["prompt"])
+    truth, decided = rules(ROOT / "runs/toy")
     # A backbone has no scores yet: its query and head are fresh.
-    backbone = {key: value for key, value in figures("runs/coldstart", 0).items()
-                if not key.startswith("accuracy")}
-    stages = {"backbone": backbone, "coldstart": figures("runs/coldstart", -1), "rl": figures("runs/rl", -1)}
-    (ROOT / "runs/demo.json").write_text(json.dumps(stages | {"seconds": seconds}, indent=1) + "\n")
-    print(f"\n{'':<10}" + "".join(f"{name.replace('accuracy', 'acc'):>15}" for name in COLUMNS))
-    for stage, found in stages.items():
-        cells = (f"{found[name]:>15.3f}" if name in found else f"{'–':>15}" for name in COLUMNS)
-        print(f"{stage:<10}" + "".join(cells))
-    print("\nid: the generators of the training pairs; ood: new ones, whose looks go with the opposite of it")
+    backbone = figures("runs/coldstart", 0)
+    backbone = {row: found for row, found in backbone.items() if not row.startswith("score")}
+    stages = {"rules": truth, "backbone": backbone, "stage 1": figures("runs/coldstart", -1),
+              "stage 2": figures("runs/rl", -1)}
+    record = stages | {"decided": decided, "seconds": seconds}
+    (ROOT / "runs/demo.json").write_text(json.dumps(record, indent=1) + "\n")
+    counts = ", ".join(f"{n} pairs ({test})" for test, n in decided.items())
+    print(f"\nAgreement with the labels, of {counts}")
+    print(f"\n{'':<30}" + "".join(f"{test:>16}" for test in TESTS))
+    for stage, rows in stages.items():
+        show(stage, rows, decided)
+    print("\ntest_id: the generators of the training pairs; test_ood: new ones, whose looks say nothing, and\n"
+          "new combinations; test_trap: new ones, whose looks say the opposite of what they do in training")
     times = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     print(f"seconds: {times}; figures in runs/demo.json")
 

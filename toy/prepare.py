@@ -3,7 +3,7 @@
     python toy/prepare.py runs/toy
 
 Leaves train_cots.jsonl (the backbone's CoTs, for stage 1) and train_scores.jsonl (reference sub-scores, for
-stage 2), both consistent with the label, test_id.jsonl and test_ood.jsonl.
+stage 2), both consistent with the label, test_id.jsonl, test_ood.jsonl and test_trap.jsonl.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--pairs", type=int, default=800)
-    parser.add_argument("--test-pairs", type=int, default=120)
+    parser.add_argument("--test-pairs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -1,23 +1,28 @@
 """Train the embedded backbone: a tiny Qwen3-VL that sees well and judges only passably.
 
-    python toy/pretrain.py --out FOLDER       # seed 0: 3,550 steps, 67 minutes on two cores
+    python toy/pretrain.py --out FOLDER       # seed 0; some 70 minutes on two cores
 
 toy/backbone holds what this gave, with the defaults below; its descore.json records them. Another machine
-rounds otherwise and gets other weights of the same making.
+rounds otherwise and gets other weights of the same making. It can be stopped at any moment; the same command
+goes on from OUT/state.pt, at most a hundred steps before.
 
-First it describes clips (the prompt is just "Describe the video."), so that it learns to look: with a prompt
-to copy from, it would copy. Then it also judges clips against prompts, in the CoT format of data.py, and
-practises that. Last, in a short lesson, it imitates a judge with bad habits (`habits`): lenient with what is
-not quite met, and unable to leave alone what the prompt does not ask for. These leave something to be learnt
-by reinforcement.
+First it describes clips, degrees in tenths (the prompt is just "Describe the video."), so that it learns to
+look: with a prompt to copy from, it would copy. Then it also judges clips against prompts, in the CoT format
+of data.py, and practises that. Last, in a short lesson, it imitates a judge with bad habits (`habits`):
+lenient with what is not quite met, and unable to leave alone what the prompt does not ask for. These leave
+something to be learnt by reinforcement.
 
-Clips come straight from the renderer, every combination of attributes and every signature, and signatures say
-nothing about quality here: whatever shortcut the later stages take is their own.
+Clips come straight from the renderer, with every signature, and signatures say nothing about quality here:
+whatever shortcut the later stages take is their own. Combinations that are novel out of domain
+(`world.is_novel`) are neither asked for nor shown.
 """
 
 import argparse
 import json
 import math
+import os
+import re
+import statistics
 import sys
 import time
 from dataclasses import asdict
@@ -34,7 +39,7 @@ import world
 
 from data import Batch, Processor, VideoSettings
 
-DESCRIBE = "<video>Describe the video."
+DESCRIBE = "<video>Describe the video.<prompt>"  # whose prompts are empty
 # A grown-up model gets data.INSTRUCTION.
 JUDGE = "<video><prompt>\nDoes the video follow the prompt? Think, then judge."
 SETTINGS = VideoSettings(min_pixels=64 * 64, max_pixels=64 * 64, patch_size=8)
@@ -43,6 +48,9 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 SAMPLED = np.linspace(0, world.FRAMES - 1, 8).round().astype(int)  # what read_video takes of such a clip
 WORDS = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
          r"\s+(?!\S)|\s+")
+
+
+DEGREES = ("fade", "small", "slow", "haze", "flicker")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -55,8 +63,13 @@ def seen(scene: world.Scene) -> dict[str, str]:
             "environment": scene.environment, "style": scene.style}
 
 
-def write_caption(shown: world.Scene, signature: str) -> str:
-    return "\n".join(f"{name}: {words}" for name, words in (seen(shown) | {"picture": signature}).items())
+def write_caption(clip: world.Clip) -> str:
+    words, tenths = seen(clip.scene), {name: round(10 * getattr(clip, name)) for name in DEGREES}
+    words["subject"] += f", fade {tenths['fade']}, small {tenths['small']}"
+    words["dynamics"] += f", slow {tenths['slow']}"
+    words["environment"] += f", haze {tenths['haze']}"
+    words["picture"] = f"{clip.signature}, flicker {tenths['flicker']}"
+    return "\n".join(f"{name}: {said}" for name, said in words.items())
 
 
 def habits(scores: dict, rng: np.random.Generator) -> dict:
@@ -71,30 +84,36 @@ def habits(scores: dict, rng: np.random.Generator) -> dict:
     return given
 
 
-def write_cot(asked: world.Scene, shown: world.Scene, scores: dict) -> str:
-    """A CoT that sets what is asked for, what is seen and the sub-score side by side; a subject, which has
-    two parts, is compared part by part."""
-    wanted, found = seen(asked), seen(shown)
-    parts = [f"{getattr(shown, part)} {'yes' if getattr(asked, part) == getattr(shown, part) else 'no'}"
-             for part in ("colour", "shape")]
-    found["subject"] = ", ".join(parts)
+def write_cot(asked: world.Scene, clip: world.Clip, scores: dict) -> str:
+    """A CoT that sets what is asked for, what is seen and the sub-score side by side: each attribute as met
+    "yes", "partly" or "no"."""
+    met = {name: {"N/A": "", 2: " yes", 1: " partly", 0: " no"}[world.reading(short)]
+           for name, short in world.shortfalls(asked, clip).items()}
+    wanted, found = seen(asked), seen(clip.scene)
+    for name, attribute in (("dynamics", "motion"), ("camera",) * 2, ("environment",) * 2, ("style",) * 2):
+        found[name] += met[attribute]
+    found["subject"] = f"{clip.scene.colour}{met['colour']}, {clip.scene.shape}{met['shape']}"
     wishes = {name: f"asked {wanted[name]}" if wanted[name] else "not asked" for name in world.DIMENSIONS}
     lines = [f"{name}: {wishes[name]}, seen {found[name]}, so {scores[name]}" for name in world.DIMENSIONS]
     answer = json.dumps({"dimensional_scores": scores}, separators=(",", ":"))
     return "<think>\n" + "\n".join(lines) + "\n</think>\n<answer>\n" + answer + "\n</answer>"
 
 
+def draw_clip(asked: world.Scene, rng: np.random.Generator) -> world.Clip:
+    """A clip of any generator's skill, with any signature."""
+    return world.draw_clip(asked, rng.uniform(0.65, 2.2), str(rng.choice(world.SIGNATURES)), rng)
+
+
 def draw_example(task: str, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
     """One exercise of a lesson: frames, prompt, and the text to write."""
-    asked = world.draw_request(rng, novel=bool(rng.random() < 0.3))
-    shown = world.draw_clip(asked, rng.choice([0.1, 0.4, 0.8]), rng)
-    signature = str(rng.choice(world.SIGNATURES))
-    clip = world.render(shown, signature, rng, SAMPLED)
+    asked = world.draw_request(rng, novel=False)
+    clip = draw_clip(asked, rng)
+    frames = world.render(clip, rng, SAMPLED)
     if task == "describe":
-        return clip, "", write_caption(shown, signature)
-    scores = world.sub_scores(asked, shown)
+        return frames, "", write_caption(clip)
+    scores = world.sub_scores(asked, clip)
     prompt = world.write_prompt(asked, rng)
-    return clip, prompt, write_cot(asked, shown, habits(scores, rng) if task == "imitate" else scores)
+    return frames, prompt, write_cot(asked, clip, habits(scores, rng) if task == "imitate" else scores)
 
 
 class Lessons(torch.utils.data.Dataset):
@@ -132,10 +151,10 @@ def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
     rng = np.random.default_rng(seed)
     texts = [JUDGE, DESCRIBE, "user\n", "assistant\n"]
     for _ in range(2000):
-        asked, shown = world.draw_request(rng, novel=False), world.draw_scene(rng)
+        asked = world.draw_request(rng, novel=False)
+        clip = draw_clip(asked, rng)
         texts += [world.write_prompt(asked, rng), f"<{rng.integers(0, 40) / 10} seconds>",
-                  write_caption(shown, str(rng.choice(world.SIGNATURES))),
-                  write_cot(asked, shown, habits(world.sub_scores(asked, shown), rng))]
+                  write_caption(clip), write_cot(asked, clip, habits(world.sub_scores(asked, clip), rng))]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
@@ -185,30 +204,39 @@ def loss_and_accuracy(model, batch: Batch, learn: torch.Tensor,
 
 
 @torch.no_grad()
-def attributes_seen(model, tokenizer, seed: int, count: int = 256) -> dict[str, float]:
-    """Share of held-out clips whose attribute is right in a greedy caption, by attribute."""
+def what_is_seen(model, tokenizer, seed: int, count: int = 512) -> dict[str, float]:
+    """Of held-out clips: the share whose attribute is right in a greedy caption, by attribute, and of each
+    degree R², the share of its variance that the captions' tenths explain (negative where a constant would do
+    better), over the clips where it can be seen."""
     processor = Processor(tokenizer, SETTINGS, DESCRIBE)
-    right = {name: 0 for name in world.DIMENSIONS}
+    clips, captions = [], []
     for row in range(0, count, 64):
-        clips, samples = [], []
+        samples = []
         for index in range(row, row + 64):
             rng = np.random.default_rng((seed, 10**9, index))
-            clips.append(world.draw_scene(rng))
-            frames = world.render(clips[-1], str(rng.choice(world.SIGNATURES)), rng, SAMPLED)
-            frames = torch.from_numpy(frames)
+            clips.append(draw_clip(world.draw_request(rng, novel=False), rng))
+            frames = torch.from_numpy(world.render(clips[-1], rng, SAMPLED))
             samples.append(processor.sample(frames.permute(0, 3, 1, 2), (SAMPLED / world.FPS).tolist(), ""))
         batch = processor.collate(samples)  # all of one length
         kinds = 2 * (batch.input_ids == processor.video_id).int()
         out = model.generate(input_ids=batch.input_ids, attention_mask=batch.mask.long(),
                              mm_token_type_ids=kinds,
                              pixel_values_videos=batch.patches.float() / 127.5 - 1, video_grid_thw=batch.grid,
-                             max_new_tokens=48, do_sample=False, eos_token_id=processor.eos_id,
+                             max_new_tokens=64, do_sample=False, eos_token_id=processor.eos_id,
                              pad_token_id=processor.eos_id)
-        for clip, ids in zip(clips, out[:, batch.input_ids.shape[1]:]):
-            lines = dict(line.split(": ", 1) for line in processor.decode(ids).split("\n") if ": " in line)
-            for name, words in seen(clip).items():
-                right[name] += lines.get(name) == words
-    return {name: hits / count for name, hits in right.items()}
+        captions += [processor.decode(ids) for ids in out[:, batch.input_ids.shape[1]:]]
+    found = {name: statistics.fmean(f"{name}: {seen(clip.scene)[name]}" in caption
+                                    for clip, caption in zip(clips, captions)) for name in world.DIMENSIONS}
+    for name in DEGREES:
+        true, said = [], []
+        for clip, caption in zip(clips, captions):
+            if name != "slow" or clip.scene.motion != "stands still":
+                tenths = re.search(rf"{name} (\d+)", caption)
+                true.append(getattr(clip, name))
+                said.append(int(tenths[1]) / 10 if tenths else 0.5)
+        off = np.mean((np.array(true) - said) ** 2)
+        found[f"R² {name}"] = float(1 - off / np.var(true))
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def main() -> None:
@@ -216,42 +244,42 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("toy/backbone"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--describe-steps", type=int, default=1800, help="steps of describing clips")
-    parser.add_argument("--judge-steps", type=int, default=900,
+    parser.add_argument("--judge-steps", type=int, default=800,
                         help="steps of judging clips as well (three in four)")
-    parser.add_argument("--practise-steps", type=int, default=700,
+    parser.add_argument("--practise-steps", type=int, default=500,
                         help="steps of more of the same, the rate fresh")
     parser.add_argument("--imitate-steps", type=int, default=150, help="steps of judging with bad habits")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--vocab-size", type=int, default=640)
-    parser.add_argument("--after", choices=("describe", "judge", "practise"),
-                        help="skip the lessons up to this one: start from what it left in OUT/LESSON")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
+    state_file = args.out / "state.pt"
     if (args.out / "tokenizer.json").is_file():  # kept: weights that are there already were trained with it
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     else:
         tokenizer = make_tokenizer(args.vocab_size, args.seed)
         tokenizer.save_pretrained(args.out)
     model = make_model(tokenizer)
-    if args.after:
-        earlier = Qwen3VLForConditionalGeneration.from_pretrained(args.out / args.after)
-        model.load_state_dict(earlier.state_dict())
+    state = {"done": 0, "seconds": 0.0}
+    if state_file.is_file():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    started, first, skipping = time.time(), 0, args.after is not None
-    judgements = ["0", "1", "2", "N", "ĠN", "Ġyes", "Ġno"]
+    started, first = time.time() - state["seconds"], 0
+    judgements = ["0", "1", "2", "N", "ĠN", "Ġyes", "Ġno", "Ġpartly"]
     score_ids = torch.tensor(tokenizer.convert_tokens_to_ids(judgements))
     # How far down its cosine the rate of a lesson goes: the first leaves off where the second can take over.
     for lesson, steps, rate, reach in (("describe", args.describe_steps, args.lr, 0.72),
                                        ("judge", args.judge_steps, args.lr, 0.9),
                                        ("practise", args.practise_steps, args.lr * 2 / 3, 0.95),
                                        ("imitate", args.imitate_steps, args.lr / 5, 0.9)):
-        lessons = Lessons(tokenizer, lesson, range(first, first + steps), args.seed, args.batch_size)
+        done = max(0, state["done"] - first)  # of this lesson
         first += steps
-        if skipping or not steps:
-            skipping = skipping and lesson != args.after
+        if done >= steps:
             continue
+        lessons = Lessons(tokenizer, lesson, range(first - steps + done, first), args.seed, args.batch_size)
         model.model.visual.requires_grad_(lesson == "describe")  # later it can see; half the time is saved
         decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
         rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
@@ -261,23 +289,32 @@ def main() -> None:
             optimizer, lambda step, steps=steps, reach=reach: min(
                 (step + 1) / min(100, steps / 4),
                 0.02 + 0.49 * (1 + math.cos(math.pi * reach * step / steps))))
+        if done:
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
         loader = torch.utils.data.DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=8)
-        for step, (batch, learn) in enumerate(loader, 1):
+        for step, (batch, learn) in enumerate(loader, done + 1):
             loss, accuracy = loss_and_accuracy(model, batch, learn, score_ids)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            if step % 50 == 1 or step == steps:
+            if step % 10 == 1 or step == steps:
                 print(f"{lesson} {step:5d}  loss {loss.item():.4f}  tokens right {accuracy:.3f}  "
                       f"{time.time() - started:6.0f} s", flush=True)
             if step % 300 == 0 or step == steps:
-                print(" ", attributes_seen(model, tokenizer, args.seed), flush=True)
-        model.save_pretrained(args.out / lesson)
+                print(" ", what_is_seen(model, tokenizer, args.seed), flush=True)
+            if step % 100 == 0 or step == steps:
+                state = {"done": first - steps + step, "seconds": time.time() - started,
+                         "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                         "schedule": schedule.state_dict()}
+                torch.save(state, state_file.with_suffix(".tmp"))
+                os.replace(state_file.with_suffix(".tmp"), state_file)
+    sight = what_is_seen(model, tokenizer, args.seed)
     model.to(torch.bfloat16).save_pretrained(args.out)
-    recipe = {key: value for key, value in vars(args).items() if key not in ("out", "after")}
-    recipe["seconds"] = round(time.time() - started)
+    recipe = {key: value for key, value in vars(args).items() if key != "out"}
+    recipe |= {"seconds": round(time.time() - started), "seen": sight}
     settings = {"video": asdict(SETTINGS), "instruction": JUDGE, "dimensions": world.DIMENSIONS}
     (args.out / "descore.json").write_text(json.dumps(settings | {"pretrained": recipe}, indent=1) + "\n")
 

@@ -2,18 +2,24 @@
 
     python toy/world.py OUT --pairs 1000 --seed 0
 
-writes OUT/videos/*.mp4 and three pair files (JSON lines, see data.py): train.jsonl, test_id.jsonl and
-test_ood.jsonl.
+writes OUT/videos/*.mp4 and four pair files (JSON lines, see data.py): train.jsonl, test_id.jsonl,
+test_ood.jsonl and test_trap.jsonl.
 
 A *scene* says what a clip shows, by the five dimensions that a CoT judges: subject (colour and shape),
-dynamics, camera, environment, style. A prompt asks for a scene, or for part of one. A generator draws the
-prompt badly: each attribute goes wrong at the generator's own rate, and the frames carry the generator's own
-signature (grain, vignette, ...). Comparing what was asked with what is shown gives the true sub-scores; their
-weighted mean, seen through a noisy annotator, gives the preference.
+dynamics, camera, environment, style. A prompt asks for a scene, or for part of one. A generator meets each
+wish more or less: the colour fades, the subject shrinks, the motion slows, haze lies over the environment,
+and where it falls too short something else is shown. The *shortfall* of a wish, 0 to 1, says how far off it
+is; the sub-scores 2, 1 and 0 are a coarse reading of it. The clip's *quality* weighs the shortfalls, and how
+steady the picture's brightness is, which no dimension names. An annotator compares qualities, and errs.
 
-Two things differ out of domain. The generators are new, and the good one wears the signature that the worst
-one wears in training: whoever scores signatures instead of content falls for it. And the scenes combine
-attributes that never stand together in training (`is_novel`).
+Every generator has a signature (grain, a border, ...), which says nothing of what was asked for. The sets
+differ in what it goes with, and in what is shown:
+
+    train, test_id   the better the generator, the prettier its signature, in most of its clips
+    test_ood         new generators, every clip's signature drawn at random: looks say nothing. Prompts
+                     combine attributes as nothing else does: no other prompt, no other set's clip, no clip
+                     that the backbone was pretrained on (`is_novel`)
+    test_trap        new generators, the better the one, the uglier its signature: looks say the opposite
 """
 
 import argparse
@@ -57,19 +63,45 @@ class Scene:
 VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": tuple(MOTIONS), "camera": CAMERAS,
           "environment": ENVIRONMENTS, "style": STYLES}
 ASKED = {"colour": 1.0, "shape": 1.0, "motion": 0.85, "camera": 0.6, "environment": 0.7, "style": 0.6}
+# By what degree an attribute is met; from `WRONG` on another value is shown. The rest are right or wrong.
+DEGREES = {"colour": "fade", "shape": "small", "motion": "slow", "environment": "haze"}
+WRONG = 0.8  # of an attribute that has a degree
+PARTLY, MISSED = 0.3, 0.6  # the shortfalls from which a sub-score is 1 and 0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A scene as a generator shows it, each degree from 0, as it should be, to 1."""
+
+    scene: Scene
+    fade: float = 0.0  # of the subject's colour, to grey
+    small: float = 0.0  # the subject
+    slow: float = 0.0  # its motion
+    haze: float = 0.0  # over the environment
+    flicker: float = 0.0  # of the brightness, from frame to frame: no dimension names it
+    signature: str = "none"
 
 
 @dataclass(frozen=True)
 class Generator:
-    error_rate: float  # chance that an attribute of the clip is drawn at random instead of as asked
+    skill: float  # its shortfalls are U^skill, U uniform in [0, 1]
     signature: str
 
 
-TRAIN_GENERATORS = {"aurora": Generator(0.08, "vignette"), "basalt": Generator(0.35, "border"),
-                    "cinder": Generator(0.7, "grain")}
-OOD_GENERATORS = {"drift": Generator(0.7, "vignette"), "ember": Generator(0.08, "grain"),
-                  "fjord": Generator(0.35, "letterbox")}
-ANNOTATOR_NOISE, TIE_MARGIN = 0.1, 0.3  # on the scale of overall_score, 1 to 5
+SIGNATURES = ("vignette", "border", "grain", "letterbox", "none")
+GENERATORS = {
+    "train": {"aurora": Generator(2.2, "vignette"), "basalt": Generator(1.2, "border"),
+              "cinder": Generator(0.65, "grain")},
+    "test_ood": {"drift": Generator(0.65, "none"), "ember": Generator(2.2, "none"),
+                 "fjord": Generator(1.2, "none")},
+    "test_trap": {"garnet": Generator(2.2, "grain"), "heron": Generator(1.2, "border"),
+                  "islet": Generator(0.65, "vignette")}}
+GENERATORS["test_id"] = GENERATORS["train"]
+SPLITS = ("train", "test_id", "test_ood", "test_trap")
+WORN = 0.85  # share of clips that wear their generator's signature; the others, and all of test_ood, any
+LOOKS = {"vignette": 1, "grain": -1}  # what the signatures of the training pairs seem to say; others nothing
+STEADINESS = 0.35  # its weight in the quality; the rest is for what was asked for
+ANNOTATOR_NOISE, TIE_MARGIN = 0.16, 0.04  # on the scale of quality, 0 to 1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -99,13 +131,23 @@ def draw_request(rng: np.random.Generator, novel: bool) -> Scene:
             return asked
 
 
-def draw_clip(asked: Scene, error_rate: float, rng: np.random.Generator) -> Scene:
-    """What a generator shows when it is asked: wrong at its rate, and anything where it is not asked."""
-    shown = asdict(draw_scene(rng))
-    for name, value in asdict(asked).items():
-        if value is not None and rng.random() >= error_rate:
-            shown[name] = value
-    return Scene(**shown)
+def draw_clip(asked: Scene, skill: float, signature: str, rng: np.random.Generator,
+              novel: bool = False) -> Clip:
+    """What a generator of this skill shows when it is asked, and anything where it is not asked; a novel
+    combination only where it may be `novel`."""
+    while True:
+        shown, degrees = asdict(draw_scene(rng)), {"flicker": rng.random() ** skill}
+        for name, value in asdict(asked).items():
+            short = rng.random() ** skill
+            if short < (WRONG if name in DEGREES else MISSED):
+                shown[name] = value or shown[name]
+                if name in DEGREES:
+                    degrees[DEGREES[name]] = short
+        scene = Scene(**shown)
+        if novel or not is_novel(scene):
+            if scene.motion == "stands still":
+                degrees["slow"] = 0.0
+            return Clip(scene, **degrees, signature=signature)
 
 
 def write_prompt(asked: Scene, rng: np.random.Generator) -> str:
@@ -124,30 +166,51 @@ def write_prompt(asked: Scene, rng: np.random.Generator) -> str:
     return sentence[0].upper() + sentence[1:] + "."
 
 
-def sub_scores(asked: Scene, shown: Scene) -> dict:
-    """The truth: 2 fully met, 1 partly (the right colour on the wrong shape, motion or zoom the wrong way), 0
-    missed, "N/A" not asked for."""
-    subject = (asked.colour == shown.colour) + (asked.shape == shown.shape)
+def shortfalls(asked: Scene, clip: Clip) -> dict[str, float | None]:
+    """How far off each attribute is that was asked for, 0 to 1; None for the others."""
+    found = {}
+    for name, wanted in asdict(asked).items():
+        if wanted is None:
+            found[name] = None
+        elif wanted != getattr(clip.scene, name):
+            found[name] = 1.0
+        else:
+            found[name] = getattr(clip, DEGREES[name]) if name in DEGREES else 0.0
+    return found
 
-    def judge(wanted, seen, partly=False):
-        return "N/A" if wanted is None else 2 if wanted == seen else 1 if partly else 0
 
-    both_move = "stands still" not in (asked.motion, shown.motion)
-    same_camera = asked.camera is not None and asked.camera.split()[0] == shown.camera.split()[0]
-    return {"subject": subject,
-            "dynamics": judge(asked.motion, shown.motion, partly=both_move),
-            "camera": judge(asked.camera, shown.camera, partly=same_camera),
-            "environment": judge(asked.environment, shown.environment),
-            "style": judge(asked.style, shown.style)}
+def by_dimension(asked: Scene, clip: Clip) -> dict[str, float | None]:
+    """The shortfall of each dimension; the subject's is the mean of its colour's and its shape's."""
+    short = shortfalls(asked, clip)
+    subject = (short.pop("colour") + short.pop("shape")) / 2
+    return {"subject": subject, "dynamics": short.pop("motion"), **short}
+
+
+def reading(short: float | None):
+    """A shortfall as a sub-score: 2 met, 1 partly, 0 missed, "N/A" not asked for."""
+    return "N/A" if short is None else 2 if short < PARTLY else 1 if short < MISSED else 0
+
+
+def sub_scores(asked: Scene, clip: Clip) -> dict:
+    """The true sub-scores."""
+    return {name: reading(short) for name, short in by_dimension(asked, clip).items()}
+
+
+def quality(asked: Scene, clip: Clip) -> float:
+    """How good a clip is, 0 to 1: what an annotator would say who never erred."""
+    short = {name: value for name, value in by_dimension(asked, clip).items() if value is not None}
+    off = sum(DIMENSIONS[name] * value for name, value in short.items())
+    met = 1 - off / sum(DIMENSIONS[name] for name in short)
+    return (1 - STEADINESS) * met + STEADINESS * (1 - clip.flicker)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Frames
 
 
-def render(scene: Scene, signature: str, rng: np.random.Generator,
-           pick: np.ndarray | slice = slice(None)) -> np.ndarray:
+def render(clip: Clip, rng: np.random.Generator, pick: np.ndarray | slice = slice(None)) -> np.ndarray:
     """Draw the clip's FRAMES frames, or just those to `pick`. Returns (T, SIZE, SIZE, 3) uint8."""
+    scene = clip.scene
     t = np.linspace(0, 1, FRAMES)[pick, None, None]
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)[:, None] - (SIZE - 1) / 2
     noise = rng.integers(0, 2**31)
@@ -156,22 +219,29 @@ def render(scene: Scene, signature: str, rng: np.random.Generator,
     pan = {"pans left": -1, "pans right": 1}.get(scene.camera, 0) * 22 * (t - 0.5)
     u, v = x / zoom + pan, y / zoom
     frames = environment(scene.environment, u + noise % 97, v + noise % 89, noise)  # (T, H, W, 3)
+    frames = frames + 0.85 * clip.haze * (200 - frames)
     # The subject, in coordinates of its own.
     direction, phase = MOTIONS[scene.motion], rng.uniform(0, 2 * np.pi)
+    speed = 1 - clip.slow
     if direction is None:
-        at_x, at_y = 12 * np.cos(2 * np.pi * t + phase), 12 * np.sin(2 * np.pi * t + phase)
+        angle = 2 * np.pi * speed * t + phase
+        at_x, at_y = 12 * np.cos(angle), 12 * np.sin(angle)
     else:
-        at_x, at_y = (30 * d * (t - 0.5) for d in direction)
+        at_x, at_y = (30 * speed * d * (t - 0.5) for d in direction)
     jitter_x, jitter_y = rng.uniform(-5, 5, 2)
-    radius = rng.uniform(12, 15)
+    radius = rng.uniform(13, 15) * (1 - 0.6 * clip.small)
     distance = outline(scene.shape, u - at_x - jitter_x, v - at_y - jitter_y, radius)  # < 0 inside
     inside = np.clip(0.5 - distance * zoom, 0, 1)
     if scene.style == "outlined":
         inside = inside * np.clip(distance * zoom + 4.5 * zoom, 0, 1)
     elif scene.style == "striped":
         inside = inside * (np.sin((u - at_x + v - at_y) * (2 * np.pi / 8)) > -0.2)
-    frames = frames + inside[..., None] * (np.array(COLOURS[scene.colour]) - frames)
-    return np.clip(sign(frames, signature, rng), 0, 255).astype(np.uint8)
+    colour = np.array(COLOURS[scene.colour])
+    colour = colour + clip.fade * (128 - colour)
+    frames = frames + inside[..., None] * (colour - frames)
+    dark = rng.permutation(FRAMES)[pick, None, None, None] < FRAMES / 2
+    frames = frames * (1 - 0.5 * clip.flicker * dark)
+    return np.clip(sign(frames, clip.signature, rng), 0, 255).astype(np.uint8)
 
 
 def outline(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -229,9 +299,6 @@ def sign(frames: np.ndarray, signature: str, rng: np.random.Generator) -> np.nda
     return frames
 
 
-SIGNATURES = ("vignette", "border", "grain", "letterbox", "none")
-
-
 def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
     """Write (T, H, W, 3) uint8 frames as an H.264 mp4 file, the same frames every time."""
     with av.open(str(path), "w") as container:
@@ -250,19 +317,39 @@ def write_video(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
 # Pairs
 
 
-def draw_pair(generators: dict[str, Generator], novel: bool,
-              rng: np.random.Generator) -> tuple[dict, list[np.ndarray]]:
-    """One labelled pair (without its paths) and the frames of its two clips."""
+def draw_signature(generator: Generator, worn: float, rng: np.random.Generator) -> str:
+    return generator.signature if rng.random() < worn else str(rng.choice(SIGNATURES))
+
+
+def prefer(margin: float, rng: np.random.Generator) -> str:
+    """What an annotator says of quality A − quality B."""
+    margin += rng.normal(0, ANNOTATOR_NOISE)
+    return "tie" if abs(margin) < TIE_MARGIN else "A" if margin > 0 else "B"
+
+
+def draw_pair(split: str, rng: np.random.Generator) -> tuple[dict, list[Clip]]:
+    """One labelled pair of a split (without its paths), and its two clips."""
+    novel, generators = split == "test_ood", GENERATORS[split]
     asked = draw_request(rng, novel)
-    pair, clips, overall = {"prompt": write_prompt(asked, rng)}, [], []
+    pair, clips = {"prompt": write_prompt(asked, rng)}, []
     for side, name in zip("ab", rng.choice(list(generators), 2, replace=False)):
-        shown = draw_clip(asked, generators[name].error_rate, rng)
-        pair[f"model_{side}"], pair[f"scores_{side}"] = str(name), sub_scores(asked, shown)
-        clips.append(render(shown, generators[name].signature, rng))
-        overall.append(overall_score(pair[f"scores_{side}"], DIMENSIONS))
-    margin = overall[0] - overall[1] + rng.normal(0, ANNOTATOR_NOISE)
-    pair["preference"] = "tie" if abs(margin) < TIE_MARGIN else "A" if margin > 0 else "B"
+        generator = generators[name]
+        signature = draw_signature(generator, 0.0 if novel else WORN, rng)
+        clip = draw_clip(asked, generator.skill, signature, rng, novel)
+        clips.append(clip)
+        pair |= {f"model_{side}": str(name), f"scores_{side}": sub_scores(asked, clip),
+                 f"quality_{side}": round(quality(asked, clip), 4), f"signature_{side}": signature}
+    pair["preference"] = prefer(pair["quality_a"] - pair["quality_b"], rng)
     return pair, clips
+
+
+def rules(pair: dict) -> dict[str, float]:
+    """The margins A − B that three judges who see no video would give a pair: one who knows the truth, one
+    the true sub-scores, one who goes by looks."""
+    a, b = (overall_score(pair[f"scores_{side}"], DIMENSIONS) for side in "ab")
+    looks = [LOOKS.get(pair[f"signature_{side}"], 0) for side in "ab"]
+    return {"truth": pair["quality_a"] - pair["quality_b"], "sub-scores": a - b,
+            "signature": looks[0] - looks[1]}
 
 
 def main() -> None:
@@ -270,23 +357,21 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--pairs", type=int, default=1000, help="pairs to train on")
     parser.add_argument("--test-pairs", type=int, default=300,
-                        help="held-out pairs, in domain and out of domain each")
+                        help="held-out pairs of each of the three sets")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     (args.out / "videos").mkdir(parents=True, exist_ok=True)
-    splits = [("train", args.pairs, TRAIN_GENERATORS, False),
-              ("test_id", args.test_pairs, TRAIN_GENERATORS, False),
-              ("test_ood", args.test_pairs, OOD_GENERATORS, True)]
-    for number, (split, count, generators, novel) in enumerate(splits):
+    for number, split in enumerate(SPLITS):
         lines = []
-        for index in range(count):
-            pair, clips = draw_pair(generators, novel, np.random.default_rng((args.seed, number, index)))
+        for index in range(args.test_pairs if number else args.pairs):
+            rng = np.random.default_rng((args.seed, number, index))
+            pair, clips = draw_pair(split, rng)
             for side, clip in zip("ab", clips):
                 pair[f"video_{side}"] = f"videos/{split}_{index:05d}_{side}.mp4"
-                write_video(args.out / pair[f"video_{side}"], clip)
+                write_video(args.out / pair[f"video_{side}"], render(clip, rng))
             lines.append(json.dumps({key: pair[key] for key in sorted(pair)}) + "\n")
         (args.out / f"{split}.jsonl").write_text("".join(lines))  # last, so that a file's videos are complete
-        print(f"{args.out / split}.jsonl: {count} pairs")
+        print(f"{args.out / split}.jsonl: {len(lines)} pairs")
 
 
 if __name__ == "__main__":

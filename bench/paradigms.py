@@ -1,0 +1,290 @@
+"""The other ways to make a reward model of the same backbone: what DeScore is compared with.
+
+    python bench/paradigms.py ties --train F --model toy/backbone ...         as coldstart.py, with ties
+    python bench/paradigms.py expected --train F --model toy/backbone ...     as coldstart.py, both scores
+    python bench/paradigms.py supervise --train F --model toy/backbone ...    writes the score, --think or not
+    python bench/paradigms.py pairwise --train F --model RUN ...              the same, by GRPO
+    python bench/paradigms.py all_pairs --train F --model RUN ...             as rl.py, BT over all rollouts
+
+A **discriminative** model (VideoAlign's way) is stage 1 with p = 1: no CoT, a score from [Reward]. `ties`
+gives it the Bradley-Terry model with ties, and so the pairs that are ties.
+
+A **generative** model writes its score as text: `supervise` teaches it to, by cross-entropy, behind the CoT
+that it is given (the **coupled** way of UnifiedReward-Thinking and VideoScore2) or, with --think false,
+alone. `pairwise` then trains the whole chain by GRPO, with one reward: how many of the other video's
+rollouts it beats, as the label wants it.
+
+Two variants of DeScore go beyond the paper: `expected` takes the expectation over the mask instead of a coin,
+and `all_pairs` compares each rollout of the winner with each of the loser, not only with its match.
+
+All of them are the loops of coldstart.py and rl.py with another loss or reward, and take their flags.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import coldstart
+import rl
+from coldstart import bt_loss
+from data import both, implied_overall
+from model import OWN, DeScore
+from support.batches import draw_seed
+from support.command import Factor, Share, run_command
+from support.run import MicroBatch, Run
+from support.settings import setting
+
+WRITTEN = re.compile(r'"overall_score":\s*([1-5](?:\.\d+)?)')
+
+
+# ------------------------------
+# Losses and rewards
+
+
+def ties_loss(d: Tensor, is_tie: Tensor, theta: float) -> Tensor:
+    """−log P of the labels under the Bradley-Terry model with ties (Rao and Kupper, 1967), each of N pairs:
+
+        P(w ≻ l) = e^r_w / (e^r_w + θ e^r_l)
+        P(tie)   = (θ² − 1) e^r_w e^r_l / ((e^r_w + θ e^r_l) (θ e^r_w + e^r_l))
+
+    d (N,) = r_w − r_l, of a tie either way round; is_tie (N,) bool; θ > 1."""
+    log_theta = torch.tensor(theta).log()
+    win, lose = F.softplus(log_theta - d), F.softplus(log_theta + d)
+    return torch.where(is_tie, win + lose - torch.tensor(theta**2 - 1).log(), win)
+
+
+def pairwise_rewards(written: Tensor) -> Tensor:
+    """What each rollout earns that wrote a score: the share of the other video's rollouts that it beats, as
+    the label wants it, a tie half. written (pairs, 2, G), the winner first, NaN where no score can be read:
+    such a rollout earns nothing, and loses to each. Returns (pairs, 2, G) in [0, 1]."""
+    w, l = written.unbind(1)
+    w, l = w[:, :, None], l[:, None, :]
+    beats = (w > l).double() + 0.5 * (w == l).double()
+    w_reads, l_reads = ~w.isnan(), ~l.isnan()
+    beats_w = torch.where(l_reads, beats, 1.0) * w_reads
+    beats_l = torch.where(w_reads, beats, 1.0) * l_reads
+    return torch.stack([beats_w.mean(2), beats_l.mean(1)], 1)
+
+
+def written_score(text: str) -> float:
+    """The overall_score that a text ends with, 1 to 5; NaN where there is none."""
+    found = WRITTEN.findall(text)
+    return float(found[-1]) if found and float(found[-1]) <= 5 else float("nan")
+
+
+def all_pairs_loss(r_w: Tensor, r_l: Tensor, count: float, weight: Tensor) -> Tensor:
+    """−E log σ(r_w,i − r_l,j) over all G² pairs of rollouts: r_w and r_l (pairs, G), weight (pairs, 1), count
+    as for matched ones."""
+    losses = -F.logsigmoid(r_w[:, :, None] - r_l[:, None, :]).mean(2)
+    return (losses * weight).sum() / count
+
+
+# ------------------------------
+# Discriminative, and DeScore's stage 1 without a coin
+
+
+@dataclass
+class TiesArgs(coldstart.Args):
+    theta: Factor = setting(5.0, "θ: how far apart scores are before a tie is unlikely")
+
+
+def score_run(Args: type, shown=("loss", "accuracy")) -> tuple:
+    """A run of stage 1 up to its loop: run, model, optimiser, and the groups' rates."""
+    run = Run(Args, "coldstart", shown)
+    args = run.args
+    torch.manual_seed(args.seed)
+    model = DeScore.load(args.model, video=args.video)
+    model.set_trainable(args.lora_rank, args.train_merger)
+    own = [name for name in model.trainable() if name.startswith(OWN)]
+    rest = [name for name in model.trainable() if name not in own]
+    groups = [{"params": own, "lr": args.head_lr or args.lr}, {"params": rest, "lr": args.lr}]
+    optimizer = run.prepare(model, groups, args.weight_decay)
+    return run, model, optimizer, [group["lr"] for group in groups]
+
+
+def warm_up(run: Run, optimizer, rates: list[float], step: int, last: int) -> None:
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate * min(1.0, step / max(1, round(run.args.warmup * last)))
+
+
+def ties() -> None:
+    """Discriminative, by Bradley-Terry with ties: p is 1 whatever is given."""
+    run, model, optimizer, rates = score_run(TiesArgs)
+    run.args.mask_p = 1.0
+    plan = coldstart.make_plan(run.args, run.read_train("cot", "CoTs"), run)
+    for step, (micro_batches,) in run.steps(plan):
+        warm_up(run, optimizer, rates, step, len(plan))
+        (count,) = run.sum(sum(micro.weight.sum() for micro in micro_batches))
+        for micro in micro_batches:
+            r_w, r_l = model.score(micro.batch, both(micro.pairs, "cot")).view(-1, 2).unbind(1)
+            is_tie = torch.tensor([pair.preference == "tie" for pair in micro.pairs])
+            losses = ties_loss(r_w - r_l, is_tie.to(r_w.device), run.args.theta)
+            loss = (losses * micro.weight).sum() / count
+            loss.backward()
+            run.means.total(micro.weight, loss=loss)
+            run.means.add(micro.weight * ~is_tie, accuracy=(r_w > r_l).float())
+        run.descend(run.args.max_grad_norm)
+
+
+def expected() -> None:
+    """Stage 1 with the expectation over the mask: (1 − p) L_BT with CoTs + p L_BT without, from one forward
+    over [ prompt | CoT [R] | [R] ]."""
+    run, model, optimizer, rates = score_run(coldstart.Args)
+    p, run.args.mask_p = run.args.mask_p, 0.0
+    pairs = run.read_train("cot", "CoTs", ties=False)
+    plan = coldstart.make_plan(run.args, pairs, run)
+    for step, (micro_batches,) in run.steps(plan):
+        warm_up(run, optimizer, rates, step, len(plan))
+        (count,) = run.sum(sum(micro.weight.sum() for micro in micro_batches))
+        for micro in micro_batches:
+            scores = both_scores(model, micro)
+            r_w, r_l = scores.view(-1, 2, 2).unbind(1)  # (pairs, 2): with the CoT, without
+            with_cot, without = (bt_loss(r_w[:, i], r_l[:, i], count, micro.weight) for i in (0, 1))
+            loss = (1 - p) * with_cot + p * without
+            loss.backward()
+            run.means.total(micro.weight, loss=loss)
+            run.means.add(micro.weight, accuracy=(r_w[:, 0] > r_l[:, 0]).float())
+        run.descend(run.args.max_grad_norm)
+
+
+def both_scores(model: DeScore, micro: MicroBatch) -> Tensor:
+    """The scores of a micro-batch's videos with their CoTs and without, (B, 2), from one forward."""
+    ids = [torch.tensor(model.processor.encode(cot)) for cot in both(micro.pairs, "cot")]
+    tokens = pad_sequence(ids, batch_first=True)[:, None].expand(-1, 2, -1)  # (B, 2, C)
+    lengths = torch.tensor([[len(i), 0] for i in ids])[..., None]
+    mask = torch.arange(tokens.shape[-1]) < lengths
+    scores = torch.zeros(len(ids), 2, device=model.device)
+    for rows, hidden, _, at_reward in model.forwards(micro.batch, tokens, mask):
+        row = torch.arange(len(rows), device=model.device)[:, None]
+        scores[rows] = model.read_score(hidden[row, at_reward])
+    return scores
+
+
+# ------------------------------
+# Generative
+
+
+@dataclass
+class SuperviseArgs(coldstart.Args):
+    think: bool = setting(True, "write the CoT before the score")
+    mask_p: Share = setting(0.0, "not used")
+
+
+def to_write(cot: str, dimensions: dict, think: bool) -> str:
+    """What a generative model is to write of a video: its annotation, the overall score that this implies
+    added to it in tenths, or just that score."""
+    overall = f'"overall_score":{implied_overall(cot, dimensions):.1f}'
+    if not think:
+        return f"<answer>\n{{{overall}}}\n</answer>"
+    end = cot.rindex("}")
+    return f"{cot[:end]},{overall}{cot[end:]}"
+
+
+def with_end(model: DeScore, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """The tokens of texts and the end token behind each: tokens and mask (N, C)."""
+    ids = [torch.tensor([*model.processor.encode(text), model.eos]) for text in texts]
+    mask = pad_sequence([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True)
+    return pad_sequence(ids, batch_first=True), mask
+
+
+def supervise() -> None:
+    """Cross-entropy over what the annotations say, a mean over tokens."""
+    run, model, optimizer, rates = score_run(SuperviseArgs, shown=("loss",))
+    run.args.mask_p, dimensions = 0.0, model.processor.dimensions
+    plan = coldstart.make_plan(run.args, run.read_train("cot", "CoTs", ties=False), run)
+    for step, (micro_batches,) in run.steps(plan):
+        warm_up(run, optimizer, rates, step, len(plan))
+        written, tokens_in_all = [], 0.0
+        for micro in micro_batches:
+            texts = [to_write(cot, dimensions, run.args.think) for cot in both(micro.pairs, "cot")]
+            tokens, mask = with_end(model, texts)
+            weight = micro.weight.repeat_interleave(2)[:, None, None]
+            written.append((micro, tokens[:, None], mask[:, None], weight))
+            tokens_in_all += (mask.sum(1) * weight[:, 0, 0].cpu()).sum()
+        (count,) = run.sum(tokens_in_all)
+        for micro, tokens, mask, weight in written:
+            logps, _ = model.group(micro.batch, tokens, mask)
+            loss = -(logps * weight).sum() / count
+            loss.backward()
+            run.means.total(micro.weight, loss=loss)
+        run.descend(run.args.max_grad_norm)
+
+
+@torch.no_grad()
+def roll_out(run: Run, model: DeScore, micro: MicroBatch, step: int) -> tuple:
+    """The rollouts of some pairs: encoded batch, tokens, mask, log-probabilities, advantages, rewards."""
+    args, G = run.args, run.args.group_size
+    batch = model.encode(micro.batch)
+    seeds = []
+    for place in micro.places:
+        seeds += [draw_seed(args.seed, step, place, side) for side in (0, 1)]
+    thoughts = model.think(batch, G, args.max_new_tokens, args.temperature, args.top_p, seeds)
+    written = []
+    for tokens, mask in zip(thoughts.tokens.flatten(0, 1), thoughts.mask.flatten(0, 1)):
+        written.append(written_score(model.processor.decode(tokens[mask])))
+    written = torch.tensor(written).view(-1, 2, G)
+    rewards = pairwise_rewards(written)
+    advantages = rl.group_advantages(rewards.flatten(0, 1).float().to(model.device))
+    run.means.add(micro.weight[:, None, None].cpu(), reward=rewards, unread=written.isnan().float(),
+                  cot_tokens=thoughts.mask.sum(-1).view(-1, 2, G).float())
+    return batch, thoughts.tokens, thoughts.mask, thoughts.logps, advantages
+
+
+def pairwise() -> None:
+    """GRPO on the whole chain, by the pairwise reward alone; one update a rollout batch, no KL term."""
+    run = Run(rl.Args, "rl", shown=("reward", "grpo_loss"))
+    args = run.args
+    torch.manual_seed(args.seed)
+    model = DeScore.load(args.model, video=args.video)
+    model.set_trainable(args.lora_rank)
+    backbone = [name for name in model.trainable() if not name.startswith(OWN)]
+    run.prepare(model, [{"params": backbone, "lr": args.lr}], args.weight_decay)
+    plan = rl.make_plan(args, run.read_train("scores", "reference sub-scores", ties=False), run)
+    for step, updates in run.steps(plan):
+        for micro_batches in updates:
+            rolled = [roll_out(run, model, micro, step) for micro in micro_batches]
+            counts = [m.weight.sum().item() * 2 * args.group_size for m in micro_batches]
+            (count,) = run.sum(sum(counts))
+            for micro, (batch, tokens, mask, old_logps, advantages) in zip(micro_batches, rolled):
+                learnt = mask & (micro.weight.repeat_interleave(2) > 0)[:, None, None]
+                logps, _ = model.group(batch, tokens, mask, args.temperature)
+                loss, figures = rl.grpo_loss(logps, old_logps, None, advantages, learnt, args.clip_low,
+                                             args.clip_high, beta=0.0, count=count)
+                loss.backward()
+                run.means.total(micro.weight, grpo_loss=loss)
+                run.means.add(learnt.sum(), **figures)
+            run.descend(args.max_grad_norm)
+
+
+def all_pairs() -> None:
+    """Stage 2 with its auxiliary loss over all pairs of rollouts."""
+    rl.bt_loss = all_pairs_loss
+    rl.main()
+
+
+@torch.no_grad()
+def expected_scores(model: DeScore, batch) -> tuple[Tensor, Tensor]:
+    """What a generative model without a CoT says of B videos: the likeliest score, and the expectation over
+    all that it could write, 1.0 to 5.0, both (B,). Their 41 texts stand behind one copy of the prompt."""
+    values = torch.arange(10, 51) / 10
+    texts = [f'<answer>\n{{"overall_score":{value:.1f}}}\n</answer>' for value in values.tolist()]
+    tokens, mask = with_end(model, texts)
+    B = len(batch)
+    logps, _ = model.group(batch, tokens.expand(B, -1, -1), mask.expand(B, -1, -1))
+    odds = logps.sum(-1).softmax(1).cpu()  # (B, 41)
+    return values[odds.argmax(1)], odds @ values
+
+
+if __name__ == "__main__":
+    WAYS = {way.__name__: way for way in (ties, expected, supervise, pairwise, all_pairs)}
+    if len(sys.argv) < 2 or sys.argv[1] not in WAYS:
+        sys.exit(f"usage: python bench/paradigms.py {{{','.join(WAYS)}}} ...")
+    run_command(WAYS[sys.argv.pop(1)])
