@@ -34,14 +34,16 @@ def run(*command: str | Path) -> float:
 
 def figures(run_folder: str, which: int) -> dict[str, dict[str, float]]:
     """One evaluation of a run, the first (0) or the last (-1): for each row of the table a figure by test
-    set.""" lines = (ROOT / run_folder / "metrics.jsonl").read_text().splitlines()
+    set."""
+    lines = (ROOT / run_folder / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "test_id/quality" in record]
     return {row: {test: records[which][f"{test}/{name}"] for test in TESTS} for row, name in FIGURES.items()}
 
 
 def rules(folder: Path) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     """How often rules that see no video agree with the labels, and how many pairs of a test set are
-    decided.""" found, decided = {}, {}
+    decided."""
+    found, decided = {}, {}
     for test in TESTS:
         pairs = [json.loads(line) for line in (folder / f"{test}.jsonl").read_text().splitlines()]
         pairs = [pair for pair in pairs if pair["preference"] != "tie"]
@@ -86,8 +88,8 @@ def main() -> None:
     print(f"\n{'':<30}" + "".join(f"{test:>16}" for test in TESTS))
     for stage, rows in stages.items():
         show(stage, rows, decided)
-    print("\ntest_id: the generators of the training pairs; test_ood: new ones, whose looks say nothing, and\n"
-          "new combinations; test_trap: new ones, whose looks say the opposite of what they do in training")
+    print("\ntest_id: the generators of the training pairs; test_ood: new ones, whose looks say nothing,\n"
+          "and new combinations; test_trap: new ones, whose looks say the opposite of what they did")
     times = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     print(f"seconds: {times}; figures in runs/demo.json")
 

@@ -1,0 +1,376 @@
+"""The paper's argument on the embedded world: everything that bench/RESULTS.md shows.
+
+    python bench/claims.py                      # three seeds; hours on two cores
+    python bench/claims.py --only masking       # one of EXPERIMENTS, with the runs that it needs
+    python bench/claims.py --quick              # one seed, few pairs: ten minutes
+    python bench/claims.py --tables             # nothing is run: tables and pictures of what there is
+
+Can be stopped at any moment and goes on from there: a training run from its checkpoint, all else from
+bench/claims.jsonl, to which each run adds a line: for each test set and each way to decide a pair, one sign a
+decided pair, 1 right, 0 wrong, h where it does not decide. (--quick keeps its lines in runs/quick.)
+
+Each seed has training pairs, test sets and a run of its own. Intervals are 95 %, from the bootstrap over
+seeds and pairs.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "bench")]
+import paradigms
+import world
+
+from coldstart import bt_loss, mask_pairs
+from data import Pair, agreement, both, implied_overall, keys_of, parse_cot
+from infer import by_key, judge
+from model import DeScore
+from support.batches import chunks, draw_seed, read_ahead
+from support.command import run_command
+from support.formats import read_pairs
+
+TESTS = ("test_id", "test_ood", "test_trap")
+TEMPERATURE, MAX_NEW, THINK = 1.0, 160, 36_000
+
+# ------------------------------
+# What is trained: name → (script, the run it starts from, its training file, flags)
+
+STAGE1, STAGE2 = "coldstart.py", "rl.py"
+PARADIGM = "bench/paradigms.py"
+COTS, ALL, SCORES = "train_cots", "train_annotated", "train_scores"
+RUNS = {f"p = {p}": (STAGE1, None, COTS, ["--mask-p", str(p)]) for p in (0, 0.25, 0.5, 0.75, 1)}
+RUNS |= {
+    "p = 0.5, unfiltered": (STAGE1, None, ALL, ["--mask-p", "0.5"]),
+    "p = 1, unfiltered": (STAGE1, None, ALL, ["--mask-p", "1"]),
+    "with ties, unfiltered": (f"{PARADIGM} ties", None, ALL, []),
+    "expected mask": (f"{PARADIGM} expected", None, COTS, ["--mask-p", "0.5"]),
+    "supervised": (f"{PARADIGM} supervise", None, COTS, []),
+    "coupled": (f"{PARADIGM} pairwise", "supervised", SCORES, ["--max-new-tokens", str(MAX_NEW)]),
+    "supervised, no CoT": (f"{PARADIGM} supervise", None, COTS, ["--think", "false"]),
+    "pairwise, no CoT": (f"{PARADIGM} pairwise", "supervised, no CoT", SCORES, ["--max-new-tokens", "24"]),
+}
+RUNS |= {f"λ = {λ}": (STAGE2, "p = 0.5", SCORES, ["--bt-weight", str(λ)])
+         for λ in (0.005, 0, 0.0005, 0.05, 0.5)}
+WITHOUT_GRPO = ["--w-format", "0", "--w-quality", "0", "--w-length", "0", "--beta", "0"]
+RUNS |= {"no GRPO": (STAGE2, "p = 0.5", SCORES, WITHOUT_GRPO),
+         "all pairs": (f"{PARADIGM} all_pairs", "p = 0.5", SCORES, [])}
+FEWER = (100, 200, 400)  # training pairs, before the filter
+RUNS |= {f"p = {p}, {n} pairs": (STAGE1, None, f"{COTS}-{n}", ["--mask-p", str(p)])
+         for n in FEWER for p in (0.5, 1)}
+for n in FEWER:
+    RUNS[f"supervised, {n} pairs"] = (f"{PARADIGM} supervise", None, f"{COTS}-{n}", [])
+
+# What is shown, and the runs that it needs, the most telling first.
+EXPERIMENTS = {
+    "paradigms": ["p = 0.5", "p = 1", "λ = 0.005", "supervised", "coupled", "p = 0", "supervised, no CoT",
+                  "pairwise, no CoT", "p = 1, unfiltered", "with ties, unfiltered", "p = 0.5, unfiltered",
+                  "λ = 0", "no GRPO"],
+    "masking": ["p = 0", "p = 0.25", "p = 0.5", "p = 0.75", "p = 1"],
+    "drift": ["λ = 0", "λ = 0.0005", "λ = 0.005", "λ = 0.05", "λ = 0.5"],
+    "beyond": ["p = 0.5", "expected mask", "λ = 0.005", "all pairs"],
+    "pairs": [name for name in RUNS if name.endswith(" pairs")]}
+NO_COT = ("supervised, no CoT", "pairwise, no CoT")
+GENERATIVE = ("supervised", "coupled", *NO_COT)
+
+
+class Bench:
+    """One seed of the whole: its data, its runs, and the lines that say what came out."""
+
+    def __init__(self, seed: int, quick: bool):
+        self.seed, self.quick = seed, quick
+        self.folder = ROOT / ("runs/quick" if quick else "runs/claims") / str(seed)
+        self.lines = self.folder.parent / "claims.jsonl" if quick else ROOT / "bench/claims.jsonl"
+        self.pairs, self.tests, self.steps = (200, 60, 30) if quick else (800, 300, 100)
+
+    def data(self, name: str) -> Path:
+        return self.folder / "data" / f"{name}.jsonl"
+
+    def prepare(self) -> None:
+        if not self.data(SCORES).is_file():
+            call("toy/prepare.py", self.data("").parent, "--pairs", self.pairs, "--test-pairs", self.tests,
+                 "--seed", 100 + self.seed)
+        if not self.known("rules", "rules"):
+            sets = {}
+            for test in TESTS:
+                rows = [row for row in read_lines(self.data(test)) if row["preference"] != "tie"]
+                margins = [world.rules(row) for row in rows]
+                sets[test] = {rule: "".join(sign(margin[rule], row["preference"] == "A")
+                                            for margin, row in zip(margins, rows)) for rule in margins[0]}
+            self.add("rules", "rules", sets=sets)
+        rows = self.data("test_id").read_text().splitlines(True)
+        self.data("curve").write_text("".join(rows[: self.tests // 2]))
+        names = {json.loads(row)["video_a"] for row in self.data("train").read_text().splitlines()}
+        for n in FEWER:  # the filtered of the first n
+            first = {name for name in names if int(name.split("_")[1]) < n}
+            kept = [row for row in self.data(COTS).read_text().splitlines(True)
+                    if any(name in row for name in first)]
+            self.data(f"{COTS}-{n}").write_text("".join(kept))
+
+    def known(self, kind: str, name: str) -> dict | None:
+        """The line of an experiment, if it is there."""
+        for line in read_lines(self.lines):
+            if (line["kind"], line["name"], line["seed"]) == (kind, name, self.seed):
+                return line
+        return None
+
+    def add(self, kind: str, name: str, **found) -> None:
+        with self.lines.open("a") as file:
+            file.write(json.dumps({"kind": kind, "name": name, "seed": self.seed, **found}) + "\n")
+
+    def train(self, name: str) -> Path:
+        """The model of a run, trained if it is not there."""
+        script, parent, train, flags = RUNS[name]
+        model = "toy/backbone" if parent is None else self.train(parent)
+        out = self.folder / re.sub(r"[^\w.]+", "_", name)
+        info = out / "model/descore.json"
+        if info.is_file() and "score_std" in json.loads(info.read_text()):
+            return out
+        path = self.data(train)
+        common = ["--train", path, "--model", model, "--out", out, "--seed", self.seed,
+                  "--test", self.data("curve"), "--eval-before", "false"]
+        if script in (STAGE2,) or "pairwise" in script or "all_pairs" in script:
+            preset, every = "toy/rl.json", 4
+            common += ["--steps", 8 if self.quick else 16]
+        else:
+            preset, every = "toy/coldstart.json", 25
+            rows = [row for row in read_lines(path) if row["preference"] != "tie" or "ties" in script]
+            full = len(read_lines(self.data(COTS)))
+            # As many steps for each; of fewer pairs as many passes as of all the filtered ones.
+            base = full if path.stem.startswith(COTS) else len(rows)
+            common += ["--epochs", max(1, round(self.steps * 16 / base))]
+        started = time.time()
+        call(*script.split(), "--preset", preset, *common, "--eval-every", every, *flags)
+        self.add("train", name, seconds=round(time.time() - started), curve=curve(out))
+        return out
+
+    # -- what is measured of a run
+
+    def evaluate(self, name: str) -> None:
+        """How often a run is right on each test set; of the runs by p also with CoTs that are not its own."""
+        if self.known("accuracy", name):
+            return
+        model = DeScore.load(self.train(name))
+        sets = {}
+        for test in TESTS:
+            pairs = [pair for pair in read_pairs(self.data(test), dimensions=world.DIMENSIONS) if pair.human]
+            if name in NO_COT:
+                sets[test] = expectations(model, pairs)
+                continue
+            found = judge(model, keys_of(pairs), MAX_NEW, TEMPERATURE, self.seed, THINK, without_cot=True)
+            judged = by_key(found)
+            sets[test] = outcomes(pairs, judged, name in GENERATIVE)
+            if name in EXPERIMENTS["masking"] and test == "test_id":
+                self.exchange(name, model, pairs, [judged[key]["cot"] for key in keys_of(pairs)])
+        self.add("accuracy", name, sets=sets)
+
+    def exchange(self, name: str, model: DeScore, pairs: list[Pair], cots: list[str]) -> None:
+        """How often a run is right with other CoTs than it wrote: another video's, or its own with 1 to 5 of
+        the five sub-scores falsified."""
+        rng = np.random.default_rng(self.seed)
+        turned = len(cots) // 2 // 2 * 2  # another pair's, side by side
+        ways = {"another video's": cots[turned:] + cots[:turned]}
+        for count in range(1, 6):
+            ways[f"{count} of 5 false"] = [falsified(cot, count, rng) for cot in cots]
+        found = {way: signs(pairs, score_all(model, pairs, some)) for way, some in ways.items()}
+        self.add("exchange", name, found=found)
+
+    def many_thoughts(self, name: str, most: int = 8) -> None:
+        """How often the mean score of K thoughts is right, K = 1, 2, 4, 8, and the seconds they take."""
+        if self.known("thoughts", name):
+            return
+        model = DeScore.load(self.train(name))
+        found, seconds = {}, {}
+        for test in TESTS[:2]:
+            pairs = read_pairs(self.data(test), dimensions=world.DIMENSIONS)[: self.tests // 2]
+            pairs = [pair for pair in pairs if pair.human]
+            scores = []
+            for part in chunks(keys_of(pairs), 32):
+                batch, _ = next(read_ahead(model.processor, [[[key] for key in part]]))
+                seeds = [draw_seed(self.seed, len(scores), row) for row in range(len(part))]
+                scores.append(model.think(batch, most, MAX_NEW, TEMPERATURE, seeds=seeds).scores)
+            scores = torch.cat(scores)  # (videos, most)
+            found[test] = {k: signs(pairs, scores[:, :k].mean(1)) for k in (1, 2, 4, 8)}
+        batch = model.encode(batch)
+        for k in (1, 2, 4, 8):
+            started = time.time()
+            model.think(batch, k, MAX_NEW, TEMPERATURE)
+            seconds[k] = round((time.time() - started) / len(batch), 4)
+        self.add("thoughts", name, found=found, seconds=seconds)
+
+    def variances(self, name: str, batches: int = 24, size: int = 8) -> None:
+        """The variance of an L_BT gradient over batches of pairs: by a coin and by its expectation, over
+        matched rollouts and over all of them, as Σ |g − mean g|² / (batches − 1)."""
+        if self.known("variance", name):
+            return
+        model = DeScore.load(self.train(name))
+        model.set_trainable(16)
+        pairs = read_pairs(self.data(COTS), dimensions=world.DIMENSIONS)
+        pairs = [pair.winner_first() for pair in pairs if pair.human]
+        gradients: dict[str, list[torch.Tensor]] = {}
+        for number in range(6 if self.quick else batches):
+            rng = np.random.default_rng((self.seed, number))
+            some = [pairs[i] for i in rng.choice(len(pairs), size, replace=False)]
+            for way, loss in bt_losses(model, some, draw_seed(self.seed, number)).items():
+                parts = torch.autograd.grad(loss, list(model.trainable().values()), retain_graph=True)
+                gradients.setdefault(way, []).append(torch.cat([part.flatten() for part in parts]))
+        found = {}
+        for way, all_of_them in gradients.items():
+            stacked = torch.stack(all_of_them)
+            squares = (stacked - stacked.mean(0)).square().sum(1)
+            found[way] = [float(f"{value:.6g}") for value in squares]
+        self.add("variance", name, squares=found)
+
+
+def call(*command) -> None:
+    print("$ python " + " ".join(map(str, command)), flush=True)
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def curve(out: Path) -> dict[str, list]:
+    """What a run's log says over its steps: [step, value] of the gradient's norm, held-out accuracies, R_q,
+    and the seconds of training so far."""
+    found: dict[str, list] = {}
+    seconds = 0.0
+    for record in read_lines(out / "metrics.jsonl"):
+        seconds += record.get("seconds", 0.0)
+        for name in ("grad_norm", "curve/accuracy", "curve/accuracy_no_cot", "curve/accuracy_reading",
+                     "curve/quality", "reward"):
+            if record.get(name) is not None:
+                point = [record["step"], round(record[name], 5), round(seconds, 1)]
+                found.setdefault(name.removeprefix("curve/"), []).append(point)
+    return found
+
+
+# ------------------------------
+# Who is right
+
+
+def sign(margin: float, prefers_a: bool) -> str:
+    """1 where the margin A − B has the sign of the preference, 0 where not, h where it is 0."""
+    return "h" if margin == 0 else str(int((margin > 0) == prefers_a))
+
+
+def signs(pairs: list[Pair], scores) -> str:
+    """One sign a pair, from the scores of A, B, A, B, …"""
+    margins = [a - b for a, b in torch.as_tensor(scores).view(-1, 2).tolist()]
+    return "".join(sign(margin, pair.human > 0) for margin, pair in zip(margins, pairs))
+
+
+def outcomes(pairs: list[Pair], judged: dict, generative: bool) -> dict[str, str]:
+    """Signs by the score with the CoT, without it, and by reading it; by the written score alone of a model
+    that writes one. Also R_q, in tenths of a pair's two."""
+    records = [judged[key] for key in keys_of(pairs)]
+    cots = [record["cot"] for record in records]
+    qualities = []
+    for cot, gold in zip(cots, both(pairs, "scores")):
+        read = parse_cot(cot, world.DIMENSIONS)
+        qualities.append(agreement(read["dimensional_scores"], gold) if read else 0.0)
+    both_of = [round(5 * (a + b)) for a, b in zip(qualities[::2], qualities[1::2])]
+    found = {"R_q": "".join("0123456789x"[tenths] for tenths in both_of)}
+    if generative:
+        return found | {"written": signs(pairs, no_nan([paradigms.written_score(cot) for cot in cots]))}
+    read = [implied_overall(cot, world.DIMENSIONS) or float("nan") for cot in cots]
+    return found | {"score": signs(pairs, [record["score"] for record in records]),
+                    "no CoT": signs(pairs, [record["score_no_cot"] for record in records]),
+                    "reading": signs(pairs, no_nan(read))}
+
+
+def no_nan(values: list[float]) -> torch.Tensor:
+    """What is said of both videos of a pair, 0 of both where one cannot be read: it does not decide."""
+    values = torch.tensor(values).view(-1, 2)
+    return torch.where(values.isnan().any(1, keepdim=True), 0.0, values)
+
+
+def expectations(model: DeScore, pairs: list[Pair]) -> dict[str, str]:
+    """Signs by the likeliest score that a model writes without a CoT, and by the expectation over all."""
+    likeliest, expected = [], []
+    for part in chunks(keys_of(pairs), 32):
+        batch, _ = next(read_ahead(model.processor, [[[key] for key in part]]))
+        for values, all_of_them in zip(paradigms.expected_scores(model, batch), (likeliest, expected)):
+            all_of_them += values.tolist()
+    return {"written": signs(pairs, likeliest), "expectation": signs(pairs, expected)}
+
+
+@torch.no_grad()
+def score_all(model: DeScore, pairs: list[Pair], cots: list[str]) -> torch.Tensor:
+    scores = []
+    for keys, some in zip(chunks(keys_of(pairs), 64), chunks(cots, 64)):
+        batch, _ = next(read_ahead(model.processor, [[[key] for key in keys]]))
+        scores.append(model.score(batch, some))
+    return torch.cat(scores)
+
+
+def falsified(cot: str, count: int, rng: np.random.Generator) -> str:
+    """A CoT with so many of its five sub-scores replaced by others, in the lines that give them and in the
+    answer; one that cannot be read stays as it is."""
+    read = parse_cot(cot, world.DIMENSIONS)
+    if read is None:
+        return cot
+    scores = dict(read["dimensional_scores"])
+    for name in rng.choice(list(scores), count, replace=False):
+        others = [value for value in (0, 1, 2, "N/A") if value != scores[name]]
+        scores[name] = others[rng.integers(len(others))]
+        cot = re.sub(rf"(?m)^({name}: .*, so ).*$", rf"\g<1>{scores[name]}", cot)
+    answer = json.dumps({"dimensional_scores": scores}, separators=(",", ":"))
+    return cot[: cot.index("<answer>")] + f"<answer>\n{answer}\n</answer>"
+
+
+def bt_losses(model: DeScore, pairs: list[Pair], seed: int) -> dict[str, torch.Tensor]:
+    """L_BT of some pairs, four ways."""
+    batch, _ = next(read_ahead(model.processor, [[pair.videos() for pair in pairs]]))
+    batch = model.encode(batch)
+    with_cot, without = (model.score(batch, cots).view(-1, 2).T
+                         for cots in (both(pairs, "cot"), [None] * 2 * len(pairs)))
+    masked = torch.tensor(mask_pairs(len(pairs), 0.5, seed, 0))
+    coin = torch.where(masked, without, with_cot)
+    thoughts = model.think(batch, 8, MAX_NEW, TEMPERATURE)
+    _, scores = model.group(batch, thoughts.tokens, thoughts.mask)
+    r_w, r_l = scores.view(-1, 2, 8).unbind(1)
+    every, ones = 8 * len(pairs), torch.ones(len(pairs), 1)
+    return {"coin": bt_loss(*coin), "expected": (bt_loss(*with_cot) + bt_loss(*without)) / 2,
+            "matched": bt_loss(r_w, r_l), "all pairs": paradigms.all_pairs_loss(r_w, r_l, every, ones)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=[*EXPERIMENTS, "thoughts"], help="one experiment [all]")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one seed, few pairs, the main paradigms")
+    parser.add_argument("--tables", action="store_true", help="print and draw what there is")
+    args = parser.parse_args()
+    if not args.tables:
+        benches = [Bench(seed, args.quick) for seed in range(1 if args.quick else args.seeds)]
+        for bench in benches:
+            bench.prepare()
+        for experiment in [args.only] if args.only else [*EXPERIMENTS, "thoughts"]:
+            names = EXPERIMENTS.get(experiment, [])
+            for name in names[:5] if args.quick else names:
+                for bench in benches:
+                    bench.evaluate(name)
+            for bench in benches:
+                if experiment == "thoughts":
+                    bench.many_thoughts("λ = 0.005")
+                if experiment == "beyond":
+                    bench.variances("p = 0.5")
+            if args.quick and experiment == "paradigms":
+                break
+    lines = read_lines(Bench(0, args.quick).lines)
+    import results  # draws with matplotlib, which a run does not need
+
+    results.show(lines, ROOT / ("runs/quick" if args.quick else "bench"))
+
+
+if __name__ == "__main__":
+    run_command(main)

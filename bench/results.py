@@ -1,0 +1,280 @@
+"""Tables and pictures of what bench/claims.py has found: `python bench/claims.py --tables` shows them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+TESTS = ("test_id", "test_ood", "test_trap")
+VALUE = {"1": 1.0, "0": 0.0, "h": 0.5}
+DRAWS = 2000
+
+# The rows of the first table: what it is called, its run, and how it decides.
+ROWS = [
+    ("*the truth*", "rules", "truth"), ("*the true sub-scores*", "rules", "sub-scores"),
+    ("*the signature alone*", "rules", "signature"),
+    ("discriminative (p = 1)", "p = 1", "no CoT"),
+    ("… on all labelled pairs", "p = 1, unfiltered", "no CoT"),
+    ("… on all, ties too, Bradley-Terry with ties", "with ties, unfiltered", "no CoT"),
+    ("generative, no CoT, supervised: the likeliest score", "supervised, no CoT", "written"),
+    ("… the expectation over scores", "supervised, no CoT", "expectation"),
+    ("… after GRPO, pairwise: the likeliest score", "pairwise, no CoT", "written"),
+    ("… the expectation over scores", "pairwise, no CoT", "expectation"),
+    ("generative, coupled, supervised", "supervised", "written"),
+    ("… after GRPO, pairwise", "coupled", "written"),
+    ("DeScore, stage 1 (p = 0.5)", "p = 0.5", "score"), ("… without a CoT", "p = 0.5", "no CoT"),
+    ("… reading its CoT", "p = 0.5", "reading"),
+    ("… on all labelled pairs", "p = 0.5, unfiltered", "score"),
+    ("… without masking (p = 0)", "p = 0", "score"),
+    ("DeScore, stage 2", "λ = 0.005", "score"), ("… without a CoT", "λ = 0.005", "no CoT"),
+    ("… reading its CoT", "λ = 0.005", "reading"), ("… with λ = 0", "λ = 0", "score"),
+    ("… without GRPO", "no GRPO", "score")]
+# Who is compared with whom, on the same pairs.
+AGAINST = [
+    (("DeScore, stage 2", "λ = 0.005", "score"), ("reading its CoT", "λ = 0.005", "reading")),
+    (("DeScore, stage 2", "λ = 0.005", "score"), ("the same without a CoT", "λ = 0.005", "no CoT")),
+    (("DeScore, stage 2", "λ = 0.005", "score"), ("discriminative", "p = 1", "no CoT")),
+    (("DeScore, stage 2", "λ = 0.005", "score"), ("coupled, after GRPO", "coupled", "written")),
+    (("DeScore, stage 2", "λ = 0.005", "score"), ("DeScore, stage 1", "p = 0.5", "score")),
+    (("DeScore, stage 2", "λ = 0.005", "score"), ("λ = 0", "λ = 0", "score")),
+    (("DeScore, stage 2", "λ = 0.005", "score"), ("without GRPO", "no GRPO", "score")),
+    (("DeScore, stage 1", "p = 0.5", "score"), ("discriminative", "p = 1", "no CoT")),
+    (("DeScore, stage 1", "p = 0.5", "score"), ("without masking", "p = 0", "score")),
+    (("coupled, after GRPO", "coupled", "written"), ("supervised", "supervised", "written"))]
+
+
+class Lines:
+    """What there is, by kind, run and seed."""
+
+    def __init__(self, lines: list[dict]):
+        self.found: dict[tuple[str, str], dict[int, dict]] = {}
+        for line in lines:
+            self.found.setdefault((line["kind"], line["name"]), {})[line["seed"]] = line
+
+    def of(self, kind: str, name: str) -> dict[int, dict]:
+        return self.found.get((kind, name), {})
+
+    def right(self, name: str, way: str, test: str) -> dict[int, np.ndarray]:
+        """Whether a run is right on each pair of a test set, by seed."""
+        kind = "rules" if name == "rules" else "accuracy"
+        lines = {seed: line["sets"][test].get(way) for seed, line in self.of(kind, name).items()}
+        return {seed: values(said) for seed, said in lines.items() if said is not None}
+
+
+def values(said: str) -> np.ndarray:
+    return np.array([VALUE[sign] for sign in said])
+
+
+def interval(samples: dict[int, np.ndarray], figure: Callable = np.mean) -> tuple[float, float, float]:
+    """A figure over all samples, and its 95 % interval: seeds drawn with replacement, then what each of them
+    has."""
+    rng, seeds, drawn = np.random.default_rng(0), list(samples), []
+    for _ in range(DRAWS):
+        some = [samples[seed] for seed in rng.choice(seeds, len(seeds))]
+        drawn.append(figure(np.concatenate([one[rng.integers(len(one), size=len(one))] for one in some])))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(figure(np.concatenate(list(samples.values())))), float(low), float(high)
+
+
+def cell(samples: dict[int, np.ndarray], signed: bool = False) -> str:
+    if not samples:
+        return "–"
+    mean, low, high = interval(samples)
+    form = "+.3f" if signed else ".3f"
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    rows = [row for row in rows if set(row[1:]) != {"–"}]
+    if rows:
+        print(f"\n### {title}\n\n| | " + " | ".join(columns) + " |\n| --- |" + " ---: |" * len(columns))
+        for row in rows:
+            print("| " + " | ".join(row) + " |")
+
+
+def paradigms(lines: Lines) -> None:
+    rows = [[label, *(cell(lines.right(run, way, test)) for test in TESTS)] for label, run, way in ROWS]
+    counts = [sum(map(len, lines.right("rules", "truth", test).values())) for test in TESTS]
+    table("Accuracy by paradigm", [f"{test} ({n})" for test, n in zip(TESTS, counts)], rows)
+    rows = []
+    for (one, *first), (two, *second) in AGAINST:
+        cells = []
+        for test in TESTS:
+            a, b = lines.right(*first, test), lines.right(*second, test)
+            cells.append(cell({seed: a[seed] - b[seed] for seed in a if seed in b}, signed=True))
+        rows.append([f"{one} − {two}", *cells])
+    table("Differences, on the same pairs", list(TESTS), rows)
+
+
+def by_pairs(lines: Lines, folder: Path) -> None:
+    kinds = {"DeScore, stage 1": ("p = 0.5", "score"), "discriminative": ("p = 1", "no CoT"),
+             "coupled, supervised": ("supervised", "written")}
+    rows, figure = [], None
+    for label, (run, way) in kinds.items():
+        for n in (100, 200, 400, 800):
+            name = run if n == 800 else f"{run}, {n} pairs"
+            rows.append([f"{label}, {n} pairs", *(cell(lines.right(name, way, test)) for test in TESTS)])
+    if lines.of("accuracy", "p = 0.5, 100 pairs"):
+        figure, axes = plt.subplots(1, 3, figsize=(11, 3), sharey=True, constrained_layout=True)
+        for axis, test in zip(axes, TESTS):
+            for label, (run, way) in kinds.items():
+                points = []
+                for n in (100, 200, 400, 800):
+                    found = lines.right(run if n == 800 else f"{run}, {n} pairs", way, test)
+                    if found:
+                        points.append((n, *interval(found)))
+                n, mean, low, high = zip(*points)
+                axis.errorbar(n, mean, [np.subtract(mean, low), np.subtract(high, mean)], marker="o",
+                              capsize=2, label=label)
+            axis.set(title=test, xscale="log", xlabel="labelled pairs, before the filter")
+            axis.set_xticks([100, 200, 400, 800], [100, 200, 400, 800])
+        axes[0].set_ylabel("accuracy")
+        axes[0].legend(fontsize=7)
+        save(figure, folder / "claims-pairs.png")
+    table("Accuracy by number of training pairs", list(TESTS), rows)
+
+
+def drift(lines: Lines, folder: Path) -> None:
+    names = ["λ = 0", "λ = 0.0005", "λ = 0.005", "λ = 0.05", "λ = 0.5"]
+    rows = [["before (stage 1)", *(cell(lines.right("p = 0.5", "score", test)) for test in TESTS)]]
+    rows += [[name, *(cell(lines.right(name, "score", test)) for test in TESTS)] for name in names]
+    if any(lines.of("accuracy", name) for name in names):
+        table("Drift: accuracy after stage 2, by λ", list(TESTS), rows)
+    curves(lines, {name: (name, "accuracy") for name in names}, folder / "claims-drift.png")
+
+
+def curves(lines: Lines, wanted: dict[str, tuple[str, str]], path: Path) -> None:
+    """Held-out accuracy over steps and over seconds, and the gradient's norm; a thin line a seed."""
+    wanted = {label: what for label, what in wanted.items() if lines.of("train", what[0])}
+    if not wanted:
+        return
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3), constrained_layout=True)
+    for number, (label, (name, figure_name)) in enumerate(wanted.items()):
+        for i, line in enumerate(lines.of("train", name).values()):
+            found, style = line["curve"], {"color": f"C{number}", "linewidth": 0.9}
+            label_once = label if i == 0 else None
+            if figure_name in found:
+                step, value, seconds = zip(*found[figure_name])
+                axes[0].plot(step, value, "o-", markersize=3, label=label_once, **style)
+                axes[1].plot(seconds, value, "o-", markersize=3, **style)
+            step, value, _ = zip(*found["grad_norm"])
+            axes[2].plot(step, value, **style)
+    axes[0].set(title="held-out accuracy", xlabel="optimiser step")
+    axes[1].set(title="held-out accuracy", xlabel="seconds of training")
+    axes[2].set(title="norm of the gradient", xlabel="optimiser step", yscale="log")
+    axes[0].legend(fontsize=7)
+    save(figure, path)
+
+
+def stability(lines: Lines, folder: Path) -> None:
+    wanted = {"BT, stage 1": ("p = 0.5", "accuracy"), "DeScore, stage 2": ("λ = 0.005", "accuracy"),
+              "coupled GRPO": ("coupled", "accuracy_reading")}
+    curves(lines, wanted, folder / "claims-curves.png")
+    rows = []
+    for label, (name, figure_name) in wanted.items():
+        runs = [line["curve"] for line in lines.of("train", name).values()]
+        norms = [np.array([value for _, value, _ in run["grad_norm"]]) for run in runs]
+        ends = [run[figure_name][-1][1] for run in runs if figure_name in run]
+        if runs:
+            spread = np.std([n.std() / n.mean() for n in norms])
+            ratio = np.mean([n.std() / n.mean() for n in norms])
+            rows.append([label, f"{ratio:.2f} ± {spread:.2f}", ", ".join(f"{end:.3f}" for end in ends)])
+    table("Stability", ["std / mean of the gradient's norm, mean and std over seeds",
+                        "held-out accuracy at the end, each seed"], rows)
+
+
+def masking(lines: Lines, folder: Path) -> None:
+    ways = ["another video's", *(f"{count} of 5 false" for count in range(1, 6))]
+    rows, curve_of = [], {}
+    for p in (0, 0.25, 0.5, 0.75, 1):
+        name = f"p = {p}"
+        found = [lines.right(name, way, "test_id") for way in ("score", "no CoT")]
+        for way in ways:
+            found.append({s: values(line["found"][way]) for s, line in lines.of("exchange", name).items()})
+        rows.append([name, *map(cell, found)])
+        if found[0] and found[-1]:
+            curve_of[name] = [interval(one)[0] for one in (found[0], *found[3:])]
+    table("With which CoT the score is read (test_id)", ["its own", "none", *ways], rows)
+    if curve_of:
+        figure, axis = plt.subplots(figsize=(5, 3), constrained_layout=True)
+        for name, points in curve_of.items():
+            axis.plot(range(0, 101, 20), points, "o-", label=name)
+        axis.set(xlabel="sub-scores falsified, %", ylabel="accuracy, test_id")
+        axis.legend(fontsize=7)
+        save(figure, folder / "claims-masking.png")
+
+
+def thinking(lines: Lines) -> None:
+    rows = []
+    for name in ("p = 0.5", "λ = 0.005", "λ = 0"):
+        cells = []
+        for low, high in ((0, 5), (6, 7), (8, 8), (9, 10)):
+            found = {}
+            for test in TESTS[:2]:
+                for seed, line in lines.of("accuracy", name).items():
+                    signs = line["sets"][test]
+                    quality = np.array(["0123456789x".index(sign) for sign in signs["R_q"]])
+                    chosen = values(signs["score"])[(quality >= low) & (quality <= high)]
+                    if len(chosen):
+                        found[seed] = np.concatenate([found.get(seed, np.zeros(0)), chosen])
+            count = sum(map(len, found.values()))
+            cells.append(f"{cell(found)} ({count})" if found else "–")
+        rows.append([name, *cells])
+    table("Accuracy of the score by R_q of a pair's two CoTs (test_id and test_ood)",
+          ["at most 0.5", "0.6, 0.7", "0.8", "0.9, 1"], rows)
+    rows = []
+    for seed, line in lines.of("train", "λ = 0.005").items():
+        found = line["curve"]
+        steps = [f"step {q[0]}: {q[1]:.3f}, {a[1]:.3f}" for q, a in zip(found["quality"], found["accuracy"])]
+        rows.append([f"seed {seed}", "; ".join(steps)])
+    table("Across the checkpoints of stage 2: R_q, accuracy of the score (half of test_id)", ["each"], rows)
+
+
+def beyond(lines: Lines) -> None:
+    rows = []
+    for label, name in (("the coin", "p = 0.5"), ("its expectation", "expected mask"),
+                        ("matched rollouts", "λ = 0.005"), ("all pairs of rollouts", "all pairs")):
+        rows.append([label, *(cell(lines.right(name, "score", test)) for test in TESTS)])
+    if lines.of("accuracy", "expected mask") or lines.of("accuracy", "all pairs"):
+        table("Beyond the paper: accuracy", list(TESTS), rows)
+    rows = []
+    for label, one, two in (("expectation / coin", "expected", "coin"),
+                            ("all pairs / matched", "all pairs", "matched")):
+        both = {s: np.array([line["squares"][one], line["squares"][two]]).T
+                for s, line in lines.of("variance", "p = 0.5").items()}
+        if both:
+            mean, low, high = interval(both, lambda x: x[:, 0].sum() / x[:, 1].sum())
+            rows.append([label, f"{mean:.2f} [{low:.2f}, {high:.2f}]"])
+    table("Variance of the gradient of L_BT over batches", ["ratio"], rows)
+
+
+def thoughts(lines: Lines) -> None:
+    rows = []
+    for k in ("1", "2", "4", "8"):
+        found = lines.of("thoughts", "λ = 0.005")
+        cells = [cell({s: values(line["found"][test][k]) for s, line in found.items()}) for test in TESTS[:2]]
+        cost = [line["seconds"][k] / line["seconds"]["1"] for line in found.values()]
+        rows.append([f"K = {k}", *cells, f"{np.mean(cost):.2f} ×" if cost else "–"])
+    table("K thoughts averaged", [*TESTS[:2], "time"], rows)
+
+
+def save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def show(records: list[dict], folder: Path) -> None:
+    """Print every table of which there is something, and draw its picture into a folder."""
+    lines = Lines(records)
+    paradigms(lines)
+    by_pairs(lines, folder)
+    stability(lines, folder)
+    drift(lines, folder)
+    masking(lines, folder)
+    thinking(lines)
+    beyond(lines)
+    thoughts(lines)

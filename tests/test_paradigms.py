@@ -1,0 +1,144 @@
+"""What DeScore is compared with in bench/: losses and rewards against sums written out, and whole runs."""
+
+import itertools
+import json
+import math
+
+import claims
+import numpy as np
+import paradigms
+import pytest
+import results
+import torch
+import world
+from conftest import ROOT, TOY_VIDEO
+from launch import run
+
+from data import parse_cot
+from support.batches import read_ahead
+from support.run import MicroBatch
+
+θ = 5.0
+
+
+@pytest.mark.parametrize("d", [-3.0, 0.0, 0.7, 4.0])
+def test_bradley_terry_with_ties_is_a_distribution_and_its_logarithm(d):
+    win = math.exp(d) / (math.exp(d) + θ)
+    lose = 1 / (1 + θ * math.exp(d))
+    tie = (θ**2 - 1) * math.exp(d) / ((math.exp(d) + θ) * (θ * math.exp(d) + 1))
+    assert win + lose + tie == pytest.approx(1)
+    loss = paradigms.ties_loss(torch.tensor([d, -d, d, -d]), torch.tensor([False, False, True, True]), θ)
+    assert loss.tolist() == pytest.approx([-math.log(p) for p in (win, lose, tie, tie)], rel=1e-5)
+
+
+def test_pairwise_rewards_count_whom_a_rollout_beats():
+    nan = math.nan
+    written = torch.tensor([[[3.0, 2.0, nan], [2.0, 4.0, 2.5]], [[nan, nan, nan], [1.0, nan, 2.0]]])
+    wanted = [[[2 / 3, 1 / 6, 0], [(1 + 0.5 + 0) / 3, 0, 1 / 3]], [[0, 0, 0], [0, 0, 0]]]
+    # A loser's rollout is judged by the winner's: one that cannot be read is beaten by none of them.
+    assert paradigms.pairwise_rewards(written)[0, 0].tolist() == pytest.approx(wanted[0][0])
+    for pair in range(2):
+        for i, j in itertools.product(range(2), range(3)):
+            own, others = written[pair, i, j].item(), written[pair, 1 - i].tolist()
+            total = 0.0
+            for other in others:
+                if math.isnan(own):
+                    continue
+                ahead = own - other if i == 0 else other - own
+                total += 1.0 if math.isnan(other) or ahead > 0 else 0.5 if ahead == 0 else 0.0
+            assert paradigms.pairwise_rewards(written)[pair, i, j].item() == pytest.approx(total / 3)
+
+
+def test_all_pairs_of_rollouts_by_a_loop():
+    r_w, r_l = torch.randn(3, 4), torch.randn(3, 4)
+    weight = torch.tensor([1.0, 0.0, 1.0])[:, None]
+    total = 0.0
+    for pair in (0, 2):
+        for i, j in itertools.product(range(4), range(4)):
+            total += math.log(1 + math.exp((r_l[pair, j] - r_w[pair, i]).item())) / 16
+    loss = paradigms.all_pairs_loss(r_w, r_l, 8.0, weight)  # 2 pairs count, of 4 matched rollouts each
+    assert loss.item() == pytest.approx(total / 2, rel=1e-5)
+
+
+COT = ("<think>\nsubject: asked red circle, seen red yes, circle yes, so 2\ndynamics: not asked, so N/A\n"
+       "camera: asked zooms in, seen pans left no, so 0\nenvironment: not asked, so N/A\n"
+       "style: not asked, so N/A\n</think>\n<answer>\n"
+       '{"dimensional_scores":{"subject":2,"dynamics":"N/A","camera":0,"environment":"N/A","style":"N/A"}}'
+       "\n</answer>")
+
+
+def test_what_a_generative_model_is_to_write():
+    text = paradigms.to_write(COT, world.DIMENSIONS, think=True)
+    overall = 1 + 2 * (2 * 2 + 1 * 0) / 3  # 3.67
+    assert paradigms.written_score(text) == 3.7 == round(overall, 1)
+    assert text.startswith(COT[:200]) and parse_cot(text, world.DIMENSIONS)["overall_score"] == 3.7
+    alone = paradigms.to_write(COT, world.DIMENSIONS, think=False)
+    assert paradigms.written_score(alone) == 3.7 and "<think>" not in alone
+    assert math.isnan(paradigms.written_score(COT)) and math.isnan(paradigms.written_score("no score"))
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_falsified_sub_scores_are_so_many_and_said_twice(count):
+    false = claims.falsified(COT, count, np.random.default_rng(count))
+    before, after = (parse_cot(cot, world.DIMENSIONS)["dimensional_scores"] for cot in (COT, false))
+    assert sum(before[name] != after[name] for name in before) == count
+    for name, value in after.items():
+        (line,) = [line for line in false.splitlines() if line.startswith(f"{name}:")]
+        assert line.endswith(f", so {value}")
+
+
+def test_both_scores_from_one_forward_are_those_of_two(model, keys):
+    batch, _ = next(read_ahead(model.processor, [[keys[:2]]]))
+    cots = [COT, COT.replace("red", "blue").replace("so 2", "so 1")]
+
+    class Two:
+        cot_a, cot_b = cots
+
+    both = paradigms.both_scores(model, MicroBatch([Two], [0], torch.ones(1), batch))
+    with_cot, without = model.score(batch, cots), model.score(batch, [None, None])
+    assert torch.allclose(both, torch.stack([with_cot, without], 1), atol=1e-5)
+
+
+def test_the_expectation_is_over_all_scores_that_can_be_written(model, keys):
+    batch, _ = next(read_ahead(model.processor, [[keys[:1]]]))
+    likeliest, expected = paradigms.expected_scores(model, batch)
+    values, logps = [tenths / 10 for tenths in range(10, 51)], []
+    for value in values:  # one at a time
+        text = f'<answer>\n{{"overall_score":{value}}}\n</answer>'
+        ids = [*model.processor.encode(text), model.eos]
+        logp, _ = model.group(batch, torch.tensor([[ids]]), torch.ones(1, 1, len(ids), dtype=torch.bool))
+        logps.append(logp.sum().item())
+    odds = np.exp(np.array(logps) - max(logps))
+    assert expected.item() == pytest.approx(np.sum(odds * values) / odds.sum(), abs=1e-4)
+    assert likeliest.item() == pytest.approx(values[int(np.argmax(logps))])
+
+
+def test_an_interval_holds_the_mean_and_shrinks_with_more_pairs():
+    rng = np.random.default_rng(0)
+    few, many = ({seed: (rng.random(count) < 0.7).astype(float) for seed in range(3)} for count in (50, 5000))
+    for samples in (few, many):
+        mean, low, high = results.interval(samples)
+        assert low < mean < high and mean == np.concatenate(list(samples.values())).mean()
+        spread = 1.96 * (0.21 / sum(map(len, samples.values()))) ** 0.5
+        assert high - low > 1.6 * spread  # at least that of the pairs alone
+    assert np.ptp(results.interval(many)[1:]) < 0.3 * np.ptp(results.interval(few)[1:])
+
+
+def test_every_paradigm_trains_and_what_it_makes_is_judged(world_dir, tmp_path):
+    common = ["--lora-rank", 2, "--lr", 1e-3, "--workers", 0, *TOY_VIDEO, "--eval-before", "false"]
+    first = ["--train", world_dir / "train_cots.jsonl", "--model", ROOT / "toy/backbone", "--epochs", 1,
+             "--batch-size", 4, *common]
+    for way, more in (("ties", []), ("expected", []), ("supervise", []), ("supervise", ["--think", "false"])):
+        out = tmp_path / f"{way}{len(more)}"
+        run("bench/paradigms.py", way, "--out", out, *first, *more)
+        losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()
+                  if '"loss"' in line]
+        assert losses and all(map(math.isfinite, losses))
+    second = ["--train", world_dir / "train.jsonl", "--steps", 1, "--batch-size", 2, "--updates", 1,
+              "--group-size", 2, "--max-new-tokens", 24, *common]
+    for way, parent in (("pairwise", "supervise0"), ("all_pairs", "ties0")):
+        out = tmp_path / way
+        run("bench/paradigms.py", way, "--out", out, "--model", tmp_path / parent, *second)
+        (record,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+                     if '"grpo_loss"' in line]
+        assert math.isfinite(record["grpo_loss"]) and record["grad_norm"] >= 0
