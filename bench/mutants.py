@@ -23,6 +23,7 @@ DATA, FORMATS, PARITY = "tests/test_data.py", "tests/test_formats.py", "tests/te
 STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_wires.py"
 HACKABLE, SAVED, JUDGING = "tests/test_hackable.py", "tests/test_saved.py", "tests/test_judging.py"
 FUZZ, FRAMES = "tests/test_fuzz.py", "tests/test_frames.py"
+WORLD, PARADIGMS = "tests/test_world.py", "tests/test_paradigms.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 MASKED = "tests/test_steps.py -k masked"
 NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
@@ -290,6 +291,43 @@ MUTANTS = [
     ("support/thought.py", "html.unescape(text)", "text", FUZZ + " -k is_left"),
     ("support/thought.py", "return run[0][:3] if marks else run[1]", "return run[1]", FUZZ + " -k is_left"),
     ("data.py", "return re.sub(r\"[\\r", "return re.sub(r\"[\\t", DATA + " -k one_line"),
+    # -- the embedded world, and what its figures say
+    ("infer.py", "read = 0 if None in (a, b) else (a > b) - (a < b)",
+     "read = 1 if None in (a, b) else (a > b) - (a < b)", JUDGING + " -k reading"),
+    ("infer.py", "(1 + read * pair.human) / 2", "float(read == pair.human)", JUDGING + " -k reading"),
+    ("data.py", 'return cot and cot["overall_score"]\n', "return cot and 3.0\n", JUDGING + " -k reading"),
+    ("toy/world.py", "if novel or not is_novel(scene):", "if True:", WORLD + " -k novel_combinations"),
+    ("toy/world.py", 'novel, generators = split == "test_ood",', "novel, generators = False,",
+     WORLD + " -k novel_combinations"),
+    ("toy/world.py", "0.0 if novel else WORN", "WORN", WORLD + " -k looks_go"),
+    ("toy/world.py", '"garnet": Generator(2.2, "grain")', '"garnet": Generator(2.2, "vignette")',
+     WORLD + " -k looks_go"),
+    ("toy/world.py", "short < PARTLY else 1 if short < MISSED", "short < MISSED else 1 if short < MISSED",
+     WORLD + " -k sub_scores"),
+    ("toy/world.py", "return (1 - STEADINESS) * met + STEADINESS * (1 - clip.flicker)", "return met",
+     WORLD + " -k quality"),
+    ("toy/world.py", "margin += rng.normal(0, ANNOTATOR_NOISE)", "", WORLD + " -k looks_go"),
+    ("toy/world.py", "frames = frames * (1 - 0.5 * clip.flicker * dark)", "", WORLD + " -k degree"),
+    ("toy/pretrain.py", "novel=False)\n    clip = draw_clip(asked, rng)\n    frames",
+     "novel=True)\n    clip = draw_clip(asked, rng)\n    frames", WORLD + " -k pretraining"),
+    # -- the other paradigms
+    ("bench/paradigms.py", "win, lose = F.softplus(log_theta - d), F.softplus(log_theta + d)",
+     "win, lose = F.softplus(-d), F.softplus(d)", PARADIGMS + " -k ties"),
+    ("bench/paradigms.py", "return torch.where(is_tie, win + lose - torch.tensor(theta**2 - 1).log(), win)",
+     "return win", PARADIGMS + " -k ties"),
+    ("bench/paradigms.py", "beats_l = torch.where(w_reads, beats, 1.0) * l_reads",
+     "beats_l = torch.where(w_reads, 1 - beats, 1.0) * l_reads", PARADIGMS + " -k rewards"),
+    ("bench/paradigms.py", "+ 0.5 * (w == l)", "+ 0.0 * (w == l)", PARADIGMS + " -k rewards"),
+    ("bench/paradigms.py", "r_w[:, :, None] - r_l[:, None, :]", "r_w[:, :, None] - r_l[:, :, None]",
+     PARADIGMS + " -k all_pairs"),
+    ("bench/paradigms.py", "return values[odds.argmax(1)], odds @ values",
+     "return values[odds.argmax(1)], values[odds.argmax(1)]", PARADIGMS + " -k expectation"),
+    ("bench/paradigms.py", "lengths = torch.tensor([[len(i), 0] for i in ids])",
+     "lengths = torch.tensor([[len(i), len(i)] for i in ids])", PARADIGMS + " -k both"),
+    ("bench/claims.py", "rng.choice(list(scores), count, replace=False)",
+     "rng.choice(list(scores), count, replace=True)", PARADIGMS + " -k falsified"),
+    ("bench/results.py", "for seed in rng.choice(seeds, len(seeds))", "for seed in seeds[:1]",
+     PARADIGMS + " -k interval"),
 ]
 
 

@@ -15,7 +15,7 @@ from launch import Started, run, run_ranks
 from safetensors.torch import load_file, save_file
 
 import infer
-from data import TEXT_LIMIT, DataError, Pair, Processor, read_pairs
+from data import DIMENSIONS, TEXT_LIMIT, DataError, Pair, Processor, read_pairs
 from infer import by_key, evaluate, judge, report
 from model import DeScore
 from support import annotate as annotating
@@ -329,6 +329,30 @@ def test_a_score_that_is_not_finite_is_an_error(model, keys, broken, value):
         evaluated(model, read_pairs(broken[0])[:1])
     (record,) = judge(model, keys[:1], 5, finite=False)
     assert record["cot"] and record["video"] == keys[0][0]
+
+
+def test_reading_alone_goes_by_the_sub_scores_and_halves_where_they_do_not_decide():
+    scores = {"clear": (2, 2, 2, 2, 2), "camera": (2, 2, 0, 2, 2), "worse": (1, 2, 2, 2, 2), "none": None}
+
+    def cot(which):
+        if scores[which] is None:
+            return "no scores"
+        found = dict(zip(("subject", "dynamics", "camera", "environment", "style"), scores[which]))
+        return f'<answer>{{"dimensional_scores": {json.dumps(found)}}}</answer>'
+
+    pairs, judged, right = [], {}, []
+    # Of 14 in all camera costs 2 and subject 2: "camera" and "worse" say the same.
+    for a, b, label, wanted in (("clear", "worse", "A", 1), ("camera", "clear", "A", 0),
+                                ("worse", "clear", "B", 1), ("camera", "worse", "A", 0.5),
+                                ("clear", "none", "B", 0.5), ("clear", "worse", "tie", None)):
+        pair = Pair(f"prompt {len(pairs)}", "a.mp4", "b.mp4", label)
+        judged |= {(f"{side}.mp4", pair.prompt): {"cot": cot(which)} for side, which in (("a", a), ("b", b))}
+        pairs.append(pair)
+        right += [] if wanted is None else [wanted]
+    assert infer.accuracy_reading(pairs, judged, DIMENSIONS) == pytest.approx(sum(right) / 5)
+    overall = cot("worse").replace("}</answer>", ', "overall_score": 4.9}</answer>')
+    judged["b.mp4", "prompt 3"] = {"cot": overall}  # 4.9 is more than what "camera" implies
+    assert infer.accuracy_reading(pairs, judged, DIMENSIONS) == pytest.approx((sum(right) - 0.5) / 5)
 
 
 def test_json_has_null_for_what_has_no_base():

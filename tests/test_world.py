@@ -116,7 +116,7 @@ def test_nor_does_pretraining_show_or_ask_for_them(monkeypatch):
 # What bench/ceilings.py prints of 20,000 pairs, with room for the 1,500 drawn here: three standard errors.
 @pytest.mark.parametrize(("split", "signature"), [
     ("train", 0.73), ("test_id", 0.73), ("test_ood", 0.5), ("test_trap", 0.27)])
-def test_how_far_the_truth_a_reading_of_it_and_looks_go(split, signature):
+def test_how_far_the_truth_a_reading_and_looks_go(split, signature):
     found = {"truth": [], "sub-scores": [], "signature": [], "again": []}
     for pair, _, rng in draw(split, 1500):
         label = {"A": 1, "B": -1, "tie": 0}[pair["preference"]]
