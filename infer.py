@@ -193,9 +193,10 @@ def measure(pairs: list[Pair], judged: Judged, dimensions: dict) -> dict[str, fl
 def evaluate(
         model: DeScore, tests: dict[str, list[Pair]], ranks: Ranks,
         max_new_tokens: int, temperature: float, think_tokens: int,
-        workers: int = 0) -> dict[str, float]:
+        workers: int = 0, found_by_set: dict[str, Judged] | None = None) -> dict[str, float]:
     """Measure a model on test sets by name: figures by "name/figure". Every video of a set is
-    judged once, with a CoT and without one, the work split over ranks."""
+    judged once, with a CoT and without one, the work split over ranks. `found_by_set` gets the
+    judgements of each set."""
     figures = {}
     for name, pairs in tests.items():
         keys = list(dict.fromkeys(keys_of(pairs)))
@@ -205,6 +206,8 @@ def evaluate(
             judged = by_key(tqdm(found, f"evaluate {name}", len(keys), leave=False,
                                  disable=not ranks.first))
         tables.list_unreadable(judged if ranks.first else {})
+        if found_by_set is not None:
+            found_by_set[name] = judged
         measured = measure(pairs, judged, model.processor.dimensions)
         figures |= {f"{name}/{key}": value for key, value in measured.items()}
     return figures
