@@ -25,6 +25,7 @@ from support.files import default_model
 from support.formats import read_pairs
 from support.journal import Journal, made_by
 from support.ranks import ALONE, Ranks
+from support.report import page_path, write_page
 from support.shard import gathered
 from support.thought import follows_format
 
@@ -272,6 +273,7 @@ def parse_args() -> argparse.Namespace:
         help="tokens thought at a time, of prompts and their longest CoTs")
     add("--workers", type=Whole, default=0, help="processes that decode videos ahead")
     add("--json", action="store_true", help="print JSON instead of text")
+    add("--report", type=page_path, metavar="PAGE.html", help="write a page to look at as well")
     args = parser.parse_args()
     if args.inputs and os.path.isfile(args.inputs[-1]):
         parser.error(f"{args.inputs[-1]} is a file; the prompt comes last, and is missing")
@@ -292,7 +294,7 @@ def main() -> None:
         model.info["scoring_layout"] = args.scoring_layout
     if args.instruction:
         release.use_instruction(model, args.instruction)
-    dimensions = model.processor.dimensions
+    dimensions, pairs = model.processor.dimensions, None
     if args.pairs:
         column = "problem" if args.instruction == "problem" else "prompt"
         pairs = read_pairs(args.pairs, args.label, args.root, dimensions, column)
@@ -311,6 +313,8 @@ def main() -> None:
     else:
         found, show = tables.ranking(model, judged), tables.show_ranking
     print(tables.as_json(found) if args.json else show(found))
+    if args.report:
+        write_page(args.report, model, judged, pairs, found, args.workers)
     sys.exit(code)
 
 

@@ -233,6 +233,7 @@ class Run:
         args, model, last = self.args, self.model, len(plan)
         tests = read_tests(args.test, args.label, args.root, model.processor.dimensions)
         done = self.take_up()
+        self.say_what_it_is(last)
         batches = self.batches(plan[done:])
         if done == 0 and args.eval_before:
             self.evaluate(0, tests)
@@ -295,6 +296,15 @@ class Run:
         if state:
             self.skipped.restore(state["skipped"])
         return state["step"] if state else 0
+
+    def say_what_it_is(self, last: int) -> None:
+        """Write settings.json for those who look at the run."""
+        if self.ranks.first:
+            about = {"stage": self.stage, "steps": last, "settings": asdict(self.args),
+                     "dimensions": self.model.processor.dimensions}
+            path = self.out / "settings.json"
+            with explained(f"{path}: could not be written", OSError):
+                path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     def batches(self, plan: list[list[list]]) -> Iterator[tuple[Batch, list[str | None]]]:
         """The videos of a plan's micro-batches, decoded ahead."""
@@ -393,7 +403,8 @@ class Run:
                     for g, cot in enumerate(texts[b * G : (b + 1) * G]):
                         found = {name: value[b, g].item() for name, value in figures.items()}
                         rollouts.append({"cot": cot, **finite(found)})
-                    record = {"step": step, "video": video, "prompt": prompt}
+                    reference = (pair.scores_a, pair.scores_b)[side]
+                    record = {"step": step, "video": video, "prompt": prompt, "reference": reference}
                     self.kept.append((number, record | {"rollouts": rollouts}))
 
     def stops(self, step: int, last: int) -> bool:
