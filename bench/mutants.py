@@ -23,6 +23,7 @@ DATA, FORMATS, PARITY = "tests/test_data.py", "tests/test_formats.py", "tests/te
 STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_wires.py"
 HACKABLE, SAVED, JUDGING = "tests/test_hackable.py", "tests/test_saved.py", "tests/test_judging.py"
 FUZZ, FRAMES = "tests/test_fuzz.py", "tests/test_frames.py"
+REPORT, BROWSER = "tests/test_report.py", "tests/test_browser.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 MASKED = "tests/test_steps.py -k masked"
 NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
@@ -290,6 +291,38 @@ MUTANTS = [
     ("support/thought.py", "html.unescape(text)", "text", FUZZ + " -k is_left"),
     ("support/thought.py", "return run[0][:3] if marks else run[1]", "return run[1]", FUZZ + " -k is_left"),
     ("data.py", "return re.sub(r\"[\\r", "return re.sub(r\"[\\t", DATA + " -k one_line"),
+    # -- pages, trackers, the ratio before the first update
+    ("rl.py", "run.check_ratio(logps, o.old_logps, o.learnt)", "pass", REPORT + " -k first_update"),
+    ("support/run.py", "if self.means.update == 0 and learnt.any():", "if learnt.any():",
+     REPORT + " -k ratio"),
+    ("support/run.py", "(logps.detach() - old_logps)[learnt]", "(logps.detach() - old_logps)",
+     REPORT + " -k ratio"),
+    ("support/run.py", "log_ratio.abs().max()", "log_ratio.max()", REPORT + " -k ratio"),
+    ("support/run.py", "not (self.warned or gap <= bound)", "not (self.warned or gap > bound)",
+     REPORT + " -k ratio"),
+    ("support/run.py", "not (self.warned or gap <= bound)", "not gap <= bound", REPORT + " -k ratio"),
+    ("support/run.py", "return a if math.isnan(a) or a > b else b", "return b", REPORT + " -k largest"),
+    ("support/run.py", "ranks.gather([self.most])", "[self.most]", REPORT + " -k largest"),
+    ("support/run.py", "list(references)[: self.args.keep_rollouts]", "list(references)",
+     REPORT + " -k held_out"),
+    ("support/run.py", "self.tracker.send(record)", "pass", REPORT + " -k tensorboard_gets"),
+    ("support/trackers.py", 'delete(self.folder / "tensorboard")', "pass", REPORT + " -k nothing_twice"),
+    ("support/trackers.py", "if step > self.state[kind]:", "if True:", REPORT + " -k wandb"),
+    ("support/trackers.py", '"evaluation" if any("/" in name for name in figures) else "step"', '"step"',
+     REPORT + " -k wandb"),
+    ("support/trackers.py", "self.works = False", "pass", REPORT + " -k wandb"),
+    ("support/report.py", '.replace("<", "\\\\u003c")', "", REPORT + " -k stays_text"),
+    ("support/report.py", "html.escape(title)", "title", REPORT + " -k stays_text"),
+    ("support/report.py", "return loss(human * margin) if human", "return loss(margin) if human", REPORT),
+    ("support/report.py", "margin * human > 0", "margin * human >= 0", REPORT + " -k zero"),
+    ("support/report.py", "bisect.bisect_left(scale, score)", "bisect.bisect_left(scale, -score)", REPORT),
+    ("support/report.py", "round(seconds[index], 2) for index in chosen", "round(s, 2) for s in seconds",
+     REPORT + " -k strip"),
+    ("support/files.py", "*lines, _ = content.split", "lines = content.split", REPORT + " -k curves"),
+    ("support/page.html", "(b.wrong ?? -1) - (a.wrong ?? -1)", "(a.wrong ?? -1) - (b.wrong ?? -1)", BROWSER),
+    ("support/page.html", "pair.verdict === state.verdict)", "true)", BROWSER),
+    ("support/page.html", "line-height: 1.4; overflow-wrap: anywhere; }", "white-space: nowrap; }", BROWSER),
+    ("support/page.html", "if (found.error) return el(", "if (false) return el(", BROWSER),
 ]
 
 

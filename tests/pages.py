@@ -68,7 +68,8 @@ def a_run(folder):
         if step:
             records.append({
                 "step": step, "reward": 0.5 + step / 50, "reward_quality": 0.6 + step / 50,
-                "reward_brevity": 0.1, "kl": None if step == 6 else 1e-5 * step, "clip_fraction": 0.0, "bt_loss": 0.6 - step / 50,
+                "reward_brevity": 0.1, "kl": None if step == 6 else 1e-5 * step,
+                "clip_fraction": 0.0, "bt_loss": 0.6 - step / 50,
                 "ratio_max": 1.00001, "logp_gap": 8e-6, "grad_norm": 1.0, "figure_of_my_own": step})
             some = []
             for g in range(4):
