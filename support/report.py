@@ -45,9 +45,8 @@ BINS = 24  # of a histogram
 def page_path(text: str) -> Path:
     """The type of a flag that names a page to write."""
     path = Path(text)
-    if path.is_dir() or (path.exists() and path.suffix not in (".html", ".htm")):
-        what = "a directory" if path.is_dir() else "there and no page (.html)"
-        raise argparse.ArgumentTypeError(f"{text!r} is {what}")
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a page (.html)")
     return path
 
 
@@ -74,14 +73,19 @@ def as_text(value) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def film(videos: list[str], settings: VideoSettings, workers: int = 0) -> list[dict]:
-    """A strip for each video: frames that the model saw, as small JPEG, with their seconds; the more
-    videos, the smaller. Where a video cannot be read, what is wrong with it."""
-    count, height = (16, 160) if len(videos) <= 12 else (8, 96) if len(videos) <= 200 else (6, 64)
+def film(videos: list[dict], settings: VideoSettings, workers: int = 0) -> list[dict]:
+    """A strip for each file that the `videos` of a page name: frames that the model saw, as small JPEG,
+    with their seconds; the more videos, the smaller. Where a video cannot be read, what is wrong with
+    it. The number of its strip is put into each of `videos`."""
+    numbers = {}
+    for video in videos:
+        video["strip"] = numbers.setdefault(video["video"], len(numbers))
+    files = list(numbers)
+    count, height = (16, 160) if len(files) <= 12 else (8, 96) if len(files) <= 200 else (6, 64)
     cut = partial(strip, settings=settings, count=count, height=height)
-    strips = DataLoader(videos, batch_size=None, num_workers=workers, collate_fn=cut,
+    strips = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=cut,
                         worker_init_fn=leave_signals)
-    return list(tqdm(strips, "frames", len(videos), unit="video", disable=len(videos) < 100))
+    return list(tqdm(strips, "frames", len(files), unit="video", disable=len(files) < 100))
 
 
 def strip(video: str, settings: VideoSettings, count: int, height: int) -> dict:
@@ -119,14 +123,14 @@ def write_page(path: Path, model, judged: dict, pairs: list[Pair] | None = None,
     """The page of what a model has judged: `judged` by (video, prompt) key, of a pair file with its
     pairs and the figures of `infer.report`. Raises DataError if it cannot be written."""
     keys, videos = list(judged), []
-    strips = film([video for video, _ in keys], model.processor.settings, workers)
     scale, scale_of = held_out_scores(model, judged, pairs)
     for record in judged.values():
-        found = record if "error" in record else describe(model, record)
+        found = dict(record) if "error" in record else describe(model, record)
         score = found.get("score")
         if score is not None and scale:
-            found = found | {"below": bisect.bisect_left(scale, score) / len(scale)}
+            found["below"] = bisect.bisect_left(scale, score) / len(scale)
         videos.append(found)
+    strips = film(videos, model.processor.settings, workers)
     page = {"kind": "judged", "title": f"{len(keys)} videos, judged by {model.name}",
             "dimensions": list(model.processor.dimensions), "videos": videos,
             "scale": histogram(scale) | {"of": scale_of} if scale else None}
@@ -196,11 +200,11 @@ class Panel(NamedTuple):
 
     title: str
     says: str
-    names: list[str]  # patterns of figures' names
+    names: list[str]  # patterns of figures' names; one that begins with - leaves out
 
 
 PANELS = [
-    Panel("Reward", "what the rules give a rollout, and its parts", ["reward", "reward_*"]),
+    Panel("Reward", "what the rules give a rollout, and its parts", ["reward", "reward_*", "-reward_range"]),
     Panel("Sub-scores matched", "R_q of held-out CoTs, and of rollouts", ["*/quality", "reward_quality"]),
     Panel("Held-out accuracy", "of preferences without ties, with a CoT or without one",
           ["*/accuracy", "*/accuracy_no_cot"]),
@@ -208,6 +212,9 @@ PANELS = [
     Panel("Pair loss", "Bradley-Terry, of the pairs trained on; log 2 knows nothing", ["bt_loss"]),
     Panel("Pairs in order", "share of the pairs trained on whose preferred video scores higher",
           ["bt_accuracy", "accuracy"]),
+    Panel("Margin", "r_w − r_l of the pairs trained on", ["margin"]),
+    Panel("Signal", "rewards' range and spread in a group, and the share of groups in which all are equal",
+          ["reward_range", "advantage_spread", "no_signal"]),
     Panel("KL to π_ref", "how far the policy is from stage 1, a token", ["kl"]),
     Panel("Clipped", "share of the tokens whose ρ is clipped", ["clip_fraction"]),
     Panel("Entropy", "a token, of what was sampled", ["entropy"]),
@@ -216,6 +223,8 @@ PANELS = [
           ["*/format_rate", "*/truncated", "truncated"]),
     Panel("Loss", "what is descended", ["loss", "grpo_loss"]),
     Panel("Gradient norm", "before clipping", ["grad_norm"]),
+    Panel("Updates left out", "share of them whose gradient was not finite", ["left_out"]),
+    Panel("Learning rate", "", ["lr"]),
     Panel("π_θ against π_old", "before a batch's first update: the largest |log ρ|, 0 but for rounding",
           ["logp_gap"]),
     Panel("Largest ρ", "before a batch's first update: 1 but for rounding", ["ratio_max"]),
@@ -254,6 +263,8 @@ class RunFolder:
         for panel in PANELS:
             names = {}
             for pattern in panel.names:
+                if pattern.startswith("-"):
+                    names.pop(pattern[1:], None)
                 names |= dict.fromkeys(name for name in self.curves if fnmatchcase(name, pattern))
             shown |= names.keys()
             found.append((panel, {name: self.curves[name] for name in names}))
@@ -268,7 +279,7 @@ def numbered(path: Path) -> list[dict]:
     """The records of a log, each of which has a step."""
     records = read_lines(path)
     for row, record in enumerate(records, 1):
-        if not is_number(record.get("step")):
+        if type(record.get("step")) is not int:
             raise DataError(f"{path}, row {row}: it has no step")
     return records
 
@@ -287,15 +298,17 @@ def curves(records: list[dict]) -> dict[str, list]:
 def thoughts(run: RunFolder) -> tuple[list[dict], list[dict]]:
     """The videos that the run has written thoughts about, held-out ones first, and those thoughts: of a
     video at a step, one or a group."""
-    videos, found = {}, []
+    videos, numbers, found = {}, {}, []
     for record in numbered(run.path / "held_out.jsonl") + numbered(run.path / "rollouts.jsonl"):
         with explained(f"{run.path}: a record of its thoughts is not as it was written",
                        KeyError, TypeError, AttributeError):
             key = record["video"], record["prompt"], record.get("test")
             reference = record.get("reference")
+            if not all(isinstance(part, str) for part in key[:2]):
+                raise TypeError("the video or the prompt is no text")
             if key not in videos:
-                videos[key] = {"number": len(videos), "video": key[0], "prompt": key[1], "test": key[2],
-                               "reference": reference}
+                videos[key] = {"video": key[0], "prompt": key[1], "test": key[2], "reference": reference}
+                numbers[key] = len(numbers)
             dimensions = reference or run.about.get("dimensions") or DIMENSIONS
             some = []
             for one in record.get("rollouts") or [record]:
@@ -303,14 +316,14 @@ def thoughts(run: RunFolder) -> tuple[list[dict], list[dict]]:
                 figures = {name: value for name, value in one.items() if is_number(value) and name != "step"}
                 some.append({"cot": one["cot"], "sub_scores": cot.get("dimensional_scores"),
                              "figures": figures})
-            found.append({"video": videos[key]["number"], "step": record["step"], "thoughts": some})
+            found.append({"video": numbers[key], "step": record["step"], "thoughts": some})
     return list(videos.values()), found
 
 
 def run_page(run: RunFolder, workers: int = 0) -> tuple[str, dict, list[dict]]:
     """The title of a run's page, what it shows, and its strips."""
     videos, found = thoughts(run)
-    strips = film([video["video"] for video in videos], run.settings, workers)
+    strips = film(videos, run.settings, workers)
     drawn = []
     for panel, of in run.panels():
         series = [{"name": name, "points": points} for name, points in of.items()]

@@ -25,8 +25,8 @@ def load(kind: str):
 
 
 class Tracker:
-    """What figures are sent to; this one sends them nowhere. Each kind has its own `open`, `put`
-    and `close`."""
+    """What figures are sent to. This one sends them nowhere; each kind has its own `open`, `put` and
+    `close`."""
 
     def __init__(self, kind: str | None, folder: Path, settings: dict):
         """settings: the run's, which are shown beside its figures."""
@@ -47,6 +47,15 @@ class Tracker:
             if name != "step" and is_number(value) and math.isfinite(value):
                 figures[name] = value
         self.attempt(self.put, record.get("step"), figures)
+
+    def open(self, anew: bool) -> None:
+        pass
+
+    def put(self, step: int, figures: dict[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def end(self) -> None:
         self.attempt(self.close)
