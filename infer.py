@@ -25,6 +25,7 @@ from support.files import default_model
 from support.formats import read_pairs
 from support.journal import Journal, made_by
 from support.ranks import ALONE, Ranks
+from support.report import page_path, write_page
 from support.shard import gathered
 from support.thought import follows_format
 
@@ -207,9 +208,10 @@ def measure(pairs: list[Pair], judged: Judged, dimensions: dict) -> dict[str, fl
 def evaluate(
         model: DeScore, tests: dict[str, list[Pair]], ranks: Ranks,
         max_new_tokens: int, temperature: float, think_tokens: int,
-        workers: int = 0) -> dict[str, float]:
+        workers: int = 0, found_by_set: dict[str, Judged] | None = None) -> dict[str, float]:
     """Measure a model on test sets by name: figures by "name/figure". Every video of a set is
-    judged once, with a CoT and without one, the work split over ranks."""
+    judged once, with a CoT and without one, the work split over ranks. `found_by_set` gets the
+    judgements of each set."""
     figures = {}
     for name, pairs in tests.items():
         keys = list(dict.fromkeys(keys_of(pairs)))
@@ -219,6 +221,8 @@ def evaluate(
             judged = by_key(tqdm(found, f"evaluate {name}", len(keys), leave=False,
                                  disable=not ranks.first))
         tables.list_unreadable(judged if ranks.first else {})
+        if found_by_set is not None:
+            found_by_set[name] = judged
         measured = measure(pairs, judged, model.processor.dimensions)
         figures |= {f"{name}/{key}": value for key, value in measured.items()}
     return figures
@@ -283,6 +287,7 @@ def parse_args() -> argparse.Namespace:
         help="tokens thought at a time, of prompts and their longest CoTs")
     add("--workers", type=Whole, default=0, help="processes that decode videos ahead")
     add("--json", action="store_true", help="print JSON instead of text")
+    add("--report", type=page_path, metavar="PAGE.html", help="write a page to look at as well")
     args = parser.parse_args()
     if args.inputs and os.path.isfile(args.inputs[-1]):
         parser.error(f"{args.inputs[-1]} is a file; the prompt comes last, and is missing")
@@ -303,7 +308,7 @@ def main() -> None:
         model.info["scoring_layout"] = args.scoring_layout
     if args.instruction:
         release.use_instruction(model, args.instruction)
-    dimensions = model.processor.dimensions
+    dimensions, pairs = model.processor.dimensions, None
     if args.pairs:
         column = "problem" if args.instruction == "problem" else "prompt"
         pairs = read_pairs(args.pairs, args.label, args.root, dimensions, column)
@@ -322,6 +327,8 @@ def main() -> None:
     else:
         found, show = tables.ranking(model, judged), tables.show_ranking
     print(tables.as_json(found) if args.json else show(found))
+    if args.report:
+        write_page(args.report, model, judged, pairs, found, args.workers)
     sys.exit(code)
 
 

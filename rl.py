@@ -74,7 +74,6 @@ class Args(RunArgs):
     max_prompt: Whole = setting(6200, "longest prompt in tokens")
     max_tokens: Count = setting(16_384, "tokens in a forward; a row at least")
     save_every: Whole = setting(5, "steps between checkpoints; 0: at the end only")
-    keep_rollouts: Whole = setting(4, "videos a step whose rollouts are written down")
 
     def __post_init__(self):
         length_reward(0, self.length_low, self.length_high, self.length_excess)
@@ -342,6 +341,7 @@ def main() -> None:
                 L_BT = bt_loss(r_w, r_l, decided, o.decided)
                 L = L_GRPO + λ * L_BT
                 L.backward()
+                run.check_ratio(logps, o.old_logps, o.learnt)
                 run.means.total(o.learnt.any(), grpo_loss=L_GRPO)
                 run.means.total(o.decided, bt_loss=L_BT)
                 anything = o.learnt.any() | o.decided.any()

@@ -24,6 +24,7 @@ STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_
 HACKABLE, SAVED, JUDGING = "tests/test_hackable.py", "tests/test_saved.py", "tests/test_judging.py"
 FUZZ, FRAMES = "tests/test_fuzz.py", "tests/test_frames.py"
 WORLD, PARADIGMS = "tests/test_world.py", "tests/test_paradigms.py"
+REPORT, BROWSER = "tests/test_report.py", "tests/test_browser.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 MASKED = "tests/test_steps.py -k masked"
 NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
@@ -248,8 +249,8 @@ MUTANTS = [
     ("support/run.py", 'file.truncate(content.rfind(b"\\n") + 1)', "file.truncate(size)", RUNS + " -k grows"),
     ("support/run.py", "sync(path)  #", "pass  #", RUNS + " -k counts_on_them"),
     ("support/run.py", "(value, 1.0) if weight else (0.0, 0.0)", "(value, 1.0)", RUNS + " -k total"),
-    ("support/run.py", '("scoring_layout", "score_mean", "score_std")', '("scoring_layout",)',
-     STAGES + " -k mergers"),
+    ("support/run.py", '("scoring_layout", "score_mean", "score_std", "score_quantiles")',
+     '("scoring_layout",)', STAGES + " -k mergers"),
     ("support/batches.py", "count = min(count, len(items))", "count = len(items)", RUNS + " -k cut_into"),
     ("support/filter.py", "implied = (a > b) - (a < b)", "implied = (a < b) - (a > b)", FORMATS),
     ("support/formats.py", '"same": "tie"', '"same": "A"', FORMATS),
@@ -328,6 +329,38 @@ MUTANTS = [
      "rng.choice(list(scores), count, replace=True)", PARADIGMS + " -k falsified"),
     ("bench/results.py", "for seed in rng.choice(seeds, len(seeds))", "for seed in seeds[:1]",
      PARADIGMS + " -k interval"),
+    # -- pages, trackers, the ratio before the first update
+    ("rl.py", "run.check_ratio(logps, o.old_logps, o.learnt)", "pass", REPORT + " -k first_update"),
+    ("support/run.py", "if self.means.update == 0 and learnt.any():", "if learnt.any():",
+     REPORT + " -k ratio"),
+    ("support/run.py", "(logps.detach() - old_logps)[learnt]", "(logps.detach() - old_logps)",
+     REPORT + " -k ratio"),
+    ("support/run.py", "log_ratio.abs().max()", "log_ratio.max()", REPORT + " -k ratio"),
+    ("support/run.py", "not (self.warned or gap <= bound)", "not (self.warned or gap > bound)",
+     REPORT + " -k ratio"),
+    ("support/run.py", "not (self.warned or gap <= bound)", "not gap <= bound", REPORT + " -k ratio"),
+    ("support/run.py", "return a if math.isnan(a) or a > b else b", "return b", REPORT + " -k largest"),
+    ("support/run.py", "ranks.gather([self.most])", "[self.most]", REPORT + " -k largest"),
+    ("support/run.py", "list(references)[: self.args.keep_rollouts]", "list(references)",
+     REPORT + " -k held_out"),
+    ("support/run.py", "self.tracker.send(record)", "pass", REPORT + " -k tensorboard_gets"),
+    ("support/trackers.py", 'delete(self.folder / "tensorboard")', "pass", REPORT + " -k nothing_twice"),
+    ("support/trackers.py", "if step > self.state[kind]:", "if True:", REPORT + " -k wandb"),
+    ("support/trackers.py", '"evaluation" if any("/" in name for name in figures) else "step"', '"step"',
+     REPORT + " -k wandb"),
+    ("support/trackers.py", "self.works = False", "pass", REPORT + " -k wandb"),
+    ("support/report.py", '.replace("<", "\\\\u003c")', "", REPORT + " -k stays_text"),
+    ("support/report.py", "html.escape(title)", "title", REPORT + " -k stays_text"),
+    ("support/report.py", "return loss(human * margin) if human", "return loss(margin) if human", REPORT),
+    ("support/report.py", "margin * human > 0", "margin * human >= 0", REPORT + " -k zero"),
+    ("support/report.py", "bisect.bisect_left(scale, score)", "bisect.bisect_left(scale, -score)", REPORT),
+    ("support/report.py", "round(seconds[index], 2) for index in chosen", "round(s, 2) for s in seconds",
+     REPORT + " -k strip"),
+    ("support/files.py", "*lines, _ = content.split", "lines = content.split", REPORT + " -k curves"),
+    ("support/page.html", "(b.wrong ?? -1) - (a.wrong ?? -1)", "(a.wrong ?? -1) - (b.wrong ?? -1)", BROWSER),
+    ("support/page.html", "pair.verdict === state.verdict)", "true)", BROWSER),
+    ("support/page.html", "line-height: 1.4; overflow-wrap: anywhere; }", "white-space: nowrap; }", BROWSER),
+    ("support/page.html", "if (found.error) return el(", "if (false) return el(", BROWSER),
 ]
 
 

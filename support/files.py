@@ -23,9 +23,24 @@ def read_json(path: Path) -> dict:
     return record
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The JSON objects of a file to which lines may just be added: a last line that has not ended
+    yet is left out, and a file that is not there yet has none. Raises DataError, naming the row, for
+    a line that is anything else."""
+    content = path.read_bytes() if path.is_file() else b""
+    *lines, _ = content.split(b"\n")
+    records = []
+    for row, line in enumerate(lines, 1):
+        with explained(f"{path}, row {row}: not JSON", ValueError, RecursionError):
+            records.append(json.loads(line))
+        if not isinstance(records[-1], dict):
+            raise DataError(f"{path}, row {row}: not a JSON object")
+    return records
+
+
 # What descore.json says, by type; anything else in it is kept as it is.
 KINDS = {"backbone": str, "video": dict, "instruction": (str, type(None)), "dimensions": dict,
-         "files": dict, "scoring_layout": str, "scoring_video": dict}
+         "files": dict, "score_quantiles": list, "scoring_layout": str, "scoring_video": dict}
 
 
 def read_info(directory: Path) -> dict:

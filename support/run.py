@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,17 +24,21 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import Batch, DataError, Pair, Pairs, explained
+from data import Batch, DataError, Pair, Pairs, both, explained, keys_of
 from infer import evaluate
 from model import OWN, DeScore
 from support.batches import deal, read_ahead
 from support.checkpoint import Checkpoints
-from support.files import amend, remove, settle, sync
+from support.files import amend, read_lines, remove, settle, sync
 from support.formats import read_pairs
 from support.ranks import Ranks
 from support.settings import FREE, FREE_IN, ROOT, parse_args
 from support.shard import local, shard
+from support.trackers import tracker
 
+# By how much log π_θ may differ from log π_old before the first update. On the embedded default it
+# was 8e-6 in float32 and 0.12 in bfloat16, whose 8 bits leave 0.25 between logits above 32.
+ROUNDING, ROUNDING_HALF = 1e-3, 1.0
 PATIENCE = 5  # so many updates in a row without a finite gradient end a run
 
 
@@ -61,6 +66,7 @@ class Means:
     def __init__(self):
         # (name, update or None) → (Σ value · weight, Σ weight); of a total (Σ value, Σ weight)
         self.sums: dict[tuple[str, int | None], torch.Tensor] = {}
+        self.most: dict[str, float] = {}  # name → the largest value
         self.update = 0  # of the step
 
     def add(self, weight=1.0, **figures) -> None:
@@ -76,6 +82,11 @@ class Means:
         for name, value in figures.items():
             self.put((name, self.update), numbers(value), numbers(weight).sum())
 
+    def largest(self, **figures) -> None:
+        """Figures of which the step's largest is logged; NaN, where there is one, is larger."""
+        for name, value in figures.items():
+            self.most[name] = larger(float(value), self.most.get(name, -math.inf))
+
     def put(self, key: tuple[str, int | None], value: torch.Tensor, weight: torch.Tensor) -> None:
         self.sums[key] = self.sums.get(key, 0.0) + torch.stack([value, weight])
 
@@ -88,8 +99,15 @@ class Means:
                 value, weight = (value, 1.0) if weight else (0.0, 0.0)
             before = found.get(name, (0.0, 0.0))
             found[name] = (before[0] + value, before[1] + weight)
-        self.sums, self.update = {}, 0
-        return {name: value / by if by else math.nan for name, (value, by) in found.items()}
+        figures = {name: value / by if by else math.nan for name, (value, by) in found.items()}
+        for name, value in chain.from_iterable(map(dict.items, ranks.gather([self.most]))):
+            figures[name] = larger(value, figures.get(name, -math.inf))
+        self.sums, self.most, self.update = {}, {}, 0
+        return figures
+
+
+def larger(a: float, b: float) -> float:
+    return a if math.isnan(a) or a > b else b
 
 
 def numbers(value) -> torch.Tensor:
@@ -110,11 +128,14 @@ class Run:
         if self.args.model is None:
             raise DataError("--train needs --model: a Qwen3-VL, directory or hub id")
         self.out, self.means = Path(self.args.out), Means()
-        self.stop_asked, self.left_out = False, 0
+        self.stop_asked, self.warned, self.left_out = False, False, 0
+        self.scores: list[float] = []  # of the test set measured last
         self.kept: list[tuple[int, dict]] = []  # what the step leaves in rollouts.jsonl
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask_to_stop)
-        self.logs = [self.out / "metrics.jsonl", self.out / "rollouts.jsonl"]
+        self.logs = [self.out / "metrics.jsonl", self.out / "rollouts.jsonl",
+                     self.out / "held_out.jsonl"]
+        self.tracker = tracker(self.args.log if self.ranks.first else None, self.out, asdict(self.args))
         checkpoints = self.out / "checkpoints"
         self.checkpoints = Checkpoints(checkpoints, self.args.keep, self.ranks)
         if self.ranks.first:
@@ -164,7 +185,7 @@ class Run:
             shard(model)
         model.max_tokens = self.args.max_tokens
         # What trains here is scored in our layout, and on a scale of its own.
-        for old in ("scoring_layout", "score_mean", "score_std"):
+        for old in ("scoring_layout", "score_mean", "score_std", "score_quantiles"):
             model.info.pop(old, None)
         trainable = model.trainable()
         for group in groups:
@@ -212,6 +233,7 @@ class Run:
         args, model, last = self.args, self.model, len(plan)
         tests = read_tests(args.test, args.label, args.root, model.processor.dimensions)
         done = self.take_up()
+        self.say_what_it_is(last)
         batches = self.batches(plan[done:])
         if done == 0 and args.eval_before:
             self.evaluate(0, tests)
@@ -223,6 +245,7 @@ class Run:
             yield step, self.read(plan[step - 1], batches)
             figures = self.means.take(self.ranks)
             self.log({"step": step, **figures, "seconds": time.time() - started})
+            self.warn_of_ratio(step, figures.get("logp_gap", 0.0))
             for _, record in sorted(self.ranks.gather(self.kept), key=lambda both: both[0]):
                 self.log(record, "rollouts")
             self.kept = []
@@ -230,6 +253,7 @@ class Run:
             if args.eval_every and step % args.eval_every == 0 and step < last:
                 self.evaluate(step, tests)
             if self.stops(step, last):
+                self.tracker.end()
                 return self.ranks.stop()
         reason = f"{self.out / 'model'}: could not be written"
         with explained(reason, OSError, SafetensorError):
@@ -240,10 +264,12 @@ class Run:
             if "/score_" in name:  # mean and deviation of the last test set's scores
                 scale[name.split("/")[1]] = value
         if self.ranks.first:
+            scale |= {"score_quantiles": quantiles(self.scores)} if scale else {}
             with explained(reason, OSError):
                 amend(self.out / "model/descore.json", **scale)
             print(json.dumps(finite(figures), indent=1))
             print(f"{self.out}: done")
+        self.tracker.end()
         self.ranks.stop()
 
     def take_up(self) -> int:
@@ -262,12 +288,23 @@ class Run:
             self.checkpoints.folder.mkdir()
         if self.ranks.first:
             for path in self.logs:
-                cut(path, state[f"{path.stem}_bytes"] if state else 0)  # later steps are done again
+                cut(path, state.get(f"{path.stem}_bytes", 0) if state else 0)  # later steps are done again
+            if self.args.log:
+                self.tracker.begin(read_lines(self.logs[0]), anew=not state)
             if state:
                 print(f"{self.out}: going on after step {state['step']}", flush=True)
         if state:
             self.skipped.restore(state["skipped"])
         return state["step"] if state else 0
+
+    def say_what_it_is(self, last: int) -> None:
+        """Write settings.json for those who look at the run."""
+        if self.ranks.first:
+            about = {"stage": self.stage, "steps": last, "settings": asdict(self.args),
+                     "dimensions": self.model.processor.dimensions}
+            path = self.out / "settings.json"
+            with explained(f"{path}: could not be written", OSError):
+                path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     def batches(self, plan: list[list[list]]) -> Iterator[tuple[Batch, list[str | None]]]:
         """The videos of a plan's micro-batches, decoded ahead."""
@@ -334,6 +371,25 @@ class Run:
                             "not finite; the last checkpoint is from before them. A smaller "
                             "--lr may help")
 
+    def check_ratio(self, logps: torch.Tensor, old_logps: torch.Tensor,
+                    learnt: torch.Tensor) -> None:
+        """Log the largest ρ = π_θ / π_old of the `learnt` tokens, and how far apart the two
+        log-probabilities are at most. Only in a step's first update is the policy that trains
+        the one that sampled; later ones are not looked at. All (B, G, C)."""
+        if self.means.update == 0 and learnt.any():
+            log_ratio = (logps.detach() - old_logps)[learnt].double()
+            self.means.largest(ratio_max=log_ratio.max().exp(), logp_gap=log_ratio.abs().max())
+
+    def warn_of_ratio(self, step: int, gap: float) -> None:
+        """Warn, once, where ρ before the first update is not 1 but for rounding."""
+        half = self.model.dtype in (torch.bfloat16, torch.float16)
+        bound = ROUNDING_HALF if half else ROUNDING
+        if self.ranks.first and not (self.warned or gap <= bound):
+            self.warned = True
+            print(f"warning: step {step}: before its first update the policy's log-probabilities differ "
+                  f"by up to {gap:.3g} from those that sampling recorded, and rounding makes up to "
+                  f"{bound:g}: ρ is not 1. `logp_gap` in the log has all steps", file=sys.stderr)
+
     def keep_rollouts(self, step: int, micro: MicroBatch, texts: list[str],
                       figures: dict[str, torch.Tensor]) -> None:
         """Put the rollouts of a step's first videos aside for rollouts.jsonl. texts: B · G, figures
@@ -347,7 +403,8 @@ class Run:
                     for g, cot in enumerate(texts[b * G : (b + 1) * G]):
                         found = {name: value[b, g].item() for name, value in figures.items()}
                         rollouts.append({"cot": cot, **finite(found)})
-                    record = {"step": step, "video": video, "prompt": prompt}
+                    reference = (pair.scores_a, pair.scores_b)[side]
+                    record = {"step": step, "video": video, "prompt": prompt, "reference": reference}
                     self.kept.append((number, record | {"rollouts": rollouts}))
 
     def stops(self, step: int, last: int) -> bool:
@@ -368,16 +425,38 @@ class Run:
         return bool(stop)
 
     def evaluate(self, step: int, tests: dict[str, Pairs]) -> dict[str, float]:
-        args = self.args
+        args, judged = self.args, {}
         figures = evaluate(self.model, tests, self.ranks, args.max_new_tokens,
-                           args.eval_temperature, args.think_tokens, args.workers)
+                           args.eval_temperature, args.think_tokens, args.workers, judged)
         self.log({"step": step, **figures})
+        for name, pairs in tests.items():
+            self.keep_held_out(step, name, pairs, judged[name])
         return figures
 
+    def keep_held_out(self, step: int, name: str, pairs: Pairs, judged: dict) -> None:
+        """Write what the policy thought about a test set's first videos to held_out.jsonl: the same
+        videos each time, so that one can see how thinking changes. The set's scores are kept."""
+        references = dict(zip(keys_of(pairs), both(pairs, "scores")))
+        for key in list(references)[: self.args.keep_rollouts]:
+            if "error" not in judged[key]:
+                record = {"step": step, "test": name, **judged[key], "reference": references[key]}
+                self.log(record, "held_out")
+        self.scores = [record["score"] for record in judged.values() if "error" not in record]
+
     def log(self, record: dict, name: str = "metrics") -> None:
-        """Add a record to metrics.jsonl or rollouts.jsonl; what is not finite becomes null."""
+        """Add a record to metrics.jsonl, whose figures go to a tracker as well (`--log`), or to
+        another file; what is not finite becomes null."""
         if self.ranks.first:
             append(self.out / f"{name}.jsonl", [finite(record)])
+            if name == "metrics":
+                self.tracker.send(record)
+
+
+def quantiles(scores: list[float]) -> list[float]:
+    """101 numbers: the lowest of some scores, what 1 % of them are below, … the highest."""
+    values = torch.tensor(scores, dtype=torch.double)
+    found = values.quantile(torch.linspace(0, 1, 101, dtype=torch.double))
+    return [round(value, 4) for value in found.tolist()]
 
 
 def append(path: Path, records: list[dict]) -> None:

@@ -57,6 +57,9 @@ class RunArgs:
     eval_before: bool = setting(True, "evaluate before the first step")
     eval_every: Whole = setting(0, "evaluate every so many steps too [never]")
     eval_temperature: NotNegative = setting(1.0, "of its CoTs; 1 is the policy itself")
+    keep_rollouts: Whole = setting(4, "videos whose thoughts are written down: of each step of "
+                                   "stage 2, and of each test set at each evaluation")
+    log: Literal["tensorboard", "wandb"] | None = setting(None, "send the figures there too")
 
     @property
     def video(self) -> dict:
@@ -67,7 +70,7 @@ class RunArgs:
 # Settings that may differ from one start of a run to the next: they do not change what is
 # trained.
 FREE = {"out", "preset", "resume", "save_every", "keep", "workers", "max_skipped",
-        "keep_rollouts", "test", "eval_before", "eval_every", "eval_temperature"}
+        "keep_rollouts", "log", "test", "eval_before", "eval_every", "eval_temperature"}
 FREE_IN = {"coldstart": {"think_tokens", "max_new_tokens"}}  # which thinks in evaluation alone
 
 

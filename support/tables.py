@@ -69,15 +69,16 @@ def readable(pairs: list[Pair],
 
 def as_json(found) -> str:
     """JSON for users, with null for figures that have no base, such as the accuracy of ties."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {name: plain(part) for name, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(part) for part in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     return json.dumps(plain(found), ensure_ascii=False, allow_nan=False)
+
+
+def plain(value):
+    """What JSON can hold, with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_ranking(found: list[dict] | dict) -> str:

@@ -324,7 +324,7 @@ def check_rollouts(out, weights, divide=True):
     """What rollouts.jsonl says adds up: rewards from their parts, advantages from the rewards."""
     kept, has_signal = lines(out / "rollouts.jsonl"), 0
     for video in kept:
-        assert video.keys() == {"step", "video", "prompt", "rollouts"}
+        assert video.keys() == {"step", "video", "prompt", "reference", "rollouts"}
         names = {"cot", "reward", "advantage", "score", *(f"reward_{name}" for name in weights)}
         for one in video["rollouts"]:
             assert one.keys() == names and isinstance(one["cot"], str) and math.isfinite(one["score"])
