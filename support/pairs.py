@@ -185,8 +185,8 @@ def parse_args() -> argparse.Namespace:
     add("--model", help="a saved model or a run's folder [runs/rl, else runs/coldstart]")
     add("--take", choices=("best-worst", "all"), default="best-worst",
         help="of a prompt's videos the best against the worst, or each two")
-    add("--margin", type=NotNegative, default=0.0, help="how far apart two scores must be at least, "
-        "in standard deviations: the model's score_std, or if it has none this file's")
+    add("--margin", type=NotNegative, default=0.0, help="how much further than this apart two "
+        "scores must be, in standard deviations: the model's score_std, or if none, this file's")
     add("--samples", type=Count, default=1, help="CoTs a video, their scores averaged")
     add("--scores", action="store_true",
         help="keep the CoTs' sub-scores as reference, for stage 2")
@@ -211,6 +211,7 @@ def main() -> None:
     check_out(args.pairs, args.videos)
     groups = read_groups(args.videos)
     model = DeScore.load(args.model or default_model())
+    model.check_head()
     if args.instruction:
         release.use_instruction(model, args.instruction)
     keys = []

@@ -4,8 +4,8 @@ CoT is not about it.
     python -m support.probe test.jsonl --model runs/rl --limit 100
 
 Both videos of each pair are judged as they are, and again with a thing changed (`SHOWN`, `EXCHANGED`).
-A change is the new score minus the old, in standard deviations of the scores; it falls where it is
-below 0. The table has, over videos, the mean change and how often the score falls, and over pairs
+A change is the new score minus the old, in standard deviations of the scores; the score falls where
+that is below −0.001, so that rounding is no fall. The table has, over videos, the mean change and how often the score falls, and over pairs
 that are no ties how often the sign of the margin is the label. Intervals are the bootstrap's, of
 95 %, drawn by prompt: all videos and pairs of a prompt go together.
 
@@ -72,6 +72,7 @@ WORDS = {
     "scores_false": "each sub-score of the CoT another",
     "scores_all_2": "each sub-score of the CoT 2",
 }
+NOTHING = 0.001  # standard deviations; a smaller change is rounding
 # What a sub-score is replaced by.
 FALSE = {0: 2, 1: 0, 2: 0, "N/A": 1}
 ALL_2 = {0: 2, 1: 2, 2: 2, "N/A": "N/A"}
@@ -101,8 +102,10 @@ def falsified(cot: str, new: dict, dimensions: dict) -> str | None:
     thought, opening, answer = cot.partition("<answer>")
     wanted = {name: new[value] for name, value in found["dimensional_scores"].items()}
     for name, value in wanted.items():
-        answer = put(rf'("{re.escape(name)}"\s*:\s*)("N/A"|[\d.]+)', json.dumps(value), answer)
-        thought = put(rf"(?m)^([ \t]*{re.escape(name)}:.*\bso )(N/A|[012])\b", str(value), thought)
+        key = re.escape(json.dumps(name, ensure_ascii=False))
+        line = rf"(?m)^((?:<think>)?[^\w\n]*{re.escape(name)}[^\w\n]*:.*\bso )(N/A|[012])\b"
+        answer = put(rf'({key}\s*:\s*)("N/A"|[\d.]+)', json.dumps(value), answer)
+        thought = put(line, str(value), thought)
     overall = overall_score(wanted, dimensions)
     if overall:
         answer = put(r'("overall_score"\s*:\s*)([\d.]+)', f"{overall:.1f}", answer)
@@ -251,13 +254,14 @@ def behind(model: DeScore, cots: dict[str, dict[Key, str | None]],
         clips = [read(model, key) for key in some]
         batches = encode(model, clips)
         records = [{"video": video, "prompt": prompt} for video, prompt in some]
-        for name, own in cots.items():
-            texts = [own[key] for key in some]
+        for name, given in cots.items():
+            texts = [given[key] for key in some]
             # What has none stands there with an empty one, which nobody looks at.
             scores = score(model, clips, batches, [text or "" for text in texts]).tolist()
-            for record, text, found in zip(records, texts, scores):
+            for key, record, text, found in zip(some, records, texts, scores):
                 if text is not None:
-                    record[name] = found
+                    same = name != "cot_own" and text == cots["cot_own"][key]
+                    record[name] = record["cot_own"] if same else found
         tables.check_finite(model, records)
         return records
 
@@ -306,7 +310,7 @@ def figures(pairs: list[Pair], records: dict[Key, dict], model: DeScore, samples
                 right.append(float((a > b) - (a < b) == pair.human))
                 of_pair.append(pair.prompt)
         found["rows"][name] = {"what": words, "change": mean(change, prompts),
-                               "falls": mean([float(x < 0) for x in change], prompts),
+                               "falls": mean([float(x < -NOTHING) for x in change], prompts),
                                "accuracy": mean(right, of_pair)}
     if samples > 1:
         variances = [record["variance"] / (std or math.nan)**2 for record in records.values()]
