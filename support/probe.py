@@ -5,9 +5,10 @@ CoT is not about it.
 
 Both videos of each pair are judged as they are, and again with a thing changed (`SHOWN`, `EXCHANGED`).
 A change is the new score minus the old, in standard deviations of the scores; the score falls where
-that is below −0.001, so that rounding is no fall. The table has, over videos, the mean change and how often the score falls, and over pairs
-that are no ties how often the sign of the margin is the label. Intervals are the bootstrap's, of
-95 %, drawn by prompt: all videos and pairs of a prompt go together.
+that is below −0.001, so that rounding is no fall. The table has, over videos, the mean change and
+how often the score falls, and over pairs that are no ties how often the sign of the margin is the
+label. Intervals are the bootstrap's, of 95 %, drawn by prompt: all videos and pairs of a prompt go
+together.
 
 Where the frames or the prompt are changed the model thinks anew; where the CoT is, it reads the video
 as it is, and the old score is that behind its own CoT, read again in the same way. --json prints the
