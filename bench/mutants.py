@@ -27,6 +27,7 @@ WORLD, PARADIGMS = "tests/test_world.py", "tests/test_paradigms.py"
 REPORT, BROWSER = "tests/test_report.py", "tests/test_browser.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 MASKED = "tests/test_steps.py -k masked"
+PAIRS, PROBE = "tests/test_pairs.py", "tests/test_probe.py"
 NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
 
 MUTANTS = [
@@ -361,6 +362,44 @@ MUTANTS = [
     ("support/page.html", "pair.verdict === state.verdict)", "true)", BROWSER),
     ("support/page.html", "line-height: 1.4; overflow-wrap: anywhere; }", "white-space: nowrap; }", BROWSER),
     ("support/page.html", "if (found.error) return el(", "if (false) return el(", BROWSER),
+    # -- pairs from scores, and what a score goes by
+    ("support/pairs.py", "ranked[:1] + ranked[1:][-1:]", "ranked[:2]", PAIRS + " -k equal"),
+    ("support/pairs.py", "-video[0][\"score\"]", "video[0][\"score\"]", PAIRS + " -k equal"),
+    ("support/pairs.py", "not pair.margin > margin", "pair.margin < margin", PAIRS + " -k equal"),
+    ("support/pairs.py", "/ (std or 1.0)", "", PAIRS + " -k equal"),
+    ("support/pairs.py", "if \"error\" not in judged[key]:", "if True:", PAIRS + " -k equal"),
+    ("support/pairs.py", "> TEXT_LIMIT:", "> 2 * TEXT_LIMIT:", PAIRS + " -k equal"),
+    ("support/pairs.py", "math.hypot(a[\"score_std\"], b[\"score_std\"])",
+     "a[\"score_std\"] + b[\"score_std\"]", PAIRS + " -k how_sure"),
+    ("support/pairs.py", "spread * math.sqrt(samples)", "spread", PAIRS + " -k how_sure"),
+    ("support/pairs.py", "if times > 1:", "if False:", PAIRS + " -k understood"),
+    ("support/pairs.py", "counts[\"a prompt without two videos that can be read\"] += not pairs", "pass",
+     PAIRS + " -k costs"),
+    ("support/pairs.py", "check_out(args.pairs, args.videos)", "pass", PAIRS + " -k written_over"),
+    ("support/tables.py", "statistics.pstdev(scores) if", "statistics.stdev(scores) if", PAIRS + " -k whose"),
+    ("support/probe.py", "clip.frames.flip(0)", "clip.frames", PROBE + " -k each_way"),
+    ("support/probe.py", "clip.frames[:1]", "clip.frames[-1:]", PROBE + " -k each_way"),
+    ("support/probe.py", "[s / 2 for s", "[s * 2 for s", PROBE + " -k each_way"),
+    ("support/probe.py", "_replace(prompt=\"\")", "_replace(prompt=other)", PROBE + " -k each_way"),
+    ("support/probe.py", "_replace(prompt=other)", "_replace(prompt=\"\")", PROBE + " -k each_way"),
+    ("support/probe.py", "cots.get(partners[key])", "cot", PROBE + " -k each_way"),
+    ("support/probe.py", "others.get(key[1]), []", "key[1], []", PROBE + " -k each_way"),
+    ("support/probe.py", "1: 0, 2: 0, \"N/A\": 1", "1: 1, 2: 0, \"N/A\": 1", PROBE + " -k each_way"),
+    ("support/probe.py", "thought = put(line, str(value), thought)", "pass", PROBE + " -k falsified"),
+    ("support/probe.py", "!= wanted:", "== {}:", PROBE + " -k falsified"),
+    ("support/probe.py", "generator.randrange(1, ", "generator.randrange(0, ", PROBE + " -k never"),
+    ("support/probe.py", "if name in EXCHANGED else \"own\"", "if False else \"own\"", PROBE + " -k figures"),
+    ("support/probe.py", "if pair.human and", "if", PROBE + " -k ties"),
+    ("support/probe.py", "(a > b) - (a < b) == pair.human", "(a > b) == (pair.human > 0)",
+     PROBE + " -k ties"),
+    ("support/probe.py", "(std or math.nan)**2", "(std or math.nan)", PROBE + " -k figures"),
+    ("support/probe.py", "found.var()", "found.var(correction=0) / 2", PROBE + " -k figures"),
+    ("support/probe.py", "index_add(0, where, values)", "index_add(0, where, values / 2)",
+     PROBE + " -k drawn"),
+    ("support/probe.py", "if len(numbers) < 2:", "if len(numbers) < 1:", PROBE + " -k drawn"),
+    ("support/probe.py", "if is_release(model) and own_size:", "if False:", PROBE + " -k that_of_judge"),
+    ("support/probe.py", "[clip[-1].seconds for", "[[0.0] * len(clip[-1].seconds) for",
+     PROBE + " -k that_of_judge"),
 ]
 
 

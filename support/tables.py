@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable
 
@@ -26,6 +27,14 @@ def describe(model, record: dict) -> dict:
                      "format_ok": follows_format(record["cot"], dimensions),
                      "sub_scores": cot.get("dimensional_scores"),
                      "overall_score": cot.get("overall_score")}
+
+
+def scale(model, scores: list[float]) -> tuple[float, str]:
+    """One standard deviation of a model's scores, and whose: the model's own, over the held-out
+    videos on which it was last measured, or if it has none that of these scores."""
+    if model.info.get("score_std"):
+        return model.info["score_std"], "the model's own (score_std in descore.json)"
+    return statistics.pstdev(scores) if scores else math.nan, "of the scores found here"
 
 
 def ranking(model, judged: dict[Key, dict]) -> list[dict] | dict:
