@@ -130,7 +130,7 @@ def grey_levels(frame: np.ndarray) -> np.ndarray:
 def paired(videos: list, prompts, fps) -> tuple[list[str], list[float | None]]:
     """A prompt and the frames a second of each video: one given for all, or one each; None of paths,
     whose files say it. Raises ValueError or TypeError where they do not go together."""
-    prompts = [prompts] * len(videos) if isinstance(prompts, str) else [*(prompts or ())]
+    prompts = [prompts] * len(videos) if isinstance(prompts, str) else list(prompts)
     rates = [*fps] if isinstance(fps, (list, tuple)) else [fps] * len(videos)
     for given, name in ((prompts, "prompts"), (rates, "fps")):
         if len(given) != len(videos):

@@ -112,9 +112,9 @@ def check_pixels(width: int, height: int, most: int) -> None:
 
 def check_file(path: Path, args: argparse.Namespace) -> None:
     """Raises DataError for a file that is no video, or a larger one than is served."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     with explained(f"{path}: not a video that can be read", OSError, *ERRORS):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
         with opened(path) as (_, stream):
             check_pixels(stream.codec_context.width, stream.codec_context.height, args.max_pixels)
         check_length(open_file(path).total, args)
@@ -147,21 +147,25 @@ class Service:
 
     async def read(self, request: Request) -> bytes:
         """The body of a request, within bounds."""
-        most, body = self.args.max_body, bytearray()
+        most, taken, body = self.args.max_body, 0, bytearray()
         length = request.headers.get("content-length", "0")
         too_long = HTTPException(413, f"a body of more than {most:,} bytes")
-        if length.isdecimal() and int(length) > most:
+        # Most who send too much will read why only when they are through.
+        if not length.isdecimal() or int(length) > 4 * most:
             raise too_long
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > most:
-                        raise too_long
+                    taken += len(chunk)
+                    if taken > 4 * most:
+                        break
+                    body += chunk if taken <= most else b""
         except TimeoutError:
             raise HTTPException(408, f"no body within {BODY_SECONDS} seconds") from None
         except ClientDisconnect:
             raise HTTPException(400, "the body was cut off") from None
+        if taken > most:
+            raise too_long
         return bytes(body)
 
     def work(self, work, body: bytes) -> str:
