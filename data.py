@@ -151,29 +151,36 @@ def smart_resize(height: int, width: int, frames: int, settings: VideoSettings) 
 
 
 @contextmanager
-def open_video(path: str | Path, settings: VideoSettings):
-    """A video file, the indices of the frames to sample, and the second of each. Raises DataError,
-    naming the file, if it is missing or, within the block, no video can be read."""
-    path = Path(path)
-    with explained(f"{path}: not a video that can be read", OSError, *ERRORS):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        if path.stat().st_size == 0:
-            raise DataError(f"{path}: the file is empty")
-        video = Video(path)
+def open_video(video, settings: VideoSettings):
+    """A video, the indices of the frames to sample, and the second of each. `video` is a file's
+    path, or has total, fps, seconds and frames as `support.frames.Video` has them. Raises
+    DataError, naming it, if it is missing or, within the block, no video can be read."""
+    video = Path(video) if isinstance(video, str) else video
+    with explained(f"{video}: not a video that can be read", OSError, *ERRORS):
+        if isinstance(video, Path):
+            video = open_file(video)
         count = smart_nframes(video.total, video.fps, settings)
         indices = torch.linspace(0, video.total - 1, count).round().long().tolist()
         yield video, indices, [video.seconds[index] for index in indices]
 
 
-def read_video(path: str | Path, settings=VideoSettings()) -> tuple[Tensor, list[float]]:
-    """Decode the sampled frames of a video file, at the size at which the model sees them.
+def open_file(path: Path) -> Video:
+    """A video file. Raises DataError, naming it, if it is missing or empty."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    return Video(path)
+
+
+def read_video(video, settings=VideoSettings()) -> tuple[Tensor, list[float]]:
+    """The sampled frames of a video (`open_video`), at the size at which the model sees them.
 
     Returns frames (T, 3, H, W) uint8 with T even, and the second at which each stands. Raises
-    DataError, naming the file, if no video can be read from it."""
+    DataError, naming it, if no video can be read from it."""
     frames = []
-    with open_video(path, settings) as (video, indices, seconds):
-        for picture in video.frames(indices):
+    with open_video(video, settings) as (opened, indices, seconds):
+        for picture in opened.frames(indices):
             frame = torch.from_numpy(picture).permute(2, 0, 1)[None]
             size = smart_resize(*frame.shape[2:], len(indices), settings)
             if frame.shape[2:] != size:
@@ -286,18 +293,26 @@ class Processor:
         return self.tokenizer.decode(ids[:end], skip_special_tokens=False,
                                      clean_up_tokenization_spaces=False)
 
-    def __call__(self, video: str | Path, prompt: str) -> Sample:
-        """Read a video file and put it into the instruction with its prompt."""
+    def __call__(self, video, prompt: str) -> Sample:
+        """Read a video (`open_video`) and put it into the instruction with its prompt."""
         return self.sample(*read_video(video, self.settings), prompt)
 
     def sample(self, frames: Tensor, seconds: list[float], prompt: str) -> Sample:
         """Frames (T, 3, H, W) uint8 and the second of each, as `read_video` returns them, with
-        their prompt: the user's turn and the beginning of the assistant's."""
+        their prompt: the user's turn and the beginning of the assistant's. DataError for frames of
+        another type or size."""
+        T, s = len(seconds), self.settings
+        side = s.patch_size * s.merge_size
+        fits = frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[:2] == (T, 3)
+        odd = T % s.temporal_patch_size or any(length % side for length in frames.shape[2:])
+        if not fits or odd or not frames.numel():
+            raise DataError(f"{frames.dtype} {tuple(frames.shape)} with {T} times: not frames as "
+                            f"read_video makes them, uint8 (T, 3, H, W), sides multiples of {side}")
         patches, grid = patchify(frames, self.settings)
         return Sample(self.prompt_ids(grid, seconds, prompt), patches, grid)
 
-    def outline(self, video: str | Path, prompt: str) -> Sample:
-        """The sample of a video file without any patches: a single frame is decoded."""
+    def outline(self, video, prompt: str) -> Sample:
+        """The sample of a video (`open_video`) without any patches: one frame is decoded."""
         s = self.settings
         with open_video(video, s) as (clip, indices, seconds):
             height, width = smart_resize(*next(clip.frames([0])).shape[:2], len(indices), s)

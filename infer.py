@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Key, Pair, agreement, both, implied_overall, keys_of, parse_cot
+from data import DataError, Key, Pair, agreement, both, implied_overall, keys_of, parse_cot
 from model import DeScore
-from support import release, tables
+from support import memory, release, tables
 from support.batches import THINK_TOKENS, draw_seed, packed, prompt_lengths, read_ahead, sort_out
 from support.command import Count, NotNegative, Whole, run_command
 from support.files import default_model
@@ -33,12 +33,12 @@ from support.thought import follows_format
 def judge(
         model: DeScore, keys: list[Key], max_new_tokens=4096, temperature=0.0,
         seed=0, think_tokens=THINK_TOKENS, done: Collection[Key] = (), samples=1,
-        think=True, without_cot=False, workers=0, finite=True,
-        ranks: Ranks = ALONE) -> Iterator[dict]:
+        think=True, without_cot=False, workers=0, finite=True, ranks: Ranks = ALONE,
+        numbers: list[int] | None = None) -> Iterator[dict]:
     """Think about and score many (video, prompt) keys but those that are `done`. Keys of like
     length go together, the longest first, as many as make think_tokens with the CoTs they may
     write. Ranks that are given share the work, and all get what each of them finds. What is
-    sampled for a key depends on its number in `keys` alone.
+    sampled for a key depends on its number alone, by default its place in `keys`.
 
     Yields a dict a key: video, prompt, cot, truncated, score; with more `samples` than one, score
     is the mean over so many CoTs, score_std their spread, and cot the first. `without_cot` adds
@@ -46,7 +46,7 @@ def judge(
     prompt, error. DataError where a score is not finite, if it is to be `finite`."""
     if finite:
         model.check_head()
-    numbered = ranks.share(list(enumerate(keys)))
+    numbered = ranks.share(list(zip(numbers or range(len(keys)), keys)))
     lengths = prompt_lengths(model.processor, [key for _, key in numbered])
     sizes = [lengths[key] + samples * max_new_tokens * think for _, key in numbered]
     groups, to_read = [], []
@@ -107,6 +107,59 @@ def judge_batch(
         for record, score in zip(records, no_cot.tolist()):
             record["score_no_cot"] = score
     return records + unread
+
+
+# ------------------------------
+# Videos in memory: a reward for whoever trains a generator
+
+
+def reward(
+        model: DeScore, videos, prompts: str | list[str], *, fps=None,
+        layout: str | None = None, think=True, samples=1, max_new_tokens=4096,
+        temperature: float | None = None, seed=0, standardise=True,
+        think_tokens=THINK_TOKENS) -> list[dict]:
+    """Think about videos that are at hand, and score how well each follows its prompt.
+
+    videos: a path; frames, uint8 or float in [0, 1], (T, 3, H, W) of one video, (B, T, 3, H, W) or
+    (B, 3, T, H, W) of several; a list of PIL images; or a list of these. fps: frames a second,
+    which files alone say themselves. prompts, fps: one for all videos, or a list. layout: "TCHW",
+    "CTHW" or "THWC", where sizes do not tell the colour's axis. temperature: by default 0, with
+    more samples 1; a video's draws depend on it, its prompt and the seed alone.
+
+    Returns a dict a video: score (a mean over the samples), standardised (standard deviations from
+    the mean of held-out videos; None if the model knows none), cot, sub_scores, error. A video that
+    cannot be scored has the score NaN, and an error that says why. What is the same twice is
+    thought about once. DataError where the call makes no sense."""
+    model.check_head()
+    asked = memory.keys_of(videos, prompts, fps, layout)
+    keys = list(dict.fromkeys(asked))
+    temperature = float(samples > 1) if temperature is None else temperature
+    if not (samples >= 1 and max_new_tokens >= 1 and temperature >= 0 and seed >= 0):
+        raise DataError("samples or max_new_tokens below 1, or temperature or seed below 0")
+    # What a trainer wraps its own model in is not meant for this one.
+    with torch.autocast(model.device.type, enabled=False):
+        found = by_key(judge(model, keys, max_new_tokens, temperature, seed, think_tokens,
+                             samples=samples, think=think, finite=False,
+                             numbers=[memory.number_of(key) for key in keys]))
+    return [tables.rewarded(model, found[key], standardise) for key in asked]
+
+
+class Scorer:
+    """A model that any number of threads may ask. While the videos of one are thought about those
+    of others gather, and go through the model together next."""
+
+    def __init__(self, model_dir: str | Path, device=None, *, window=0.01):
+        """window: seconds to wait for others who ask at the same time."""
+        self.model = DeScore.load(model_dir, device=device)
+        self.model.check_head()
+        self.together = memory.Together(self.score, window)
+
+    def __call__(self, videos, prompts, *, fps=None, layout=None, **how) -> list[dict]:
+        """`reward`, with the same options."""
+        return self.together(memory.keys_of(videos, prompts, fps, layout), how)
+
+    def score(self, keys: list[Key], how: dict) -> list[dict]:
+        return reward(self.model, *map(list, zip(*keys)), **how)
 
 
 # ------------------------------

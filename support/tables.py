@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from data import DataError, Key, Pair, keys_of, parse_cot
+from support.client import unusable
 from support.thought import follows_format
 
 
@@ -17,13 +18,9 @@ def describe(model, record: dict) -> dict:
     if "cot" not in record:
         return {"video": record["video"], "prompt": record["prompt"], "cot": None,
                 "score": record["score_no_cot"]}
-    dimensions, standardised = model.processor.dimensions, None
+    dimensions = model.processor.dimensions
     cot = parse_cot(record["cot"], dimensions) or {}
-    if model.info.get("score_std"):
-        # A Bradley-Terry score has no scale of its own: in standard deviations from the mean of
-        # the held-out videos on which the model was last measured.
-        standardised = (record["score"] - model.info["score_mean"]) / model.info["score_std"]
-    return record | {"standardised": standardised,
+    return record | {"standardised": standardised(model, record["score"]),
                      "format_ok": follows_format(record["cot"], dimensions),
                      "sub_scores": cot.get("dimensional_scores"),
                      "overall_score": cot.get("overall_score")}
@@ -35,6 +32,31 @@ def scale(model, scores: list[float]) -> tuple[float, str]:
     if model.info.get("score_std"):
         return model.info["score_std"], "the model's own (score_std in descore.json)"
     return statistics.pstdev(scores) if scores else math.nan, "of the scores found here"
+
+
+def standardised(model, score: float) -> float | None:
+    """A score in standard deviations from the mean of the held-out videos on which the model was
+    last measured, for a Bradley-Terry score has no scale of its own; None where it never was."""
+    if not model.info.get("score_std"):
+        return None
+    return (score - model.info["score_mean"]) / model.info["score_std"]
+
+
+def rewarded(model, record: dict, standardise: bool = True) -> dict:
+    """A judged video as `infer.reward` gives it: score, standardised, cot, sub_scores, error, and
+    what else is known. Where there is no score, NaN stands for it and the error says why."""
+    if "error" in record:
+        return unusable(record["error"])
+    found = describe(model, record)
+    if not math.isfinite(found["score"]):
+        return unusable(f"its score is {found['score']}: {model.name} has broken weights, or its "
+                        "numbers ran over")
+    first = {"score": found["score"], "standardised": None, "cot": found["cot"],
+             "sub_scores": found.get("sub_scores"), "error": None}
+    if standardise:
+        first["standardised"] = standardised(model, found["score"])
+    rest = set(found) - {*first, "video", "prompt"}
+    return first | {name: found[name] for name in found if name in rest}
 
 
 def ranking(model, judged: dict[Key, dict]) -> list[dict] | dict:

@@ -349,8 +349,8 @@ def test_the_command_prints_a_table(world_dir, scorer, tmp_path):
     assert text[0] == "2 videos of 1 pairs; changes in standard deviations"
     # With CoTs cut off before any sub-score, and with no other prompt, rows are missing.
     assert [line[:20].strip() for line in text[4:-3]] == [
-        "as it is", "thought about once m", "the prompt empty", "the frames in revers", "each frame the first",
-        "the seconds halved,", "the CoT its own, rea", "the CoT that of the"]
+        "as it is", "thought about once m", "the prompt empty", "the frames in revers",
+        "each frame the first", "the seconds halved,", "the CoT its own, rea", "the CoT that of the"]
 
 
 def flat(found):
