@@ -8,7 +8,7 @@ goes on from OUT/state.pt, at most a hundred steps before.
 
 First it describes clips, degrees in tenths (the prompt is just "Describe the video."), so that it learns to
 look: with a prompt to copy from, it would copy. Then it also judges clips against prompts, in the CoT format
-of data.py, and practises that. Last, in a short lesson, it imitates a judge with bad habits (`habits`):
+of data.py. Last, in a short lesson, it imitates a judge with bad habits (`habits`):
 lenient with what is not quite met, and unable to leave alone what the prompt does not ask for. These leave
 something to be learnt by reinforcement.
 
@@ -244,11 +244,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("toy/backbone"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--describe-steps", type=int, default=1800, help="steps of describing clips")
-    parser.add_argument("--judge-steps", type=int, default=800,
+    parser.add_argument("--judge-steps", type=int, default=650,
                         help="steps of judging clips as well (three in four)")
-    parser.add_argument("--practise-steps", type=int, default=500,
-                        help="steps of more of the same, the rate fresh")
-    parser.add_argument("--imitate-steps", type=int, default=150, help="steps of judging with bad habits")
+    parser.add_argument("--imitate-steps", type=int, default=100, help="steps of judging with bad habits")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--vocab-size", type=int, default=640)
@@ -273,7 +271,6 @@ def main() -> None:
     # How far down its cosine the rate of a lesson goes: the first leaves off where the second can take over.
     for lesson, steps, rate, reach in (("describe", args.describe_steps, args.lr, 0.72),
                                        ("judge", args.judge_steps, args.lr, 0.9),
-                                       ("practise", args.practise_steps, args.lr * 2 / 3, 0.95),
                                        ("imitate", args.imitate_steps, args.lr / 5, 0.9)):
         done = max(0, state["done"] - first)  # of this lesson
         first += steps
@@ -300,7 +297,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            if step % 10 == 1 or step == steps:
+            if step % 50 == 1 or step == steps:
                 print(f"{lesson} {step:5d}  loss {loss.item():.4f}  tokens right {accuracy:.3f}  "
                       f"{time.time() - started:6.0f} s", flush=True)
             if step % 300 == 0 or step == steps:
