@@ -258,8 +258,10 @@ class Service:
         root = self.args.videos
         if root is None:
             raise DataError("files are not served by their path: start with --videos DIR")
-        with explained("video_path is no path", OSError, ValueError, RuntimeError):
+        try:
             path = (root / turn.video_path).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL
+            raise DataError(f"{turn.video_path}: not a path that leads to a file") from error
         if not path.is_relative_to(root):
             raise DataError(f"{turn.video_path}: not below the folder that is served")
         return path, turn.video_path

@@ -425,6 +425,8 @@ def test_what_is_wrong_with_one_call_is_that_calls_own(scorer_dir, clips):
     assert found[1] is DataError and found[3] is TypeError and found[5] is DataError
     assert found[0] == found[2] and found[0][0]["cot"] and found[4][0]["cot"] is None
     assert scorer([], []) == []
+    (nothing,) = scorer(GOOD[:0], "p", fps=8)
+    assert math.isnan(nothing["score"]) and "it has no frames" in nothing["error"]
 
 
 def test_calls_are_one_at_a_time_and_answers_find_their_callers():
