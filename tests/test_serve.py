@@ -341,7 +341,9 @@ def test_beyond_its_queue_it_is_busy_and_it_ends_when_what_it_has_is_done(scorer
     body = {"prompt": ["p", "p"], "video": [frames_in(clip[1]), ["bad"]]}
 
     def wait_for(held):
+        end = time.time() + 60
         while ask(url, "/health", b"", method="GET")[1]["under_way"] != held:
+            assert time.time() < end
             time.sleep(0.02)
 
     with ThreadPoolExecutor(2) as pool:
