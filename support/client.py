@@ -63,7 +63,7 @@ def split(videos, layout: str | None = None) -> list:
 
 def is_opened(video) -> bool:
     """Whether this is a video already, with frames by their number."""
-    return all(hasattr(video, name) for name in ("total", "fps", "seconds", "frames"))
+    return all(hasattr(video, name) for name in ("total", "fps", "frames"))
 
 
 def is_picture(value) -> bool:

@@ -213,16 +213,7 @@ class Service:
     def score_files(self, body: bytes) -> dict:
         """POST /score: files."""
         asked = Score.model_validate_json(body)
-        if asked.protocol_version != "1" or asked.grad_mode:
-            raise HTTPException(400, "protocol_version is not 1, or there is a grad_mode: not served")
-        for request in asked.requests:
-            for name in request.required_rewards:
-                if name != NAME:
-                    raise HTTPException(400, f"no reward {name!r} is served, but {NAME!r}")
-            if getattr(request, "scorer_version", None) is not None:
-                raise HTTPException(400, "no scorer_version is kept")
-            if not request.history:
-                raise HTTPException(422, "a history is empty")
+        check_score(asked)
         with tempfile.TemporaryDirectory(prefix="descore-") as folder:
             videos, shown = [], {}  # how a file that is read was named by who asks
             for request in asked.requests:
@@ -234,6 +225,8 @@ class Service:
                 except DataError as error:
                     videos.append(error)
             records = self.records(videos, [request.history[-1].text for request in asked.requests])
+        # What is left of a path that was cut is nobody's affair either.
+        shown |= {f"{folder}/": "", f"{self.args.videos}/": ""}
         for record in records:
             for path, name in shown.items():
                 record["error"] = record["error"] and record["error"].replace(path, name)
@@ -258,11 +251,27 @@ class Service:
         root = self.args.videos
         if root is None:
             raise DataError("files are not served by their path: start with --videos DIR")
-        with explained("video_path is no path", OSError, ValueError, RuntimeError):
+        try:
             path = (root / turn.video_path).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL
+            raise DataError(f"{turn.video_path}: not a path that leads to a file") from error
         if not path.is_relative_to(root):
             raise DataError(f"{turn.video_path}: not below the folder that is served")
         return path, turn.video_path
+
+
+def check_score(asked: Score) -> None:
+    """Raises HTTPException for what UniRL's protocol knows and is not served here."""
+    if asked.protocol_version != "1" or asked.grad_mode:
+        raise HTTPException(400, "protocol_version is not 1, or there is a grad_mode: not served")
+    for request in asked.requests:
+        for name in request.required_rewards:
+            if name != NAME:
+                raise HTTPException(400, f"no reward {name!r} is served, but {NAME!r}")
+        if getattr(request, "scorer_version", None) is not None:
+            raise HTTPException(400, "no scorer_version is kept")
+        if not request.history:
+            raise HTTPException(422, "a history is empty")
 
 
 def metrics(record: dict) -> dict[str, float]:

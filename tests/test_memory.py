@@ -16,7 +16,7 @@ import infer
 from data import DataError, VideoSettings, read_video
 from infer import Scorer, reward
 from model import DeScore
-from support.memory import Clip, Frames, Together, keys_of
+from support.memory import Clip, Frames, Together, keys_of, number_of
 
 SHORT = {"max_new_tokens": 6}
 SHARED = ROOT.parent / "shared/videos"
@@ -354,6 +354,9 @@ def test_clips_are_told_apart_by_content_and_rate():
               Frames([frames[0], changed], 4.0), Frames([frame.reshape(4, 16, 3) for frame in frames], 4.0),
               Frames([frame.astype(np.float32) / 255 for frame in frames], 4.0)]
     assert len(set(others)) == len(others) and all(isinstance(clip, Clip) for clip in others)
+    keys = [(video, prompt) for video in (*others, "a.mp4", "b.mp4") for prompt in ("p", "q")]
+    assert len({number_of(key) for key in keys}) == len(keys)
+    assert number_of((same, "p")) == number_of((others[0], "p")) < 2**64
 
 
 def test_draws_depend_on_the_video_its_prompt_and_the_seed_alone(model, clips):
@@ -380,8 +383,9 @@ def test_standardised_scores(model, clips):
     assert reward(model, path, "p", **SHORT)[0]["standardised"] is None
 
 
-def test_a_trainers_own_precision_is_not_ours(model, clips):
-    path = clips[0][0]
+def test_a_trainers_own_precision_is_not_ours(clips):
+    path, model = clips[0][0], DeScore.load(ROOT / "toy/backbone", device="cpu")  # in float32
+    model.has_head = True
     expected = reward(model, path, "p", **SHORT)
     with torch.autocast("cpu", torch.bfloat16):
         assert reward(model, path, "p", **SHORT) == expected
@@ -425,6 +429,8 @@ def test_what_is_wrong_with_one_call_is_that_calls_own(scorer_dir, clips):
     assert found[1] is DataError and found[3] is TypeError and found[5] is DataError
     assert found[0] == found[2] and found[0][0]["cot"] and found[4][0]["cot"] is None
     assert scorer([], []) == []
+    (nothing,) = scorer(GOOD[:0], "p", fps=8)
+    assert math.isnan(nothing["score"]) and "it has no frames" in nothing["error"]
 
 
 def test_calls_are_one_at_a_time_and_answers_find_their_callers():
@@ -447,12 +453,10 @@ def test_calls_are_one_at_a_time_and_answers_find_their_callers():
 
 
 def test_whoever_is_interrupted_leaves_the_others_theirs():
-    started, going = threading.Event(), threading.Event()
-    first = []
+    started, going, found = threading.Event(), threading.Event(), {}
 
     def work(items, options):
-        if not first:
-            first.append(1)
+        if not started.is_set():
             started.set()
             going.wait(10)
             raise KeyboardInterrupt
@@ -460,18 +464,23 @@ def test_whoever_is_interrupted_leaves_the_others_theirs():
 
     together = Together(work, 0.0)
 
-    def interrupted():
-        with pytest.raises(KeyboardInterrupt):
-            together(["a"], {})
+    def ask(name):
+        try:
+            found[name] = together([name], {})
+        except KeyboardInterrupt:
+            found[name] = "interrupted"
 
-    one = threading.Thread(target=interrupted)
-    one.start()
+    threads = [threading.Thread(target=ask, args=[name], daemon=True) for name in "abcd"]
+    threads[0].start()
     started.wait(10)
-    with ThreadPoolExecutor(3) as pool:
-        found = [pool.submit(together, [name], {}) for name in "bcd"]
-        going.set()
-        assert [future.result(10) for future in found] == [["b"], ["c"], ["d"]]
-    one.join(10)
+    for thread in threads[1:]:
+        thread.start()
+    while len(together.waiting) < 3 and threads[3].is_alive():
+        time.sleep(0.01)
+    going.set()
+    for thread in threads:
+        thread.join(10)
+    assert found == {"a": "interrupted", "b": ["b"], "c": ["c"], "d": ["d"]}
 
 
 def test_records_do_not_depend_on_the_order_of_a_batch(model, clips):
