@@ -302,9 +302,10 @@ class Run:
         if self.ranks.first:
             about = {"stage": self.stage, "steps": last, "settings": asdict(self.args),
                      "dimensions": self.model.processor.dimensions}
-            path = self.out / "settings.json"
+            path, beside = self.out / "settings.json", self.out / "settings.json.partial"
             with explained(f"{path}: could not be written", OSError):
-                path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+                beside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+                beside.replace(path)
 
     def batches(self, plan: list[list[list]]) -> Iterator[tuple[Batch, list[str | None]]]:
         """The videos of a plan's micro-batches, decoded ahead."""
