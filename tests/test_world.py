@@ -140,4 +140,4 @@ def test_the_backbone_looks_and_leaves_something_to_learn(tmp_path):
     model.has_head = True  # a fresh one, whose scores are not looked at
     own, swapped = (figures(model, shown) for shown in (pairs, with_other_videos(pairs)))
     assert own["format_rate"] > 0.9 and swapped["format_rate"] > 0.9
-    assert 0.55 < own["quality"] < 0.8 and swapped["quality"] < own["quality"] - 0.2
+    assert 0.45 < own["quality"] < 0.7 and swapped["quality"] < own["quality"] - 0.1

@@ -32,12 +32,11 @@ def run(*command: str | Path) -> float:
     return time.time() - started
 
 
-def figures(run_folder: str, which: int) -> dict[str, dict[str, float]]:
-    """One evaluation of a run, the first (0) or the last (-1): for each row of the table a figure by test
-    set."""
+def figures(run_folder: str) -> dict[str, dict[str, float]]:
+    """The last evaluation of a run: for each row of the table a figure by test set."""
     lines = (ROOT / run_folder / "metrics.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if "test_id/quality" in record]
-    return {row: {test: records[which][f"{test}/{name}"] for test in TESTS} for row, name in FIGURES.items()}
+    record = [record for record in map(json.loads, lines) if "test_id/quality" in record][-1]
+    return {row: {test: record[f"{test}/{name}"] for test in TESTS} for row, name in FIGURES.items()}
 
 
 def rules(folder: Path) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
@@ -76,11 +75,7 @@ def main() -> None:
         pair = json.loads((ROOT / f"runs/toy/{test}.jsonl").read_text().splitlines()[0])
         seconds["infer"] += run("infer.py", f"runs/toy/{pair['video_a']}", pair["prompt"])
     truth, decided = rules(ROOT / "runs/toy")
-    # A backbone has no scores yet: its query and head are fresh.
-    backbone = figures("runs/coldstart", 0)
-    backbone = {row: found for row, found in backbone.items() if not row.startswith("score")}
-    stages = {"rules": truth, "backbone": backbone, "stage 1": figures("runs/coldstart", -1),
-              "stage 2": figures("runs/rl", -1)}
+    stages = {"rules": truth, "stage 1": figures("runs/coldstart"), "stage 2": figures("runs/rl")}
     record = stages | {"decided": decided, "seconds": seconds}
     (ROOT / "runs/demo.json").write_text(json.dumps(record, indent=1) + "\n")
     counts = ", ".join(f"{n} pairs ({test})" for test, n in decided.items())
