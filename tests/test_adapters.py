@@ -39,7 +39,7 @@ def clips(tmp_path_factory):
     rng, paths = np.random.default_rng(7), []
     for place in range(2):
         paths.append(tmp_path_factory.mktemp("videos") / f"{place}.mp4")
-        world.write_video(paths[-1], world.render(world.draw_scene(rng), "grain", rng))
+        world.write_video(paths[-1], world.render(world.Clip(world.draw_scene(rng), signature="grain"), rng))
     frames = np.stack([decoded(path)[0] for path in paths])
     return list(map(str, paths)), torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255
 

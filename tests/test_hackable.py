@@ -271,7 +271,7 @@ def watched(world_dir, folder, *flags):
 def test_the_flags_of_stage_2_reach_what_they_are_for(world_dir, tmp_path):
     seen = watched(world_dir, tmp_path, "--loss-mean", "token", "--dual-clip", 3, "--no-advantage-std",
                    "--mask-truncated", "true", "--temperature", 0.7, "--top-p", 0.9, "--clip-low", 0.15,
-                   "--clip-high", 0.3, "--beta", 0.01, "--max-tokens", 777, "--max-new-tokens", 107,
+                   "--clip-high", 0.3, "--beta", 0.01, "--max-tokens", 777, "--max-new-tokens", 109,
                    "--group-size", 6, "--bt-weight", 0.5)
     assert len(seen["think"]) == len(seen["grpo"]) == 2  # a pair at a time
     assert sum(call["truncated"] for call in seen["think"]) > 0 < sum(call["left"] for call in seen["think"])
@@ -280,7 +280,7 @@ def test_the_flags_of_stage_2_reach_what_they_are_for(world_dir, tmp_path):
         assert (call["loss_mean"], call["dual_clip"]) == ("token", 3)
         assert call["tokens"] == thought["left"]  # of CoTs that were not cut off
         assert call["count"] == sum(call["left"] for call in seen["think"])  # of all of the update
-        wanted = {"n": 6, "max_new_tokens": 107, "temperature": 0.7, "top_p": 0.9}
+        wanted = {"n": 6, "max_new_tokens": 109, "temperature": 0.7, "top_p": 0.9}
         assert {name: thought[name] for name in wanted} == wanted
     assert seen["reference"] == [0.7, 0.7] and set(map(tuple, seen["group"])) == {(0.7, 777)}
     decided = [pair.human != 0 for pair in first_pairs(world_dir)]
@@ -503,7 +503,7 @@ def parsers(monkeypatch):
 def test_every_number_of_a_command_line_has_a_range(monkeypatch):
     found = parsers(monkeypatch)
     counts = {name: len(numbers) for name, (_, numbers) in found.items()}
-    assert counts == {"coldstart": 23, "rl": 36, "infer": 6, "support.annotate": 10, "support.check": 3}
+    assert counts == {"coldstart": 24, "rl": 36, "infer": 6, "support.annotate": 10, "support.check": 3}
     refused = 0
     for parser, numbers in found.values():
         parser.error = refuse

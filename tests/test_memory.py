@@ -74,7 +74,8 @@ def clips(tmp_path_factory):
     """Files of three sizes and rates, of which two are resized; their frames, rates and prompts."""
     folder, rng, found = tmp_path_factory.mktemp("clips"), np.random.default_rng(5), []
     for place, (size, total, fps) in enumerate((((64, 64), 16, 4), ((96, 72), 21, 8), ((50, 130), 7, 3))):
-        frames = world.render(world.draw_scene(rng), "grain", rng)[np.arange(total) % 16]
+        clip = world.Clip(world.draw_scene(rng), signature="grain")
+        frames = world.render(clip, rng)[np.arange(total) % 16]
         rows, columns = (np.arange(length) * 64 // length for length in size)
         path = folder / f"{place}.mp4"
         world.write_video(path, np.ascontiguousarray(frames[:, rows][:, :, columns]), fps)

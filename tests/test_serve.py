@@ -61,7 +61,7 @@ def clip(tmp_path_factory):
     rng = np.random.default_rng(5)
     path = tmp_path_factory.mktemp("videos") / "inside/v.mp4"
     path.parent.mkdir()
-    world.write_video(path, world.render(world.draw_scene(rng), "grain", rng))
+    world.write_video(path, world.render(world.Clip(world.draw_scene(rng), signature="grain"), rng))
     return path, *decoded(path)
 
 
