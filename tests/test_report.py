@@ -168,8 +168,9 @@ def test_infer_writes_a_page_of_what_it_judges(world_dir, saved, tmp_path):
     done = run("infer.py", video, tmp_path / "broken.mp4", "a red <b>circle</b>", *common, check=False)
     assert done.returncode == 1  # a video could not be read
     shown, strips = content(page)
-    assert shown["videos"][0]["score"] == json.loads(done.stdout)["score"] and "below" in shown["videos"][0]
-    assert shown["videos"][0]["cot"] == json.loads(done.stdout)["cot"] and len(strips[0]["frames"]) > 1
+    (said,) = json.loads(done.stdout)
+    assert shown["videos"][0]["score"] == said["score"] and "below" in shown["videos"][0]
+    assert shown["videos"][0]["cot"] == said["cot"] and len(strips[0]["frames"]) > 1
     assert "not a video" in strips[1]["error"]
 
     done = run("infer.py", "--pairs", world_dir / "test_id.jsonl", *common)
