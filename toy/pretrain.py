@@ -8,7 +8,7 @@ goes on from OUT/state.pt, at most a hundred steps before.
 
 First it describes clips, degrees in tenths (the prompt is just "Describe the video."), so that it learns to
 look: with a prompt to copy from, it would copy. Then it also judges clips against prompts, in the CoT format
-of data.py. Last, in a short lesson, it imitates a judge with bad habits (`habits`):
+of data.py, which it may practise. Last, in a short lesson, it imitates a judge with bad habits (`habits`):
 lenient with what is not quite met, and unable to leave alone what the prompt does not ask for. These leave
 something to be learnt by reinforcement.
 
@@ -46,6 +46,10 @@ SETTINGS = VideoSettings(min_pixels=64 * 64, max_pixels=64 * 64, patch_size=8)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 SAMPLED = np.linspace(0, world.FRAMES - 1, 8).round().astype(int)  # what read_video takes of such a clip
+# Each lesson's share of the rate, and how far down its cosine that goes: describing leaves off where judging
+# can take over. Three in four steps of a later lesson are its own, the others describe.
+RATES = {"describe": (1.0, 0.72), "judge": (1.0, 0.9), "practise": (2 / 3, 0.95), "imitate": (0.2, 0.9)}
+COURSE = ["describe:1800", "judge:650", "imitate:100"]
 WORDS = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
          r"\s+(?!\S)|\s+")
 
@@ -243,10 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("toy/backbone"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--describe-steps", type=int, default=1800, help="steps of describing clips")
-    parser.add_argument("--judge-steps", type=int, default=650,
-                        help="steps of judging clips as well (three in four)")
-    parser.add_argument("--imitate-steps", type=int, default=100, help="steps of judging with bad habits")
+    parser.add_argument("--lessons", nargs="+", default=COURSE, help="LESSON:STEPS one after the other")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--vocab-size", type=int, default=640)
@@ -268,10 +269,8 @@ def main() -> None:
     started, first = time.time() - state["seconds"], 0
     judgements = ["0", "1", "2", "N", "ĠN", "Ġyes", "Ġno", "Ġpartly"]
     score_ids = torch.tensor(tokenizer.convert_tokens_to_ids(judgements))
-    # How far down its cosine the rate of a lesson goes: the first leaves off where the second can take over.
-    for lesson, steps, rate, reach in (("describe", args.describe_steps, args.lr, 0.72),
-                                       ("judge", args.judge_steps, args.lr, 0.9),
-                                       ("imitate", args.imitate_steps, args.lr / 5, 0.9)):
+    for lesson, steps in (given.split(":") for given in args.lessons):
+        steps, (rate, reach) = int(steps), RATES[lesson]
         done = max(0, state["done"] - first)  # of this lesson
         first += steps
         if done >= steps:
@@ -281,7 +280,7 @@ def main() -> None:
         decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
         rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(groups, lr=args.lr * rate, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step, steps=steps, reach=reach: min(
                 (step + 1) / min(100, steps / 4),
