@@ -57,9 +57,14 @@ class Plain:
             if "lora_A" in name:
                 place, b = name.replace("lora_A.", ""), weights[name.replace("lora_A", "lora_B")]
                 changed[place] = self.frozen[place] + 2 * b @ a  # alpha = 2 · rank
-        changed[EMBEDDING] = torch.cat([self.frozen[EMBEDDING], weights["query"][None]])
-        query = len(changed[EMBEDDING]) - 1
-        whole = [[*s.input_ids.tolist(), *(i for i in tokens if i != self.end), query] for s, tokens in rows]
+        table = self.frozen[EMBEDDING]
+        # Where a CoT says <|video_pad|> it is a word like any other: here one more that looks the same.
+        changed[EMBEDDING] = torch.cat([table, weights["query"][None], table[None, self.video]])
+        query, word = len(table), len(table) + 1
+        whole = []
+        for sample, tokens in rows:
+            cot = [word if i == self.video else i for i in tokens if i != self.end]
+            whole.append([*sample.input_ids.tolist(), *cot, query])
         ids = torch.tensor([row + [0] * (max(map(len, whole)) - len(row)) for row in whole])
         mask = torch.tensor([[i < len(row) for i in range(ids.shape[1])] for row in whole])
         hidden = functional_call(self.qwen.model, changed, (), {
@@ -442,7 +447,8 @@ def test_the_run_of_stage_2_shows_all_that_there_is_to_see(stage2):
     for _, videos, expected, updates in steps:
         for half in (videos[:6], videos[6:]):  # of as many decided pairs each: means of means are plain means
             assert [LABELS[video["pair"]] for video in half].count("tie") == 2
-        assert updates[1]["clip_fraction"] > 0 < updates[1]["kl"] and 0 < expected["truncated"] < 0.5
+        assert updates[1]["kl"] > 0 and 0 < expected["truncated"] < 0.5
+    assert any(updates[1]["clip_fraction"] > 0 for *_, updates in steps)
     videos = [video for _, videos, *_ in steps for video in videos]
     assert set(Counter(video["call"] for video in videos).values()) == {2, 4}  # forwards of unequal weight
     assert (torch.cat([c for v in videos for c in v["clipped"]], 1).sum(1) > 0).all()  # at both bounds
