@@ -442,7 +442,7 @@ def test_stage_2_logs_what_the_equations_give(stage2):
         assert {key: record[key] for key in near} == near
 
 
-@pytest.mark.xfail(reason="the policy made noisy here earns nothing on the present backbone: no advantage, no "
+@pytest.mark.xfail(reason="the policy made noisy here earns nothing on this backbone: no advantage, no "
                    "clipping", strict=False)
 def test_the_run_of_stage_2_shows_all_that_there_is_to_see(stage2):
     _, steps, *_ = stage2
