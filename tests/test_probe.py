@@ -267,7 +267,8 @@ def test_sub_scores_are_falsified_in_answer_and_thought():
     praised = probe.falsified(SAID, probe.ALL_2, DIMENSIONS)
     assert list(parse_cot(praised)["dimensional_scores"].values()) == [2, 2, 2, 2, "N/A"]
     assert parse_cot(praised)["overall_score"] == 5.0
-    for text in ("", "<answer></answer>", SAID.replace(": 0,", ": 7,"), SAID.replace(": 0,", ": 0e1,")):
+    odd = [SAID.replace(": 0,", f": {value},") for value in ("7", "0e1", "-0")]  # two of them scores
+    for text in ("", "<answer></answer>", *odd):
         assert probe.falsified(text, probe.FALSE, DIMENSIONS) is None
     odd = {"a.b": 1, "größe \\1": 2}
     answer = json.dumps({"dimensional_scores": {"a.b": 2, "größe \\1": "N/A"}}, ensure_ascii=False)
