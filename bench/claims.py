@@ -2,6 +2,7 @@
 
     python bench/claims.py                      # three seeds; hours on two cores
     python bench/claims.py --only masking       # one of EXPERIMENTS, with the runs that it needs
+    python bench/claims.py --seeds 1            # one seed, beside another that runs elsewhere
     python bench/claims.py --quick              # one seed, few pairs: ten minutes
     python bench/claims.py --tables             # nothing is run: tables and pictures of what there is
 
@@ -78,6 +79,10 @@ EXPERIMENTS = {
     "beyond": ["p = 0.5", "expected mask", "λ = 0.005", "all pairs"],
     "pairs": [name for name in RUNS if name.endswith(" pairs")]}
 NO_COT = ("supervised, no CoT", "pairwise, no CoT")
+# Discriminative ones of which nothing is asked with a CoT.
+UNTHINKING = ("p = 1, unfiltered", "with ties, unfiltered", *(f"p = 1, {n} pairs" for n in FEWER))
+# Those evaluated on the way, which takes as long as training them.
+CURVED = ("p = 0.5", "coupled", *EXPERIMENTS["drift"])
 GENERATIVE = ("supervised", "coupled", *NO_COT)
 
 
@@ -107,6 +112,10 @@ class Bench:
             self.add("rules", "rules", sets=sets)
         rows = self.data("test_id").read_text().splitlines(True)
         self.data("curve").write_text("".join(rows[: self.tests // 2]))
+        for preset in ("coldstart.json", "rl.json"):  # the toy's, without its test sets
+            settings = json.loads((ROOT / "toy" / preset).read_text())
+            del settings["test"]
+            (self.folder / preset).write_text(json.dumps(settings))
         names = {json.loads(row)["video_a"] for row in self.data("train").read_text().splitlines()}
         for n in FEWER:  # the filtered of the first n
             first = {name for name in names if int(name.split("_")[1]) < n}
@@ -130,24 +139,26 @@ class Bench:
         script, parent, train, flags = RUNS[name]
         model = "toy/backbone" if parent is None else self.train(parent)
         out = self.folder / re.sub(r"[^\w.]+", "_", name)
-        info = out / "model/descore.json"
-        if info.is_file() and "score_std" in json.loads(info.read_text()):
+        info, curved = out / "model/descore.json", name in CURVED
+        if info.is_file() and (not curved or "score_std" in json.loads(info.read_text())):
             return out
         path = self.data(train)
         common = ["--train", path, "--model", model, "--out", out, "--seed", self.seed,
-                  "--test", self.data("curve"), "--eval-before", "false"]
+                  "--eval-before", "false"]
         if script in (STAGE2,) or "pairwise" in script or "all_pairs" in script:
-            preset, every = "toy/rl.json", 4
+            preset, every = "rl.json", 4
             common += ["--steps", 8 if self.quick else 16]
         else:
-            preset, every = "toy/coldstart.json", 25
+            preset, every = "coldstart.json", 25
             rows = [row for row in read_lines(path) if row["preference"] != "tie" or "ties" in script]
             full = len(read_lines(self.data(COTS)))
             # As many steps for each; of fewer pairs as many passes as of all the filtered ones.
             base = full if path.stem.startswith(COTS) else len(rows)
             common += ["--epochs", max(1, round(self.steps * 16 / base))]
         started = time.time()
-        call(*script.split(), "--preset", preset, *common, "--eval-every", every, *flags)
+        if curved:
+            common += ["--test", self.data("curve"), "--eval-every", every]
+        call(*script.split(), "--preset", self.folder / preset, *common, *flags)
         self.add("train", name, seconds=round(time.time() - started), curve=curve(out))
         return out
 
@@ -163,6 +174,9 @@ class Bench:
             pairs = [pair for pair in read_pairs(self.data(test), dimensions=world.DIMENSIONS) if pair.human]
             if name in NO_COT:
                 sets[test] = expectations(model, pairs)
+                continue
+            if name in UNTHINKING:
+                sets[test] = {"no CoT": signs(pairs, score_all(model, pairs, [None] * 2 * len(pairs)))}
                 continue
             found = judge(model, keys_of(pairs), MAX_NEW, TEMPERATURE, self.seed, THINK, without_cot=True)
             judged = by_key(found)
@@ -346,12 +360,12 @@ def bt_losses(model: DeScore, pairs: list[Pair], seed: int) -> dict[str, torch.T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=[*EXPERIMENTS, "thoughts"], help="one experiment [all]")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="one seed, few pairs, the main paradigms")
     parser.add_argument("--tables", action="store_true", help="print and draw what there is")
     args = parser.parse_args()
     if not args.tables:
-        benches = [Bench(seed, args.quick) for seed in range(1 if args.quick else args.seeds)]
+        benches = [Bench(seed, args.quick) for seed in (args.seeds[:1] if args.quick else args.seeds)]
         for bench in benches:
             bench.prepare()
         for experiment in [args.only] if args.only else [*EXPERIMENTS, "thoughts"]:

@@ -1,6 +1,6 @@
 """Train the embedded backbone: a tiny Qwen3-VL that sees well and judges only passably.
 
-    python toy/pretrain.py --out FOLDER       # seed 0; some 70 minutes on two cores
+    python toy/pretrain.py --out FOLDER       # seed 0; some two hours on two cores
 
 toy/backbone holds what this gave, with the defaults below; its descore.json records them. Another machine
 rounds otherwise and gets other weights of the same making. It can be stopped at any moment; the same command
@@ -8,9 +8,10 @@ goes on from OUT/state.pt, at most a hundred steps before.
 
 First it describes clips, degrees in tenths (the prompt is just "Describe the video."), so that it learns to
 look: with a prompt to copy from, it would copy. Then it also judges clips against prompts, in the CoT format
-of data.py, which it may practise. Last, in a short lesson, it imitates a judge with bad habits (`habits`):
-lenient with what is not quite met, and unable to leave alone what the prompt does not ask for. These leave
-something to be learnt by reinforcement.
+of data.py. That much leaves it guessing from the clip what was asked for: it practises on clips of which half
+were made for another prompt, and so has to read. Short lessons of imitating a judge with bad habits
+(`habits`) follow: lenient with what is not quite met, and unable to leave alone what the prompt does not ask
+for. These leave something to be learnt by reinforcement.
 
 Clips come straight from the renderer, with every signature, and signatures say nothing about quality here:
 whatever shortcut the later stages take is their own. Combinations that are novel out of domain
@@ -48,8 +49,9 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 SAMPLED = np.linspace(0, world.FRAMES - 1, 8).round().astype(int)  # what read_video takes of such a clip
 # Each lesson's share of the rate, and how far down its cosine that goes: describing leaves off where judging
 # can take over. Three in four steps of a later lesson are its own, the others describe.
-RATES = {"describe": (1.0, 0.72), "judge": (1.0, 0.9), "practise": (2 / 3, 0.95), "imitate": (0.2, 0.9)}
-COURSE = ["describe:1800", "judge:650", "imitate:100"]
+RATES = {"describe": (1.0, 0.72), "judge": (1.0, 0.9), "practise": (1.0, 0.95), "imitate": (0.2, 0.9)}
+COURSE = ["describe:1800", "judge:650", "imitate:100", "practise:1200", "imitate:100", "practise:350",
+          "imitate:60"]
 WORDS = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
          r"\s+(?!\S)|\s+")
 
@@ -88,16 +90,20 @@ def habits(scores: dict, rng: np.random.Generator) -> dict:
     return given
 
 
+def wish(asked: world.Scene) -> dict[str, str]:
+    """What is asked for in words, by dimension."""
+    return {name: f"asked {words}" if words else "not asked" for name, words in seen(asked).items()}
+
+
 def write_cot(asked: world.Scene, clip: world.Clip, scores: dict) -> str:
     """A CoT that sets what is asked for, what is seen and the sub-score side by side: each attribute as met
     "yes", "partly" or "no"."""
     met = {name: {"N/A": "", 2: " yes", 1: " partly", 0: " no"}[world.reading(short)]
            for name, short in world.shortfalls(asked, clip).items()}
-    wanted, found = seen(asked), seen(clip.scene)
+    wishes, found = wish(asked), seen(clip.scene)
     for name, attribute in (("dynamics", "motion"), ("camera",) * 2, ("environment",) * 2, ("style",) * 2):
         found[name] += met[attribute]
     found["subject"] = f"{clip.scene.colour}{met['colour']}, {clip.scene.shape}{met['shape']}"
-    wishes = {name: f"asked {wanted[name]}" if wanted[name] else "not asked" for name in world.DIMENSIONS}
     lines = [f"{name}: {wishes[name]}, seen {found[name]}, so {scores[name]}" for name in world.DIMENSIONS]
     answer = json.dumps({"dimensional_scores": scores}, separators=(",", ":"))
     return "<think>\n" + "\n".join(lines) + "\n</think>\n<answer>\n" + answer + "\n</answer>"
@@ -111,7 +117,10 @@ def draw_clip(asked: world.Scene, rng: np.random.Generator) -> world.Clip:
 def draw_example(task: str, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
     """One exercise of a lesson: frames, prompt, and the text to write."""
     asked = world.draw_request(rng, novel=False)
-    clip = draw_clip(asked, rng)
+    made_for = asked
+    if task == "practise" and rng.random() < 0.5:
+        made_for = world.draw_request(rng, novel=False)
+    clip = draw_clip(made_for, rng)
     frames = world.render(clip, rng, SAMPLED)
     if task == "describe":
         return frames, "", write_caption(clip)
@@ -208,27 +217,52 @@ def loss_and_accuracy(model, batch: Batch, learn: torch.Tensor,
 
 
 @torch.no_grad()
+def write(model, processor: Processor, clips: list[np.ndarray], prompts: list[str]) -> list[str]:
+    """What the model writes of each clip, greedily."""
+    texts = []
+    for row in range(0, len(clips), 64):
+        samples = [processor.sample(torch.from_numpy(frames).permute(0, 3, 1, 2),
+                                    (SAMPLED / world.FPS).tolist(), prompt)
+                   for frames, prompt in zip(clips[row:row + 64], prompts[row:row + 64])]
+        length = max(len(sample.input_ids) for sample in samples)
+        pads = torch.tensor([length - len(sample.input_ids) for sample in samples])
+        batch = processor.collate(samples)
+        # `collate` pads on the right; `generate` wants it on the left.
+        turn = (torch.arange(length) - pads[:, None]) % length
+        ids, mask = batch.input_ids.gather(1, turn), batch.mask.gather(1, turn)
+        out = model.generate(input_ids=ids, attention_mask=mask.long(),
+                             mm_token_type_ids=2 * (ids == processor.video_id).int(),
+                             pixel_values_videos=batch.patches.float() / 127.5 - 1, video_grid_thw=batch.grid,
+                             max_new_tokens=140, do_sample=False, eos_token_id=processor.eos_id,
+                             pad_token_id=processor.eos_id)
+        texts += [processor.decode(ids) for ids in out[:, length:]]
+    return texts
+
+
+def what_is_read(model, tokenizer, seed: int, count: int = 256) -> dict[str, float]:
+    """Of held-out prompts, each with a clip made for another: the share of the CoTs that say rightly what is
+    asked for, by dimension."""
+    asked, clips, prompts = [], [], []
+    for index in range(count):
+        rng = np.random.default_rng((seed, 2 * 10**9, index))
+        asked.append(world.draw_request(rng, novel=False))
+        prompts.append(world.write_prompt(asked[-1], rng))
+        clips.append(world.render(draw_clip(world.draw_request(rng, novel=False), rng), rng, SAMPLED))
+    cots = write(model, Processor(tokenizer, SETTINGS, JUDGE), clips, prompts)
+    return {name: round(statistics.fmean(f"{name}: {wish(scene)[name]}," in cot
+                                         for scene, cot in zip(asked, cots)), 3) for name in world.DIMENSIONS}
+
+
 def what_is_seen(model, tokenizer, seed: int, count: int = 512) -> dict[str, float]:
     """Of held-out clips: the share whose attribute is right in a greedy caption, by attribute, and of each
     degree R², the share of its variance that the captions' tenths explain (negative where a constant would do
     better), over the clips where it can be seen."""
-    processor = Processor(tokenizer, SETTINGS, DESCRIBE)
-    clips, captions = [], []
-    for row in range(0, count, 64):
-        samples = []
-        for index in range(row, row + 64):
-            rng = np.random.default_rng((seed, 10**9, index))
-            clips.append(draw_clip(world.draw_request(rng, novel=False), rng))
-            frames = torch.from_numpy(world.render(clips[-1], rng, SAMPLED))
-            samples.append(processor.sample(frames.permute(0, 3, 1, 2), (SAMPLED / world.FPS).tolist(), ""))
-        batch = processor.collate(samples)  # all of one length
-        kinds = 2 * (batch.input_ids == processor.video_id).int()
-        out = model.generate(input_ids=batch.input_ids, attention_mask=batch.mask.long(),
-                             mm_token_type_ids=kinds,
-                             pixel_values_videos=batch.patches.float() / 127.5 - 1, video_grid_thw=batch.grid,
-                             max_new_tokens=64, do_sample=False, eos_token_id=processor.eos_id,
-                             pad_token_id=processor.eos_id)
-        captions += [processor.decode(ids) for ids in out[:, batch.input_ids.shape[1]:]]
+    clips, frames = [], []
+    for index in range(count):
+        rng = np.random.default_rng((seed, 10**9, index))
+        clips.append(draw_clip(world.draw_request(rng, novel=False), rng))
+        frames.append(world.render(clips[-1], rng, SAMPLED))
+    captions = write(model, Processor(tokenizer, SETTINGS, DESCRIBE), frames, [""] * count)
     found = {name: statistics.fmean(f"{name}: {seen(clip.scene)[name]}" in caption
                                     for clip, caption in zip(clips, captions)) for name in world.DIMENSIONS}
     for name in DEGREES:
@@ -265,6 +299,14 @@ def main() -> None:
     if state_file.is_file():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
+    elif (args.out / "descore.json").is_file():  # of a shorter course, and rounded to bfloat16
+        taken = json.loads((args.out / "descore.json").read_text())["pretrained"]
+        done = taken["lessons"]
+        if done != args.lessons[: len(done)]:
+            parser.error(f"{args.out} has been through {done}, with which --lessons do not begin")
+        state["done"] = sum(int(given.split(":")[1]) for given in done)
+        state["seconds"] = taken["seconds"]
+        model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(args.out).state_dict())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     started, first = time.time() - state["seconds"], 0
     judgements = ["0", "1", "2", "N", "ĠN", "Ġyes", "Ġno", "Ġpartly"]
@@ -276,7 +318,8 @@ def main() -> None:
         if done >= steps:
             continue
         lessons = Lessons(tokenizer, lesson, range(first - steps + done, first), args.seed, args.batch_size)
-        model.model.visual.requires_grad_(lesson == "describe")  # later it can see; half the time is saved
+        # Practising, it looks more closely; the other lessons leave alone how it sees, which saves time.
+        model.model.visual.requires_grad_(lesson in ("describe", "practise"))
         decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
         rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
@@ -300,17 +343,18 @@ def main() -> None:
                 print(f"{lesson} {step:5d}  loss {loss.item():.4f}  tokens right {accuracy:.3f}  "
                       f"{time.time() - started:6.0f} s", flush=True)
             if step % 300 == 0 or step == steps:
-                print(" ", what_is_seen(model, tokenizer, args.seed), flush=True)
+                print("  seen", what_is_seen(model, tokenizer, args.seed), flush=True)
+                print("  read", what_is_read(model, tokenizer, args.seed), flush=True)
             if step % 100 == 0 or step == steps:
                 state = {"done": first - steps + step, "seconds": time.time() - started,
                          "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                          "schedule": schedule.state_dict()}
                 torch.save(state, state_file.with_suffix(".tmp"))
                 os.replace(state_file.with_suffix(".tmp"), state_file)
-    sight = what_is_seen(model, tokenizer, args.seed)
+    sight, reading = (what(model, tokenizer, args.seed) for what in (what_is_seen, what_is_read))
     model.to(torch.bfloat16).save_pretrained(args.out)
     recipe = {key: value for key, value in vars(args).items() if key != "out"}
-    recipe |= {"seconds": round(time.time() - started), "seen": sight}
+    recipe |= {"seconds": round(time.time() - started), "seen": sight, "read": reading}
     settings = {"video": asdict(SETTINGS), "instruction": JUDGE, "dimensions": world.DIMENSIONS}
     (args.out / "descore.json").write_text(json.dumps(settings | {"pretrained": recipe}, indent=1) + "\n")
 
