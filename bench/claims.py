@@ -76,6 +76,7 @@ EXPERIMENTS = {
                   "λ = 0", "no GRPO"],
     "masking": ["p = 0", "p = 0.25", "p = 0.5", "p = 0.75", "p = 1"],
     "drift": ["λ = 0", "λ = 0.0005", "λ = 0.005", "λ = 0.05", "λ = 0.5"],
+    "thoughts": ["λ = 0.005"],
     "beyond": ["p = 0.5", "expected mask", "λ = 0.005", "all pairs"],
     "pairs": [name for name in RUNS if name.endswith(" pairs")]}
 NO_COT = ("supervised, no CoT", "pairwise, no CoT")
@@ -93,7 +94,7 @@ class Bench:
         self.seed, self.quick = seed, quick
         self.folder = ROOT / ("runs/quick" if quick else "runs/claims") / str(seed)
         self.lines = self.folder.parent / "claims.jsonl" if quick else ROOT / "bench/claims.jsonl"
-        self.pairs, self.tests, self.steps = (200, 60, 30) if quick else (800, 300, 100)
+        self.pairs, self.tests, self.steps = (200, 60, 30) if quick else (800, 300, 75)
 
     def data(self, name: str) -> Path:
         return self.folder / "data" / f"{name}.jsonl"
@@ -359,7 +360,7 @@ def bt_losses(model: DeScore, pairs: list[Pair], seed: int) -> dict[str, torch.T
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=[*EXPERIMENTS, "thoughts"], help="one experiment [all]")
+    parser.add_argument("--only", choices=EXPERIMENTS, help="one experiment [all]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="one seed, few pairs, the main paradigms")
     parser.add_argument("--tables", action="store_true", help="print and draw what there is")
@@ -368,8 +369,8 @@ def main() -> None:
         benches = [Bench(seed, args.quick) for seed in (args.seeds[:1] if args.quick else args.seeds)]
         for bench in benches:
             bench.prepare()
-        for experiment in [args.only] if args.only else [*EXPERIMENTS, "thoughts"]:
-            names = EXPERIMENTS.get(experiment, [])
+        for experiment in [args.only] if args.only else EXPERIMENTS:
+            names = EXPERIMENTS[experiment]
             for name in names[:5] if args.quick else names:
                 for bench in benches:
                     bench.evaluate(name)

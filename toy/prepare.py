@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--pairs", type=int, default=800)
-    parser.add_argument("--test-pairs", type=int, default=150)
+    parser.add_argument("--test-pairs", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
