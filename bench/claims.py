@@ -169,7 +169,7 @@ class Bench:
         return out
 
     def written(self, out: Path, evaluations: list) -> list:
-        """[step, value, seconds] of a coupled run: how often its written score is right, at each evaluation."""
+        """[step, value, seconds] of a coupled run: how often its written score is right, by evaluation."""
         pairs = read_pairs(self.data("curve"), dimensions=world.DIMENSIONS)
         pairs = [pair for pair in pairs if pair.human]
         thoughts, points = read_lines(out / "held_out.jsonl"), []
