@@ -314,8 +314,6 @@ MUTANTS = [
     ("toy/world.py", "frames = frames * (1 - 0.5 * clip.flicker * dark)", "", WORLD + " -k degree"),
     ("toy/pretrain.py", "novel=False)\n    made_for = asked", "novel=True)\n    made_for = asked",
      WORLD + " -k pretraining"),
-    ("toy/pretrain.py", "made_for = world.draw_request(rng, novel=False)",
-     "made_for = world.draw_request(rng, novel=True)", WORLD + " -k pretraining"),
     ("toy/pretrain.py", "    clip = draw_clip(made_for, rng)", "    clip = draw_clip(asked, rng)",
      WORLD + " -k practising"),
     # -- the other paradigms
