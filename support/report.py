@@ -71,9 +71,8 @@ def write(path: Path, title: str, page: dict, strips: list[dict]) -> None:
 
 
 def as_text(value) -> str:
-    """JSON that can stand in a <script>: ASCII, in which no tag and no comment begins or ends."""
-    text = json.dumps(plain(value), separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    """JSON that can stand in a <script>: ASCII, in which no tag and no comment begins."""
+    return json.dumps(plain(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def film(videos: list[dict], settings: VideoSettings, workers: int = 0) -> list[dict]:

@@ -9,7 +9,7 @@ from data import DIMENSIONS, Pair, Pairs, VideoSettings
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 HOSTILE = ("<img src=x onerror=alert(1)></script><script>alert(1)</script>"
-           "<!-- ' \" & \u2028\ud800 {{page}} <b>" + "w" * 400)
+           "<!-- ' \" & \u2028\ud800 {{page}} <b></script <!--<script " + "w" * 400)
 GENERATORS = ["aurora", "basalt", "ci\"n'der<b>" + "w" * 90]
 
 
