@@ -353,6 +353,8 @@ MUTANTS = [
      REPORT + " -k wandb"),
     ("support/trackers.py", "self.works = False", "pass", REPORT + " -k wandb"),
     ("support/report.py", '.replace("<", "\\\\u003c")', "", REPORT + " -k stays_text"),
+    ("support/report.py", '.replace("<", "\\\\u003c")', '.replace(">", "\\\\u003e")',
+     BROWSER + " -k videos_are"),
     ("support/report.py", "html.escape(title)", "title", REPORT + " -k stays_text"),
     ("support/report.py", "return loss(human * margin) if human", "return loss(margin) if human",
      REPORT + " -k says_who"),
@@ -392,7 +394,7 @@ MUTANTS = [
      REPORT + " -k the_old_one"),
     ("support/run.py", "self.warn_of_ratio(step, figures", "len(figures) or (figures",
      REPORT + " -k goes_on"),
-    ("toy/tour.ipynb", "(part[None] == part[:, None])", "(part[None] <= part[:, None])", TOUR),
+    ("toy/tour.ipynb", "scaling=1.0)[0, :, 0] > 0", "scaling=1.0)[0, :, 0] >= 0", TOUR),
     ("toy/tour.ipynb", "return grpo_loss(x, zero, zero", "return grpo_loss(zero, x, zero", TOUR),
     ("toy/tour.ipynb", "losses.append(L.item())", "losses.append(-L.item())", TOUR),
     # -- pairs from scores, and what a score goes by
