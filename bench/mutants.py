@@ -389,6 +389,7 @@ MUTANTS = [
      BROWSER + " -k nearly_1"),
     ("support/report.py", "or not os.access(folder, os.W_OK | os.X_OK)", "", REPORT + " -k before_the_work"),
     ("support/report.py", "if not folder.is_dir() or", "if", REPORT + " -k before_the_work"),
+    ("support/report.py", ', "*/accuracy_reading"]', "]", REPORT + " -k each_figure"),
     ("support/report.py", ' or len(points) < 3 else "-"', ' else "-"', REPORT + " -k one_point"),
     ("support/files.py", "    beside.write_text(text, encoding", "    path.write_text(text, encoding",
      REPORT + " -k the_old_one"),

@@ -208,8 +208,8 @@ class Panel(NamedTuple):
 PANELS = [
     Panel("Reward", "what the rules give a rollout, and its parts", ["reward", "reward_*", "-reward_range"]),
     Panel("Sub-scores matched", "R_q of held-out CoTs, and of rollouts", ["*/quality", "reward_quality"]),
-    Panel("Held-out accuracy", "of preferences without ties, with a CoT or without one",
-          ["*/accuracy", "*/accuracy_no_cot"]),
+    Panel("Held-out accuracy", "of preferences without ties: by the score, by that without a CoT, and by "
+          "what the CoTs say", ["*/accuracy", "*/accuracy_no_cot", "*/accuracy_reading"]),
     Panel("Held-out accuracy, ties too", "at the best threshold", ["*/accuracy_ties*"]),
     Panel("Pair loss", "Bradley-Terry, of the pairs trained on; log 2 knows nothing", ["bt_loss"]),
     Panel("Pairs in order", "share of the pairs trained on whose preferred video scores higher",
