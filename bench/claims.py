@@ -47,15 +47,16 @@ TEMPERATURE, MAX_NEW, THINK = 1.0, 160, 36_000
 STAGE1, STAGE2 = "coldstart.py", "rl.py"
 PARADIGM = "bench/paradigms.py"
 COTS, ALL, SCORES = "train_cots", "train_annotated", "train_scores"
+WRITE = ["--lr", "1e-3"]  # at stage 1's rate it would hardly learn to
 RUNS = {f"p = {p}": (STAGE1, None, COTS, ["--mask-p", str(p)]) for p in (0, 0.25, 0.5, 0.75, 1)}
 RUNS |= {
     "p = 0.5, unfiltered": (STAGE1, None, ALL, ["--mask-p", "0.5"]),
     "p = 1, unfiltered": (STAGE1, None, ALL, ["--mask-p", "1"]),
     "with ties, unfiltered": (f"{PARADIGM} ties", None, ALL, []),
     "expected mask": (f"{PARADIGM} expected", None, COTS, ["--mask-p", "0.5"]),
-    "supervised": (f"{PARADIGM} supervise", None, COTS, []),
+    "supervised": (f"{PARADIGM} supervise", None, COTS, WRITE),
     "coupled": (f"{PARADIGM} pairwise", "supervised", SCORES, ["--max-new-tokens", str(MAX_NEW)]),
-    "supervised, no CoT": (f"{PARADIGM} supervise", None, COTS, ["--think", "false"]),
+    "supervised, no CoT": (f"{PARADIGM} supervise", None, COTS, [*WRITE, "--think", "false"]),
     "pairwise, no CoT": (f"{PARADIGM} pairwise", "supervised, no CoT", SCORES, ["--max-new-tokens", "24"]),
 }
 RUNS |= {f"λ = {λ}": (STAGE2, "p = 0.5", SCORES, ["--bt-weight", str(λ)])
@@ -67,7 +68,7 @@ FEWER = (100, 200, 400)  # training pairs, before the filter
 RUNS |= {f"p = {p}, {n} pairs": (STAGE1, None, f"{COTS}-{n}", ["--mask-p", str(p)])
          for n in FEWER for p in (0.5, 1)}
 for n in FEWER:
-    RUNS[f"supervised, {n} pairs"] = (f"{PARADIGM} supervise", None, f"{COTS}-{n}", [])
+    RUNS[f"supervised, {n} pairs"] = (f"{PARADIGM} supervise", None, f"{COTS}-{n}", WRITE)
 
 # What is shown, and the runs that it needs, the most telling first.
 EXPERIMENTS = {

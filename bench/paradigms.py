@@ -9,10 +9,10 @@
 A **discriminative** model (VideoAlign's way) is stage 1 with p = 1: no CoT, a score from [Reward]. `ties`
 gives it the Bradley-Terry model with ties, and so the pairs that are ties.
 
-A **generative** model writes its score as text: `supervise` teaches it to, by cross-entropy, behind the CoT
-that it is given (the **coupled** way of UnifiedReward-Thinking and VideoScore2) or, with --think false,
-alone. `pairwise` then trains the whole chain by GRPO, with one reward: how many of the other video's
-rollouts it beats, as the label wants it.
+A **generative** model writes its score, from 10 to 50, in words that the backbone knows ("so 34"):
+`supervise` teaches it to, by cross-entropy, behind the CoT that it is given (the **coupled** way of
+UnifiedReward-Thinking and VideoScore2) or, with --think false, alone. `pairwise` then trains the whole chain
+by GRPO, with one reward: how many of the other video's rollouts it beats, as the label wants it.
 
 Two variants of DeScore go beyond the paper: `expected` takes the expectation over the mask instead of a coin,
 and `all_pairs` compares each rollout of the winner with each of the loser, not only with its match.
@@ -42,7 +42,7 @@ from support.command import Factor, Share, run_command
 from support.run import MicroBatch, Run
 from support.settings import setting
 
-WRITTEN = re.compile(r'"overall_score":\s*([1-5](?:\.\d+)?)')
+WRITTEN = re.compile(r" so ([1-5][0-9])\s*")
 
 
 # ------------------------------
@@ -75,9 +75,9 @@ def pairwise_rewards(written: Tensor) -> Tensor:
 
 
 def written_score(text: str) -> float:
-    """The overall_score that a text ends with, 1 to 5; NaN where there is none."""
-    found = WRITTEN.findall(text)
-    return float(found[-1]) if found and float(found[-1]) <= 5 else float("nan")
+    """The score that a text ends with, 10 to 50; NaN where there is none."""
+    found = WRITTEN.fullmatch(text, max(0, text.rfind(" so ")))
+    return float(found[1]) if found and int(found[1]) <= 50 else float("nan")
 
 
 def all_pairs_loss(r_w: Tensor, r_l: Tensor, count: float, weight: Tensor) -> Tensor:
@@ -179,13 +179,10 @@ class SuperviseArgs(coldstart.Args):
 
 
 def to_write(cot: str, dimensions: dict, think: bool) -> str:
-    """What a generative model is to write of a video: its annotation, the overall score that this implies
-    added to it in tenths, or just that score."""
-    overall = f'"overall_score":{implied_overall(cot, dimensions):.1f}'
-    if not think:
-        return f"<answer>\n{{{overall}}}\n</answer>"
-    end = cot.rindex("}")
-    return f"{cot[:end]},{overall}{cot[end:]}"
+    """What a generative model is to write of a video: its annotation and the overall score that this implies,
+    or just that score."""
+    score = f" so {round(10 * implied_overall(cot, dimensions))}"
+    return cot + score if think else score
 
 
 def with_end(model: DeScore, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -273,9 +270,9 @@ def all_pairs() -> None:
 @torch.no_grad()
 def expected_scores(model: DeScore, batch) -> tuple[Tensor, Tensor]:
     """What a generative model without a CoT says of B videos: the likeliest score, and the expectation over
-    all that it could write, 1.0 to 5.0, both (B,). Their 41 texts stand behind one copy of the prompt."""
-    values = torch.arange(10, 51) / 10
-    texts = [f'<answer>\n{{"overall_score":{value:.1f}}}\n</answer>' for value in values.tolist()]
+    all that it could write, 10 to 50, both (B,). Their 41 texts stand behind one copy of the prompt."""
+    values = torch.arange(10.0, 51.0)
+    texts = [f" so {value}" for value in range(10, 51)]
     tokens, mask = with_end(model, texts)
     B = len(batch)
     logps, _ = model.group(batch, tokens.expand(B, -1, -1), mask.expand(B, -1, -1))

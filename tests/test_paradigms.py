@@ -70,11 +70,12 @@ COT = ("<think>\nsubject: asked red circle, seen red yes, circle yes, so 2\ndyna
 def test_what_a_generative_model_is_to_write():
     text = paradigms.to_write(COT, world.DIMENSIONS, think=True)
     overall = 1 + 2 * (2 * 2 + 1 * 0) / 3  # 3.67
-    assert paradigms.written_score(text) == 3.7 == round(overall, 1)
-    assert text.startswith(COT[:200]) and parse_cot(text, world.DIMENSIONS)["overall_score"] == 3.7
+    assert paradigms.written_score(text) == 37 == round(10 * overall)
+    assert text.startswith(COT) and parse_cot(text, world.DIMENSIONS) == parse_cot(COT, world.DIMENSIONS)
     alone = paradigms.to_write(COT, world.DIMENSIONS, think=False)
-    assert paradigms.written_score(alone) == 3.7 and "<think>" not in alone
-    assert math.isnan(paradigms.written_score(COT)) and math.isnan(paradigms.written_score("no score"))
+    assert paradigms.written_score(alone) == 37 and "<think>" not in alone
+    for text in (COT, "no score", " so 34 or so", " so 51", " so 9", ""):
+        assert math.isnan(paradigms.written_score(text))
 
 
 @pytest.mark.parametrize("count", range(1, 6))
@@ -102,9 +103,9 @@ def test_both_scores_from_one_forward_are_those_of_two(model, keys):
 def test_the_expectation_is_over_all_scores_that_can_be_written(model, keys):
     batch, _ = next(read_ahead(model.processor, [[keys[:1]]]))
     likeliest, expected = paradigms.expected_scores(model, batch)
-    values, logps = [tenths / 10 for tenths in range(10, 51)], []
+    values, logps = list(range(10, 51)), []
     for value in values:  # one at a time
-        text = f'<answer>\n{{"overall_score":{value}}}\n</answer>'
+        text = f" so {value}"
         ids = [*model.processor.encode(text), model.eos]
         logp, _ = model.group(batch, torch.tensor([[ids]]), torch.ones(1, 1, len(ids), dtype=torch.bool))
         logps.append(logp.sum().item())
