@@ -157,7 +157,7 @@ class Service:
 
     async def read(self, request: Request, body: bytearray) -> None:
         """Fill in the body of a request, within bounds."""
-        most, taken, full = self.args.max_body, 0, False
+        most, taken, kept = self.args.max_body, 0, True
         length = request.headers.get("content-length", "0")
         too_long = HTTPException(413, f"a body of more than {most:,} bytes")
         # Most who send too much will read why only when they are through.
@@ -169,17 +169,21 @@ class Service:
                     taken += len(chunk)
                     if taken > 4 * most:
                         break
-                    full = full or self.bytes + len(chunk) > BODIES * most
-                    if taken <= most and not full:
+                    room = BODIES * most - self.bytes
+                    kept = kept and taken <= most and len(chunk) <= room
+                    if kept:
                         self.bytes += len(chunk)
                         body += chunk
+                    else:  # what will not be used makes room for others
+                        self.bytes -= len(body)
+                        body.clear()
         except TimeoutError:
             raise HTTPException(408, f"no body within {BODY_SECONDS} seconds") from None
         except ClientDisconnect:
             raise HTTPException(400, "the body was cut off") from None
         if taken > most:
             raise too_long
-        if full:
+        if not kept:
             raise busy(f"requests of {self.bytes:,} bytes are under way")
 
     def work(self, work, body: bytearray) -> str:

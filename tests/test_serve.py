@@ -434,6 +434,26 @@ def test_the_bodies_of_all_requests_have_a_bound_together():
             assert ask(url, "/compute", of_size(1000))[0] == 200
 
 
+def test_bodies_that_come_side_by_side_make_room_for_each_other():
+    """Eight of 900 bytes, of which 600 come first: four can be held, and four are."""
+    score, statuses = Slow(), []
+    with in_process(score) as url:
+        clients = [socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) for _ in range(8)]
+        for place, client in enumerate(clients, 1):
+            client.sendall(b"POST /compute HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n"
+                           + of_size(900)[:600])
+            wait_until(lambda place=place: under_way(url) == place)
+        for client in clients:
+            client.sendall(of_size(900)[600:])
+        wait_until(lambda: len(score.asked) == 4)
+        score.go.set()
+        for client in clients:
+            client.settimeout(30)
+            statuses.append(client.recv(1000).split()[1])
+            client.close()
+    assert sorted(statuses) == [b"200"] * 4 + [b"503"] * 4
+
+
 def test_who_hangs_up_leaves_nothing_behind():
     """Amid the body, and before the answer."""
     score = Slow()
