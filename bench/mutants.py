@@ -303,7 +303,7 @@ MUTANTS = [
     ("toy/world.py", "if novel or not is_novel(scene):", "if True:", WORLD + " -k novel_combinations"),
     ("toy/world.py", 'novel, generators = split == "test_ood",', "novel, generators = False,",
      WORLD + " -k novel_combinations"),
-    ("toy/world.py", "0.0 if novel else WORN", "WORN", WORLD + " -k looks_go"),
+    ("toy/world.py", "0.0 if novel else WORN", "WORN", WORLD + " -k wears"),
     ("toy/world.py", '"garnet": Generator(2.2, "grain")', '"garnet": Generator(2.2, "vignette")',
      WORLD + " -k looks_go"),
     ("toy/world.py", "short < PARTLY else 1 if short < MISSED", "short < MISSED else 1 if short < MISSED",

@@ -125,6 +125,14 @@ def test_half_the_clips_of_practising_were_made_for_another_prompt(monkeypatch, 
     assert abs(np.mean([a == b for a, b in zip(shown, asked)]) - met) < 0.04
 
 
+@pytest.mark.parametrize(("split", "worn"), [("train", 0.85), ("test_ood", 0.0), ("test_trap", 0.85)])
+def test_how_often_a_clip_wears_its_generator_s_signature(split, worn):
+    pairs = [pair for pair, *_ in draw(split, 600)]
+    own = [pair[f"signature_{side}"] == world.GENERATORS[split][pair[f"model_{side}"]].signature
+           for pair in pairs for side in "ab"]
+    assert abs(np.mean(own) - (worn + (1 - worn) / 5)) < 0.04  # else any of the five
+
+
 # What bench/ceilings.py prints of 20,000 pairs, with room for the 1,500 drawn here: three standard errors.
 @pytest.mark.parametrize(("split", "signature"), [
     ("train", 0.73), ("test_id", 0.73), ("test_ood", 0.5), ("test_trap", 0.27)])
