@@ -330,6 +330,8 @@ MUTANTS = [
      "return values[odds.argmax(1)], values[odds.argmax(1)]", PARADIGMS + " -k expectation"),
     ("bench/paradigms.py", "lengths = torch.tensor([[len(i), 0] for i in ids])",
      "lengths = torch.tensor([[len(i), len(i)] for i in ids])", PARADIGMS + " -k both"),
+    ("bench/paradigms.py", ">= torch.tensor(thought)[:, None])", ">= 0 * torch.tensor(thought)[:, None])",
+     PARADIGMS + " -k tokens_of_its_score"),
     ("bench/claims.py", "rng.choice(list(scores), count, replace=False)",
      "rng.choice(list(scores), count, replace=True)", PARADIGMS + " -k falsified"),
     ("bench/results.py", "for seed in rng.choice(seeds, len(seeds))", "for seed in seeds[:1]",
