@@ -55,7 +55,8 @@ RUNS |= {
     "with ties, unfiltered": (f"{PARADIGM} ties", None, ALL, []),
     "expected mask": (f"{PARADIGM} expected", None, COTS, ["--mask-p", "0.5"]),
     "supervised": (f"{PARADIGM} supervise", None, COTS, WRITE),
-    "coupled": (f"{PARADIGM} pairwise", "supervised", SCORES, ["--max-new-tokens", str(MAX_NEW)]),
+    "coupled": (f"{PARADIGM} pairwise", "supervised", SCORES, ["--max-new-tokens", str(MAX_NEW),
+                                                               "--keep-rollouts", "1000"]),
     "supervised, no CoT": (f"{PARADIGM} supervise", None, COTS, [*WRITE, "--think", "false"]),
     "pairwise, no CoT": (f"{PARADIGM} pairwise", "supervised, no CoT", SCORES, ["--max-new-tokens", "24"]),
 }
@@ -161,8 +162,23 @@ class Bench:
         if curved:
             common += ["--test", self.data("curve"), "--eval-every", every]
         call(*script.split(), "--preset", self.folder / preset, *common, *flags)
-        self.add("train", name, seconds=round(time.time() - started), curve=curve(out))
+        found = curve(out)
+        if name == "coupled":
+            found["written"] = self.written(out, found["accuracy_reading"])
+        self.add("train", name, seconds=round(time.time() - started), curve=found)
         return out
+
+    def written(self, out: Path, evaluations: list) -> list:
+        """[step, value, seconds] of a coupled run: how often its written score is right, by evaluation."""
+        pairs = read_pairs(self.data("curve"), dimensions=world.DIMENSIONS)
+        pairs = [pair for pair in pairs if pair.human]
+        thoughts, points = read_lines(out / "held_out.jsonl"), []
+        for step, _, seconds in evaluations:
+            cots = {(one["video"], one["prompt"]): one["cot"] for one in thoughts if one["step"] == step}
+            said = signs(pairs, no_nan([paradigms.written_score(cots[key]) for key in keys_of(pairs)]))
+            right = (said.count("1") + said.count("h") / 2) / len(said)
+            points.append([step, round(right, 5), seconds])
+        return points
 
     # -- what is measured of a run
 

@@ -183,7 +183,7 @@ def curves(lines: Lines, wanted: dict[str, tuple[str, str]], path: Path) -> None
 
 def stability(lines: Lines, folder: Path) -> None:
     wanted = {"BT, stage 1": ("p = 0.5", "accuracy"), "DeScore, stage 2": ("λ = 0.005", "accuracy"),
-              "coupled GRPO": ("coupled", "accuracy_reading")}
+              "coupled GRPO": ("coupled", "written")}
     curves(lines, wanted, folder / "claims-curves.png")
     rows = []
     for label, (name, figure_name) in wanted.items():
