@@ -10,10 +10,9 @@ A **discriminative** model (VideoAlign's way) is stage 1 with p = 1: no CoT, a s
 gives it the Bradley-Terry model with ties, and so the pairs that are ties.
 
 A **generative** model writes its score, from 10 to 50, in words that the backbone knows ("so 34"):
-`supervise` teaches it to, by cross-entropy over the score's tokens, behind a CoT of the backbone's own (the
-**coupled** way of UnifiedReward-Thinking and VideoScore2) or, with --think false, alone. `pairwise` then
-trains the whole chain by GRPO, with one reward: how many of the other video's rollouts it beats, as the
-label wants it.
+`supervise` teaches it to, by cross-entropy, behind the CoT that it is given (the **coupled** way of
+UnifiedReward-Thinking and VideoScore2) or, with --think false, alone. `pairwise` then trains the whole chain
+by GRPO, with one reward: how many of the other video's rollouts it beats, as the label wants it.
 
 Two variants of DeScore go beyond the paper: `expected` takes the expectation over the mask instead of a coin,
 and `all_pairs` compares each rollout of the winner with each of the loser, not only with its match.
@@ -194,26 +193,27 @@ def with_end(model: DeScore, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def supervise() -> None:
-    """Cross-entropy over the tokens of the score, a mean over them. Those of the CoT are left out: it is the
-    backbone's own, and they are so many that the score would hardly be learnt."""
+    """Cross-entropy: its mean over the tokens of the scores, and with CoTs its mean over theirs too. In one
+    mean the few tokens of a score would hardly be learnt; without the CoTs these would be unlearnt."""
     run, model, optimizer, rates = score_run(SuperviseArgs, shown=("loss",))
     run.args.mask_p, dimensions = 0.0, model.processor.dimensions
     plan = coldstart.make_plan(run.args, run.read_train("cot", "CoTs", ties=False), run)
     for step, (micro_batches,) in run.steps(plan):
         warm_up(run, optimizer, rates, step, len(plan))
-        written, tokens_in_all = [], 0.0
+        written, counts = [], torch.zeros(2)
         for micro in micro_batches:
             cots = both(micro.pairs, "cot")
             tokens, mask = with_end(model, [to_write(cot, dimensions, run.args.think) for cot in cots])
-            thought = [len(model.processor.encode(cot)) if run.args.think else 0 for cot in cots]
-            learnt = mask & (torch.arange(mask.shape[1]) >= torch.tensor(thought)[:, None])
-            weight = micro.weight.repeat_interleave(2)[:, None] * learnt.to(micro.weight.device)  # (B, C)
-            written.append((micro, tokens[:, None], mask[:, None], weight[:, None]))
-            tokens_in_all += weight.sum()
-        (count,) = run.sum(tokens_in_all)
-        for micro, tokens, mask, weight in written:
+            thought = torch.tensor([len(model.processor.encode(cot)) * run.args.think for cot in cots])
+            in_cot = torch.arange(mask.shape[1]) < thought[:, None]
+            parts = torch.stack([mask & in_cot, mask & ~in_cot]).to(micro.weight.device)  # (2, B, C)
+            parts = parts * micro.weight.repeat_interleave(2)[:, None]
+            written.append((micro, tokens[:, None], mask[:, None], parts))
+            counts = counts + parts.sum((1, 2)).cpu()
+        counts = torch.tensor(run.sum(*counts))
+        for micro, tokens, mask, parts in written:
             logps, _ = model.group(micro.batch, tokens, mask)
-            loss = -(logps * weight).sum() / count
+            loss = -((logps[:, 0] * parts).sum((1, 2)) / counts.to(logps.device)).sum()
             loss.backward()
             run.means.total(micro.weight, loss=loss)
         run.descend(run.args.max_grad_norm)
