@@ -132,10 +132,10 @@ def overall_tenths(scores):
 
 
 @pytest.mark.parametrize("think", [True, False])
-def test_a_generative_way_learns_the_tokens_of_its_score_alone(think, model, world_dir, tmp_path):
+def test_a_generative_way_learns_its_cots_and_its_scores_by_a_mean_each(think, model, world_dir, tmp_path):
     rows = [json.loads(line) for line in (world_dir / "train_cots.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["preference"] != "tie"][:3]
-    encode, losses = model.processor.encode, []
+    encode, of_cots, of_scores = model.processor.encode, [], []
     for row in rows:
         for side in "ab":
             row[f"video_{side}"] = str(world_dir / row[f"video_{side}"])
@@ -144,14 +144,16 @@ def test_a_generative_way_learns_the_tokens_of_its_score_alone(think, model, wor
             batch, _ = next(read_ahead(model.processor, [[[(row[f"video_{side}"], row["prompt"])]]]))
             ids = torch.tensor([[[*cot, *score]]])
             logps, _ = model.group(batch, ids, torch.ones_like(ids, dtype=torch.bool))
-            losses += (-logps[0, 0, len(cot):]).tolist()
+            of_cots += (-logps[0, 0, :len(cot)]).tolist()
+            of_scores += (-logps[0, 0, len(cot):]).tolist()
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("bench/paradigms.py", "supervise", "--train", tmp_path / "pairs.jsonl", "--think", think, "--model",
         ROOT / "toy/backbone", "--epochs", 1, "--batch-size", 3, "--out", tmp_path / "out", "--workers", 0,
         *TOY_VIDEO, "--eval-before", "false")
     (record,) = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()
                  if '"loss"' in line]
-    assert record["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    wanted = np.mean(of_scores) + (np.mean(of_cots) if think else 0.0)
+    assert record["loss"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_every_paradigm_trains_and_what_it_makes_is_judged(world_dir, tmp_path):
