@@ -44,6 +44,10 @@ AGAINST = [
     (("DeScore, stage 2", "λ = 0.005", "score"), ("without GRPO", "no GRPO", "score")),
     (("DeScore, stage 1", "p = 0.5", "score"), ("discriminative", "p = 1", "no CoT")),
     (("DeScore, stage 1", "p = 0.5", "score"), ("without masking", "p = 0", "score")),
+    (("DeScore, stage 1, unfiltered", "p = 0.5, unfiltered", "score"), ("filtered", "p = 0.5", "score")),
+    (("DeScore, stage 1, unfiltered", "p = 0.5, unfiltered", "score"),
+     ("discriminative, unfiltered", "p = 1, unfiltered", "no CoT")),
+    (("discriminative, unfiltered", "p = 1, unfiltered", "no CoT"), ("filtered", "p = 1", "no CoT")),
     (("coupled, after GRPO", "coupled", "written"), ("supervised", "supervised", "written"))]
 
 
@@ -102,7 +106,7 @@ def accuracies(title: str, lines: Lines, wanted: list[tuple[str, str, str]], tes
     rows, all_of_them = [], len(lines.of("rules", "rules"))
     for label, run, way in RULES + wanted:
         found = [lines.right(run, way, test) for test in tests]
-        some = f" (seeds {', '.join(map(str, found[0]))})" if len(found[0]) < all_of_them else ""
+        some = f" (seeds {', '.join(map(str, sorted(found[0])))})" if len(found[0]) < all_of_them else ""
         if found[0]:
             rows.append([label + some, *map(cell, found)])
     counts = [sum(map(len, lines.right("rules", "truth", test).values())) for test in tests]
