@@ -13,10 +13,10 @@ TESTS = ("test_id", "test_ood", "test_trap")
 VALUE = {"1": 1.0, "0": 0.0, "h": 0.5}
 DRAWS = 2000
 
-# The rows of the first table: what it is called, its run, and how it decides.
+# The rows of a table: what it is called, its run, and how it decides. These stand in each.
+RULES = [("*the truth*", "rules", "truth"), ("*the true sub-scores*", "rules", "sub-scores"),
+         ("*the signature alone*", "rules", "signature")]
 ROWS = [
-    ("*the truth*", "rules", "truth"), ("*the true sub-scores*", "rules", "sub-scores"),
-    ("*the signature alone*", "rules", "signature"),
     ("discriminative (p = 1)", "p = 1", "no CoT"),
     ("… on all labelled pairs", "p = 1, unfiltered", "no CoT"),
     ("… on all, ties too, Bradley-Terry with ties", "with ties, unfiltered", "no CoT"),
@@ -44,6 +44,10 @@ AGAINST = [
     (("DeScore, stage 2", "λ = 0.005", "score"), ("without GRPO", "no GRPO", "score")),
     (("DeScore, stage 1", "p = 0.5", "score"), ("discriminative", "p = 1", "no CoT")),
     (("DeScore, stage 1", "p = 0.5", "score"), ("without masking", "p = 0", "score")),
+    (("DeScore, stage 1, unfiltered", "p = 0.5, unfiltered", "score"), ("filtered", "p = 0.5", "score")),
+    (("DeScore, stage 1, unfiltered", "p = 0.5, unfiltered", "score"),
+     ("discriminative, unfiltered", "p = 1, unfiltered", "no CoT")),
+    (("discriminative, unfiltered", "p = 1, unfiltered", "no CoT"), ("filtered", "p = 1", "no CoT")),
     (("coupled, after GRPO", "coupled", "written"), ("supervised", "supervised", "written"))]
 
 
@@ -96,10 +100,22 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
             print("| " + " | ".join(row) + " |")
 
 
+def accuracies(title: str, lines: Lines, wanted: list[tuple[str, str, str]], tests=TESTS) -> None:
+    """A table of accuracies with their intervals: in its head how many pairs a set has in all seeds, in a row
+    its seeds, where they are not all there yet."""
+    rows, all_of_them = [], len(lines.of("rules", "rules"))
+    for label, run, way in RULES + wanted:
+        found = [lines.right(run, way, test) for test in tests]
+        some = f" (seeds {', '.join(map(str, sorted(found[0])))})" if len(found[0]) < all_of_them else ""
+        if found[0]:
+            rows.append([label + some, *map(cell, found)])
+    counts = [sum(map(len, lines.right("rules", "truth", test).values())) for test in tests]
+    if len(rows) > len(RULES):
+        table(title, [f"{test} ({n} pairs)" for test, n in zip(tests, counts)], rows)
+
+
 def paradigms(lines: Lines) -> None:
-    rows = [[label, *(cell(lines.right(run, way, test)) for test in TESTS)] for label, run, way in ROWS]
-    counts = [sum(map(len, lines.right("rules", "truth", test).values())) for test in TESTS]
-    table("Accuracy by paradigm", [f"{test} ({n})" for test, n in zip(TESTS, counts)], rows)
+    accuracies("Accuracy by paradigm", lines, ROWS)
     rows = []
     for (one, *first), (two, *second) in AGAINST:
         cells = []
@@ -113,11 +129,10 @@ def paradigms(lines: Lines) -> None:
 def by_pairs(lines: Lines, folder: Path) -> None:
     kinds = {"DeScore, stage 1": ("p = 0.5", "score"), "discriminative": ("p = 1", "no CoT"),
              "coupled, supervised": ("supervised", "written")}
-    rows, figure = [], None
+    wanted = []
     for label, (run, way) in kinds.items():
         for n in (100, 200, 400, 800):
-            name = run if n == 800 else f"{run}, {n} pairs"
-            rows.append([f"{label}, {n} pairs", *(cell(lines.right(name, way, test)) for test in TESTS)])
+            wanted.append((f"{label}, {n} pairs", run if n == 800 else f"{run}, {n} pairs", way))
     if lines.of("accuracy", "p = 0.5, 100 pairs"):
         figure, axes = plt.subplots(1, 3, figsize=(11, 3), sharey=True, constrained_layout=True)
         for axis, test in zip(axes, TESTS):
@@ -135,15 +150,15 @@ def by_pairs(lines: Lines, folder: Path) -> None:
         axes[0].set_ylabel("accuracy")
         axes[0].legend(fontsize=7)
         save(figure, folder / "claims-pairs.png")
-    table("Accuracy by number of training pairs", list(TESTS), rows)
+        accuracies("Accuracy by number of training pairs", lines, wanted)
 
 
 def drift(lines: Lines, folder: Path) -> None:
     names = ["λ = 0", "λ = 0.0005", "λ = 0.005", "λ = 0.05", "λ = 0.5"]
-    rows = [["before (stage 1)", *(cell(lines.right("p = 0.5", "score", test)) for test in TESTS)]]
-    rows += [[name, *(cell(lines.right(name, "score", test)) for test in TESTS)] for name in names]
-    if any(lines.of("accuracy", name) for name in names):
-        table("Drift: accuracy after stage 2, by λ", list(TESTS), rows)
+    wanted = [("before (stage 1)", "p = 0.5", "score"), ("… reading its CoT", "p = 0.5", "reading")]
+    for name in names:
+        wanted += [(name, name, "score"), ("… reading its CoT", name, "reading")]
+    accuracies("Drift: accuracy after stage 2, by λ", lines, wanted)
     curves(lines, {name: (name, "accuracy") for name in names}, folder / "claims-drift.png")
 
 
@@ -192,13 +207,17 @@ def masking(lines: Lines, folder: Path) -> None:
     rows, curve_of = [], {}
     for p in (0, 0.25, 0.5, 0.75, 1):
         name = f"p = {p}"
-        found = [lines.right(name, way, "test_id") for way in ("score", "no CoT")]
+        found = [lines.right(name, way, "test_id") for way in ("score", "no CoT", "reading")]
         for way in ways:
             found.append({s: values(line["found"][way]) for s, line in lines.of("exchange", name).items()})
         rows.append([name, *map(cell, found)])
         if found[0] and found[-1]:
-            curve_of[name] = [interval(one)[0] for one in (found[0], *found[3:])]
-    table("With which CoT the score is read (test_id)", ["its own", "none", *ways], rows)
+            curve_of[name] = [interval(one)[0] for one in (found[0], *found[4:])]
+    rows += [[label, cell(lines.right(run, way, "test_id")), *["–"] * (len(ways) + 2)]
+             for label, run, way in RULES if curve_of]
+    count = sum(map(len, lines.right("rules", "truth", "test_id").values()))
+    table(f"With which CoT the score is read (test_id, {count} pairs)",
+          ["its own", "none", "its own, read", *ways], rows)
     if curve_of:
         figure, axis = plt.subplots(figsize=(5, 3), constrained_layout=True)
         for name, points in curve_of.items():
@@ -235,12 +254,11 @@ def thinking(lines: Lines) -> None:
 
 
 def beyond(lines: Lines) -> None:
-    rows = []
-    for label, name in (("the coin", "p = 0.5"), ("its expectation", "expected mask"),
-                        ("matched rollouts", "λ = 0.005"), ("all pairs of rollouts", "all pairs")):
-        rows.append([label, *(cell(lines.right(name, "score", test)) for test in TESTS)])
     if lines.of("accuracy", "expected mask") or lines.of("accuracy", "all pairs"):
-        table("Beyond the paper: accuracy", list(TESTS), rows)
+        accuracies("Beyond the paper: accuracy", lines, [
+            ("stage 1, the coin", "p = 0.5", "score"), ("its expectation", "expected mask", "score"),
+            ("stage 2, matched rollouts", "λ = 0.005", "score"),
+            ("all pairs of rollouts", "all pairs", "score")])
     rows = []
     for label, one, two in (("expectation / coin", "expected", "coin"),
                             ("all pairs / matched", "all pairs", "matched")):

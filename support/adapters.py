@@ -56,7 +56,8 @@ class VideoAlign:
     DeScore gives one number. TA (does it follow the prompt) and Overall are what it means; VQ and
     MQ, of which it knows nothing, are that number too, so that a trainer trains on DeScore whichever
     it reads: DanceGRPO reads VQ and MQ (`--vq_coef 1 --mq_coef 0`). So Overall is no sum here, and a
-    sum of them counts one thing several times."""
+    sum of them counts one thing several times. DanceGRPO catches whatever is raised and takes −1 for
+    it, without a word: where its rewards are all −1, no video was scored."""
 
     score: Callable
     unusable: float | None = None

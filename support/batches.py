@@ -43,8 +43,9 @@ def read_ahead(processor: Processor, groups: list[list[list[Key]]], workers: int
     together. Yields the batch and for each unit None, or what is wrong with it: a video that cannot
     be read, or a prompt of more than `limit` tokens. In the batch black frames then stand in for
     its videos, so that its rows are there."""
-    # With no batch size the loader hands each group to `read_group`, in a worker if it has any.
-    return iter(DataLoader(groups, batch_size=None, num_workers=workers,
+    # With no batch size the loader hands each group to `read_group`, in a worker if it has any. It
+    # draws a seed that nobody uses, and should not draw it from the caller's random numbers.
+    return iter(DataLoader(groups, batch_size=None, num_workers=workers, generator=torch.Generator(),
                            collate_fn=partial(read_group, processor, limit),
                            worker_init_fn=leave_signals))
 

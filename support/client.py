@@ -7,6 +7,7 @@ This file needs the standard library and numpy alone, so that it can be copied i
 """
 
 import base64
+import http.client
 import json
 import math
 import os
@@ -212,7 +213,10 @@ class Client:
                 reason = f"HTTP {error.code}: {said}"
                 if error.code != 503:
                     break
-            except OSError as error:  # cannot be reached, or went away
+            except TimeoutError:  # whoever is slow would only have more to do
+                reason = f"no answer within {self.timeout:g} seconds"
+                break
+            except (OSError, http.client.HTTPException) as error:  # cannot be reached, or went away
                 reason = str(error)
         raise RuntimeError(f"{self.url}{path}: {reason}")
 

@@ -164,9 +164,14 @@ def sync(path: Path) -> None:
 
 
 def amend(path: Path, **more) -> None:
-    """Add entries to the JSON object in a file, which at every moment holds the old or the new."""
+    """Add entries to the JSON object in a file."""
+    write_whole(path, json.dumps(read_json(path) | more, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that at every moment holds the old text or the new. Raises OSError if it cannot
+    be written."""
     beside = path.with_name(path.name + ".partial")
-    text = json.dumps(read_json(path) | more, indent=1, ensure_ascii=False) + "\n"
     beside.write_text(text, encoding="utf-8")
     sync(beside)
     beside.replace(path)

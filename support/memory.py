@@ -128,14 +128,12 @@ class Together:
         return answer.result()
 
     def answer_all(self) -> None:
-        taken = [self.waiting.popleft() for _ in range(len(self.waiting))]
-        asked = taken
+        taken, groups = [self.waiting.popleft() for _ in range(len(self.waiting))], {}
+        for request in taken:
+            groups.setdefault(repr(request[1]), []).append(request)
         try:
-            while asked:
-                options = asked[0][1]
-                alike = [request for request in asked if repr(request[1]) == repr(options)]
-                asked = [request for request in asked if request not in alike]
-                self.answer(alike, options)
+            for alike in groups.values():
+                self.answer(alike, alike[0][1])
         finally:  # whoever is interrupted leaves the others' to them
             self.waiting.extend(request for request in taken if not request[2].done())
 

@@ -13,6 +13,7 @@ import bisect
 import html
 import json
 import math
+import os
 import re
 import time
 from fnmatch import fnmatchcase
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from data import DIMENSIONS, DataError, Pair, VideoSettings, explained, is_number, parse_cot, read_video
 from support.batches import leave_signals
 from support.command import run_command
-from support.files import read_json, read_lines
+from support.files import read_json, read_lines, write_whole
 from support.tables import describe, plain
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -43,10 +44,14 @@ BINS = 24  # of a histogram
 
 
 def page_path(text: str) -> Path:
-    """The type of a flag that names a page to write."""
+    """The type of a flag that names a page to write. That it cannot be written is said before the
+    work, not after it."""
     path = Path(text)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a page (.html)")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: nothing can be put into {folder}")
     return path
 
 
@@ -60,17 +65,14 @@ def write(path: Path, title: str, page: dict, strips: list[dict]) -> None:
     values = {"title": title, "page": as_text(page), "strips": "\n".join(parts)}
     # In one pass: what stands in a value is not looked at again.
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
-    beside = path.with_name(path.name + ".partial")
     with explained(f"{path}: could not be written", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, text)
 
 
 def as_text(value) -> str:
-    """JSON that can stand in a <script>: ASCII, in which no tag and no comment begins or ends."""
-    text = json.dumps(plain(value), separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    """JSON that can stand in a <script>: ASCII, in which no tag and no comment begins."""
+    return json.dumps(plain(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def film(videos: list[dict], settings: VideoSettings, workers: int = 0) -> list[dict]:
@@ -206,8 +208,8 @@ class Panel(NamedTuple):
 PANELS = [
     Panel("Reward", "what the rules give a rollout, and its parts", ["reward", "reward_*", "-reward_range"]),
     Panel("Sub-scores matched", "R_q of held-out CoTs, and of rollouts", ["*/quality", "reward_quality"]),
-    Panel("Held-out accuracy", "of preferences without ties, with a CoT or without one",
-          ["*/accuracy", "*/accuracy_no_cot"]),
+    Panel("Held-out accuracy", "of preferences without ties: by the score, by that without a CoT, and by "
+          "what the CoTs say", ["*/accuracy", "*/accuracy_no_cot", "*/accuracy_reading"]),
     Panel("Held-out accuracy, ties too", "at the best threshold", ["*/accuracy_ties*"]),
     Panel("Pair loss", "Bradley-Terry, of the pairs trained on; log 2 knows nothing", ["bt_loss"]),
     Panel("Pairs in order", "share of the pairs trained on whose preferred video scores higher",
@@ -243,6 +245,7 @@ class RunFolder:
             raise DataError(f"{path}: not a run's folder, it has no metrics.jsonl")
         about = path / "settings.json"
         self.about = read_json(about) if about.is_file() else {}
+        self.dimensions = self.about.get("dimensions") or DIMENSIONS
         self.records = numbered(metrics)
         self.written = metrics.stat().st_mtime
         self.curves = curves(self.records)
@@ -303,16 +306,15 @@ def thoughts(run: RunFolder) -> tuple[list[dict], list[dict]]:
         with explained(f"{run.path}: a record of its thoughts is not as it was written",
                        KeyError, TypeError, AttributeError):
             key = record["video"], record["prompt"], record.get("test")
-            reference = record.get("reference")
             if not all(isinstance(part, str) for part in key[:2]):
                 raise TypeError("the video or the prompt is no text")
             if key not in videos:
-                videos[key] = {"video": key[0], "prompt": key[1], "test": key[2], "reference": reference}
-                numbers[key] = len(numbers)
-            dimensions = reference or run.about.get("dimensions") or DIMENSIONS
+                numbers[key] = len(videos)
+                videos[key] = {"video": key[0], "prompt": key[1], "test": key[2],
+                               "reference": record.get("reference")}
             some = []
             for one in record.get("rollouts") or [record]:
-                cot = parse_cot(one["cot"], dimensions) or {}
+                cot = parse_cot(one["cot"], run.dimensions) or {}
                 figures = {name: value for name, value in one.items() if is_number(value) and name != "step"}
                 some.append({"cot": one["cot"], "sub_scores": cot.get("dimensional_scores"),
                              "figures": figures})
@@ -329,12 +331,10 @@ def run_page(run: RunFolder, workers: int = 0) -> tuple[str, dict, list[dict]]:
         series = [{"name": name, "points": points} for name, points in of.items()]
         drawn.append({"title": panel.title, "says": panel.says, "series": series})
     title = f"{run.about.get('stage', 'Run')}: {run.path}"
-    dimensions = run.about.get("dimensions") or next(
-        (video["reference"] for video in videos if video["reference"]), DIMENSIONS)
     return title, {
         "kind": "run", "title": title, "step": run.steps, "steps": run.about.get("steps"),
         "written": run.written, "made": time.time(), "settings": run.about.get("settings"),
-        "panels": drawn, "dimensions": list(dimensions), "videos": videos, "thoughts": found}, strips
+        "panels": drawn, "dimensions": list(run.dimensions), "videos": videos, "thoughts": found}, strips
 
 
 def write_pngs(run: RunFolder, folder: Path) -> list[Path]:
@@ -353,7 +353,8 @@ def write_pngs(run: RunFolder, folder: Path) -> list[Path]:
         for name, points in of.items():
             steps, values = zip(*points)
             values = [math.nan if value is None else value for value in values]
-            axis.plot(steps, values, "o-" if "/" in name else "-", label=name, markersize=3, linewidth=1.4)
+            line = "o-" if "/" in name or len(points) < 3 else "-"
+            axis.plot(steps, values, line, label=name, markersize=3, linewidth=1.4)
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.tick_params(labelsize=8)

@@ -29,7 +29,7 @@ from infer import evaluate
 from model import OWN, DeScore
 from support.batches import deal, read_ahead
 from support.checkpoint import Checkpoints
-from support.files import amend, read_lines, remove, settle, sync
+from support.files import amend, read_lines, remove, settle, sync, write_whole
 from support.formats import read_pairs
 from support.ranks import Ranks
 from support.settings import FREE, FREE_IN, ROOT, parse_args
@@ -302,10 +302,9 @@ class Run:
         if self.ranks.first:
             about = {"stage": self.stage, "steps": last, "settings": asdict(self.args),
                      "dimensions": self.model.processor.dimensions}
-            path, beside = self.out / "settings.json", self.out / "settings.json.partial"
+            path = self.out / "settings.json"
             with explained(f"{path}: could not be written", OSError):
-                beside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-                beside.replace(path)
+                write_whole(path, json.dumps(about, indent=1) + "\n")
 
     def batches(self, plan: list[list[list]]) -> Iterator[tuple[Batch, list[str | None]]]:
         """The videos of a plan's micro-batches, decoded ahead."""

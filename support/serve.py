@@ -12,7 +12,8 @@
 The first is Flow-Factory's protocol, the second UniRL's; support/client.py speaks both. A history may
 name a file below --videos instead, "video_path". What is asked at the same time is thought about
 together. A video that cannot be scored has null, or no entry, and an error; the others are
-unharmed. Requests beyond --queue get 503. On Ctrl-C or SIGTERM what is under way is finished.
+unharmed. Requests that are too many, or too large together, get 503. On Ctrl-C or SIGTERM what is
+under way is finished.
 """
 
 import argparse
@@ -52,6 +53,8 @@ except ImportError as error:
 
 NAME = "descore"  # of the reward that is served
 BODY_SECONDS = 120  # in which the body of a request has to come
+BODIES = 4  # so many of the largest size may be held at a time
+VALUES = 100_000  # of a body; small ones take fifty times their bytes when they are parsed
 # What tells one request of /score from others; sent back as it came.
 IDENTITY = ("request_id", "sample_id", "group_id", "source_rank", "policy_version",
             "scorer_version", "idempotency_key")
@@ -115,8 +118,12 @@ def check_file(path: Path, args: argparse.Namespace) -> None:
     with explained(f"{path}: not a video that can be read", OSError, *ERRORS):
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-        with opened(path) as (_, stream):
+        with opened(path) as (container, stream):
             check_pixels(stream.codec_context.width, stream.codec_context.height, args.max_pixels)
+            # Some files tell their length only when they are decoded; a frame has two packets at most.
+            packets = sum(packet.size > 0 for packet in container.demux(stream))
+        if packets > 2 * args.max_frames:
+            raise DataError(f"{packets:,} packets, more than {args.max_frames:,} frames have")
         check_length(open_file(path).total, args)
 
 
@@ -130,24 +137,27 @@ class Service:
 
     def __init__(self, score, args: argparse.Namespace):
         self.score, self.args = score, args
-        self.held = 0  # requests that are being read, wait or are thought about
+        # Requests that are being read, wait or are thought about, and the bytes of their bodies.
+        self.held = self.bytes = 0
         self.pool = ThreadPoolExecutor(args.queue)
 
     async def answer(self, request: Request, work) -> Response:
         """What `work` makes of a request's body."""
         if self.held >= self.args.queue:
-            raise HTTPException(503, f"{self.held} requests are under way", {"Retry-After": "1"})
+            raise busy(f"{self.held} requests are under way")
         self.held += 1
+        body = bytearray()
         try:
-            body = await self.read(request)
+            await self.read(request, body)
             found = asyncio.get_running_loop().run_in_executor(self.pool, self.work, work, body)
             return Response(await found, media_type="application/json")
         finally:
             self.held -= 1
+            self.bytes -= len(body)
 
-    async def read(self, request: Request) -> bytes:
-        """The body of a request, within bounds."""
-        most, taken, body = self.args.max_body, 0, bytearray()
+    async def read(self, request: Request, body: bytearray) -> None:
+        """Fill in the body of a request, within bounds."""
+        most, taken, kept = self.args.max_body, 0, True
         length = request.headers.get("content-length", "0")
         too_long = HTTPException(413, f"a body of more than {most:,} bytes")
         # Most who send too much will read why only when they are through.
@@ -159,18 +169,28 @@ class Service:
                     taken += len(chunk)
                     if taken > 4 * most:
                         break
-                    body += chunk if taken <= most else b""
+                    room = BODIES * most - self.bytes
+                    kept = kept and taken <= most and len(chunk) <= room
+                    if kept:
+                        self.bytes += len(chunk)
+                        body += chunk
+                    else:  # what will not be used makes room for others
+                        self.bytes -= len(body)
+                        body.clear()
         except TimeoutError:
             raise HTTPException(408, f"no body within {BODY_SECONDS} seconds") from None
         except ClientDisconnect:
             raise HTTPException(400, "the body was cut off") from None
         if taken > most:
             raise too_long
-        return bytes(body)
+        if not kept:
+            raise busy(f"requests of {self.bytes:,} bytes are under way")
 
-    def work(self, work, body: bytes) -> str:
+    def work(self, work, body: bytearray) -> str:
         """The answer as JSON. Whatever is wrong with a request is said in one line."""
         try:
+            if sum(map(body.count, (b",", b"[", b"{"))) > VALUES:
+                raise HTTPException(413, f"a body of more than {VALUES:,} values")
             return as_json(work(body))
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
@@ -187,11 +207,11 @@ class Service:
     def records(self, videos: list, prompts: list[str]) -> list[dict]:
         """A record for each video, or for the DataError that stands in its place."""
         good = [i for i, video in enumerate(videos) if not isinstance(video, DataError)]
-        found = self.score([videos[i] for i in good], [prompts[i] for i in good])
-        records = dict(zip(good, found))
-        return [records[i] if i in records else unusable(str(videos[i])) for i in range(len(videos))]
+        found = iter(self.score([videos[i] for i in good], [prompts[i] for i in good]))
+        return [unusable(str(video)) if isinstance(video, DataError) else next(found)
+                for video in videos]
 
-    def compute(self, body: bytes) -> dict:
+    def compute(self, body: bytearray) -> dict:
         """POST /compute: frames."""
         asked = Compute.model_validate_json(body)
         rates = (asked.fps, (asked.kwargs or {}).get("fps"), self.args.fps)
@@ -210,34 +230,37 @@ class Service:
         rewards = [as_reward(r) if r["error"] is None else self.args.unusable for r in records]
         return {"rewards": rewards, "errors": [r["error"] for r in records], "records": records}
 
-    def score_files(self, body: bytes) -> dict:
+    def score_files(self, body: bytearray) -> dict:
         """POST /score: files."""
         asked = Score.model_validate_json(body)
         check_score(asked)
+        turns = [request.history[-1] for request in asked.requests]
         with tempfile.TemporaryDirectory(prefix="descore-") as folder:
-            videos, shown = [], {}  # how a file that is read was named by who asks
-            for request in asked.requests:
+            paths, videos = [], []
+            for turn in turns:
+                paths.append(None)
                 try:
-                    path, name = self.find(request.history[-1], Path(folder))
-                    shown[str(path)] = name
-                    check_file(path, self.args)
-                    videos.append(str(path))
+                    paths[-1] = self.find(turn, Path(folder))
+                    check_file(paths[-1], self.args)
+                    videos.append(str(paths[-1]))
                 except DataError as error:
                     videos.append(error)
-            records = self.records(videos, [request.history[-1].text for request in asked.requests])
-        # What is left of a path that was cut is nobody's affair either.
-        shown |= {f"{folder}/": "", f"{self.args.videos}/": ""}
-        for record in records:
-            for path, name in shown.items():
-                record["error"] = record["error"] and record["error"].replace(path, name)
+            records = self.records(videos, [turn.text for turn in turns])
+        for turn, path, record in zip(turns, paths, records):
+            if path and record["error"]:
+                # Where a file lies is nobody's affair, nor what is left of a path that was cut.
+                name = "video_b64" if turn.video_path is None else turn.video_path
+                said = record["error"].replace(str(path), name)
+                record["error"] = said.replace(f"{folder}/", "").replace(f"{self.args.videos}/", "")
         results = [{NAME: metrics(r)} if r["error"] is None else {} for r in records]
         errors = [{} if r["error"] is None else {NAME: r["error"]} for r in records]
         ids = [{key: getattr(request, key, None) for key in IDENTITY} for request in asked.requests]
         return {"results": results, "errors": errors, "identities": ids, "records": records,
                 "protocol_version": "1"}
 
-    def find(self, turn: Turn, folder: Path) -> tuple[Path, str]:
-        """The file of a turn, and what to call it. Raises DataError if there is none to be had."""
+    def find(self, turn: Turn, folder: Path) -> Path:
+        """The file of a turn, written into the folder if it was sent. Raises DataError if there is
+        none to be had."""
         if turn.video_b64 is not None and turn.video_path is not None:
             raise DataError("video_b64 and video_path are both given")
         if turn.video_b64 is not None:
@@ -245,7 +268,7 @@ class Service:
                 content = base64.b64decode(turn.video_b64, validate=True)
             path = folder / hashlib.sha256(content).hexdigest()
             path.write_bytes(content)
-            return path, "video_b64"
+            return path
         if turn.video_path is None:
             raise DataError("neither video_b64 nor video_path is given")
         root = self.args.videos
@@ -257,7 +280,11 @@ class Service:
             raise DataError(f"{turn.video_path}: not a path that leads to a file") from error
         if not path.is_relative_to(root):
             raise DataError(f"{turn.video_path}: not below the folder that is served")
-        return path, turn.video_path
+        return path
+
+
+def busy(why: str) -> HTTPException:
+    return HTTPException(503, why, {"Retry-After": "1"})
 
 
 def check_score(asked: Score) -> None:
@@ -324,7 +351,8 @@ def parse_args() -> argparse.Namespace:
     add("--unusable", type=Number, help="reward of /compute for a video that cannot be scored [null]")
     add("--window", type=NotNegative, default=0.02, help="seconds to wait for others who ask")
     add("--queue", type=Count, default=32, help="requests under way at a time; others get 503")
-    add("--max-body", type=Count, default=1 << 28, help="bytes of a request")
+    add("--max-body", type=Count, default=1 << 28, help="bytes of a request; four times as many "
+        "of all under way, beyond which others get 503")
     add("--max-frames", type=Count, default=2048, help="of a video")
     add("--max-pixels", type=Count, default=3840 * 2160, help="of a frame")
     args = parser.parse_args()

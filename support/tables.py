@@ -55,8 +55,8 @@ def rewarded(model, record: dict, standardise: bool = True) -> dict:
              "sub_scores": found.get("sub_scores"), "error": None}
     if standardise:
         first["standardised"] = standardised(model, found["score"])
-    rest = set(found) - {*first, "video", "prompt"}
-    return first | {name: found[name] for name in found if name in rest}
+    known = {*first, "video", "prompt"}
+    return first | {name: value for name, value in found.items() if name not in known}
 
 
 def ranking(model, judged: dict[Key, dict]) -> list[dict] | dict:

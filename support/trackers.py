@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 from data import DataError, explained, is_number
-from support.files import delete, read_json
+from support.files import delete, read_json, write_whole
 
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
@@ -118,7 +118,7 @@ class WandB(Tracker):
         if step > self.state[kind]:
             self.run.log({"step": step, **figures})
             self.state[kind] = step
-            self.path.write_text(json.dumps(self.state) + "\n", encoding="utf-8")
+            write_whole(self.path, json.dumps(self.state) + "\n")
 
     def close(self) -> None:
         self.run.finish()

@@ -9,7 +9,8 @@ from data import DIMENSIONS, Pair, Pairs, VideoSettings
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 HOSTILE = ("<img src=x onerror=alert(1)></script><script>alert(1)</script>"
-           "<!-- ' \" & \u2028\ud800 {{page}} <b>" + "w" * 400)
+           "<!-- ' \" & \u2028\ud800 {{page}} <b></script <!--<script " + "w" * 400)
+GENERATORS = ["aurora", "basalt", "ci\"n'der<b>" + "w" * 90]
 
 
 def lines(path):
@@ -20,10 +21,10 @@ def write_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def a_model(name="runs/rl", info=None):
+def a_model(name="runs/rl", info=None, dimensions=DIMENSIONS):
     settings = VideoSettings(min_pixels=4096, max_pixels=40_000)
     return SimpleNamespace(name=name, info=info or {}, processor=SimpleNamespace(
-        dimensions=DIMENSIONS, settings=settings))
+        dimensions=dimensions, settings=settings))
 
 
 def a_cot(scores, words="asked for, and seen"):
@@ -39,7 +40,8 @@ def judged_of(videos, prompt, cot=None, score=1.5):
 
 
 def a_pair_file(count=40, seed=0):
-    """Pairs, and the judgements of their videos: right, wrong, ties and one that cannot be read."""
+    """Pairs, and the judgements of their videos: right, wrong, ties and one that cannot be read; with
+    references that the CoTs meet or miss, and without."""
     drawn = random.Random(seed)
     videos = sorted(str(path) for path in GOLDEN.glob("*.mp4"))
     pairs, judged = Pairs(Path("pairs.jsonl")), {}
@@ -47,10 +49,12 @@ def a_pair_file(count=40, seed=0):
         prompt = HOSTILE if number == 2 else f"Prompt {number}: a fox runs through snow."
         sides = drawn.sample(videos, 2)
         scores = [{name: drawn.choice([0, 1, 2, "N/A"]) for name in DIMENSIONS} for _ in range(2)]
-        generators = drawn.sample(["aurora", "basalt", "ci\"n'der<b>"], 2)
+        generators = drawn.sample(GENERATORS, 2)
         pairs.append(Pair(prompt, *sides, "ABt"[number % 3].replace("t", "tie"), scores_a=scores[0],
-                          scores_b=scores[1], model_a=generators[0], model_b=generators[1]))
+                          scores_b=scores[1] if number % 4 else None, model_a=generators[0],
+                          model_b=generators[1]))
         for video, said in zip(sides, scores):
+            said = said | {"style": drawn.choice([0, 1, 2])}
             judged |= judged_of([video], prompt, a_cot(said), drawn.gauss(0, 2))
     bad = pairs[5].video_a
     prompt = pairs[5].prompt

@@ -284,11 +284,12 @@ def test_images_of_two_sizes_are_no_video(model):
     assert math.isnan(found["score"]) and "frames are of 2 sizes" in found["error"]
 
 
-def test_a_prompt_that_is_too_long_is_its_own_error(model, clips):
+def test_a_prompt_that_cannot_be_read_is_its_own_error(model, clips):
     _, frames, fps, prompt = clips[0]
-    good, bad = reward(model, tensor(frames)[None].expand(2, -1, -1, -1, -1), [prompt, "a" * 60_000], fps=fps,
-                       **SHORT)
-    assert good["error"] is None and "the prompt has 60,000 bytes" in bad["error"]
+    four = tensor(frames)[None].expand(4, -1, -1, -1, -1)
+    good, empty, long, half = reward(model, four, [prompt, "", "a" * 60_000, "\ud800"], fps=fps, **SHORT)
+    assert good["error"] is None and empty["error"] is None and math.isfinite(empty["score"])
+    assert "the prompt has 60,000 bytes" in long["error"] and "no Unicode text" in half["error"]
 
 
 def test_a_score_that_is_none_is_an_error_of_its_video(model, clips):
@@ -384,6 +385,13 @@ def test_standardised_scores(model, clips):
     assert reward(model, path, "p", **SHORT)[0]["standardised"] is None
 
 
+def test_a_trainers_random_numbers_are_its_own(model, clips):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    reward(model, clips[0][0], "p", samples=2, **SHORT)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_trainers_own_precision_is_not_ours(clips):
     path, model = clips[0][0], DeScore.load(ROOT / "toy/backbone", device="cpu")  # in float32
     model.has_head = True
@@ -454,12 +462,15 @@ def test_calls_are_one_at_a_time_and_answers_find_their_callers():
 
 
 def test_whoever_is_interrupted_leaves_the_others_theirs():
-    started, going, found = threading.Event(), threading.Event(), {}
+    """While "a" is worked for, the others wait; the first of them takes all three, and is interrupted."""
+    started, going, found, calls = threading.Event(), threading.Event(), {}, []
 
     def work(items, options):
-        if not started.is_set():
+        calls.append(items)
+        if len(calls) == 1:
             started.set()
             going.wait(10)
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return items
 
@@ -481,7 +492,9 @@ def test_whoever_is_interrupted_leaves_the_others_theirs():
     going.set()
     for thread in threads:
         thread.join(10)
-    assert found == {"a": "interrupted", "b": ["b"], "c": ["c"], "d": ["d"]}
+    assert calls[0] == ["a"] and sorted(calls[1]) == ["b", "c", "d"]
+    (interrupted,) = [name for name, answer in found.items() if answer == "interrupted"]
+    assert found == {name: [name] for name in "abcd"} | {interrupted: "interrupted"} and interrupted != "a"
 
 
 def test_records_do_not_depend_on_the_order_of_a_batch(model, clips):

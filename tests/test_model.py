@@ -240,7 +240,7 @@ def test_letting_finished_rollouts_go_changes_nothing(model, keys, monkeypatch):
 
 def test_some_run_into_the_limit_while_others_have_gone(model, keys):
     """[Reward] follows the last token of what never ended, and only there."""
-    thoughts = model.think(make_batch(model, keys), 12, 60, temperature=2.0, seeds=[5, 6, 7])
+    thoughts = model.think(make_batch(model, keys), 12, 110, temperature=2.0, seeds=[5, 6, 7])
     truncated = model.truncated(thoughts)
     assert 0.1 < truncated.double().mean() < 0.9 and thoughts.mask[truncated].all()
     logps, scores = model.group(make_batch(model, keys), thoughts.tokens, thoughts.mask, 2.0)
@@ -338,7 +338,7 @@ def test_the_reference_is_the_policy_as_it_was(model, keys):
     after, _ = model.group(make_batch(model, keys[:2]), tokens, mask)
     for temperature, expected in before.items():
         reference = model.reference_logps(make_batch(model, keys[:2]), tokens, mask, temperature)
-        torch.testing.assert_close(reference, expected.detach(), rtol=0, atol=5e-6)  # float32 of about 10
+        torch.testing.assert_close(reference, expected.detach(), rtol=0, atol=1e-5)  # float32 of about 20
     assert (after - before[1.0]).abs().max() > 1e-3
     assert set(model.trainable()) == trains and not any("reference" in name for name in trains)
 

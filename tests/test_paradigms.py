@@ -125,6 +125,37 @@ def test_an_interval_holds_the_mean_and_shrinks_with_more_pairs():
     assert np.ptp(results.interval(many)[1:]) < 0.3 * np.ptp(results.interval(few)[1:])
 
 
+def overall_tenths(scores):
+    """The weighted mean of sub-scores, 1 to 5, in tenths."""
+    weights = {name: world.DIMENSIONS[name] for name, value in scores.items() if value != "N/A"}
+    return round(10 + 20 * sum(w * scores[name] for name, w in weights.items()) / sum(weights.values()))
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_a_generative_way_learns_its_cots_and_its_scores_by_a_mean_each(think, model, world_dir, tmp_path):
+    rows = [json.loads(line) for line in (world_dir / "train_cots.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["preference"] != "tie"][:3]
+    encode, of_cots, of_scores = model.processor.encode, [], []
+    for row in rows:
+        for side in "ab":
+            row[f"video_{side}"] = str(world_dir / row[f"video_{side}"])
+            score = [*encode(f" so {overall_tenths(row[f'scores_{side}'])}"), model.eos]
+            cot = encode(row[f"cot_{side}"]) if think else []
+            batch, _ = next(read_ahead(model.processor, [[[(row[f"video_{side}"], row["prompt"])]]]))
+            ids = torch.tensor([[[*cot, *score]]])
+            logps, _ = model.group(batch, ids, torch.ones_like(ids, dtype=torch.bool))
+            of_cots += (-logps[0, 0, :len(cot)]).tolist()
+            of_scores += (-logps[0, 0, len(cot):]).tolist()
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("bench/paradigms.py", "supervise", "--train", tmp_path / "pairs.jsonl", "--think", think, "--model",
+        ROOT / "toy/backbone", "--epochs", 1, "--batch-size", 3, "--out", tmp_path / "out", "--workers", 0,
+        *TOY_VIDEO, "--eval-before", "false")
+    (record,) = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+                 if '"loss"' in line]
+    wanted = np.mean(of_scores) + (np.mean(of_cots) if think else 0.0)
+    assert record["loss"] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_every_paradigm_trains_and_what_it_makes_is_judged(world_dir, tmp_path):
     common = ["--lora-rank", 2, "--lr", 1e-3, "--workers", 0, *TOY_VIDEO, "--eval-before", "false"]
     first = ["--train", world_dir / "train_cots.jsonl", "--model", ROOT / "toy/backbone", "--epochs", 1,

@@ -1,9 +1,13 @@
 """The pages that are looked at, and the figures that are sent elsewhere: what is written, from what."""
 
+import argparse
 import html.parser
 import json
 import math
+import os
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +18,10 @@ from pages import DIMENSIONS, GOLDEN, HOSTILE, a_model, a_pair_file, a_run, judg
 
 from data import DataError, Pair, VideoSettings, read_video
 from support import report, trackers
+from support.files import write_whole
 from support.ranks import ALONE
 from support.run import ROUNDING, Means, Run, quantiles
+from support.settings import RunArgs
 
 QUICK = [*TOY_VIDEO, "--workers", 0, "--max-new-tokens", 40, "--lr", 1e-3, "--lora-rank", 4]
 
@@ -97,6 +103,8 @@ def test_text_from_outside_stays_text(tmp_path):
     page, _ = content(tmp_path / "page.html")
     assert page["videos"][0]["prompt"] == page["videos"][0]["cot"] == HOSTILE
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    (inside,) = re.findall(r' id="page">(.*?)</script>\n', text)
+    assert json.loads(inside) == page and "<" not in inside
     assert "\u2028" not in text and text.count('"kind":"judged"') == 1
     # Whatever might slip through can reach nothing.
     assert "default-src 'none'" in text and "innerHTML" not in text
@@ -180,9 +188,41 @@ def test_infer_writes_a_page_of_what_it_judges(world_dir, saved, tmp_path):
     shown, _ = content(page)
     assert shown["videos"][0]["cot"] is None and shown["pairs"][0]["margin"] is not None
 
-    for place in (tmp_path, saved / "descore.json"):
+    for place in (tmp_path, saved / "descore.json", saved / "descore.json/new/page.html"):
         done = run("infer.py", video, "a circle", *common[:4], "--report", place, check=False)
         assert done.returncode == 2 and "--report" in done.stderr and not done.stdout
+
+
+def test_that_a_page_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch(0o755)
+    for place in ("new/deeper/page.html", "page.HTM"):
+        assert report.page_path(str(tmp_path / place)) == tmp_path / place
+    monkeypatch.chdir(tmp_path)
+    assert report.page_path("page.html") == Path("page.html")
+    for place in ("file/page.html", "file/new/page.html", "page.txt", "page"):
+        with pytest.raises(argparse.ArgumentTypeError, match=place):
+            report.page_path(str(tmp_path / place))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0 or path != tmp_path)
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot be written"):
+        report.page_path(str(tmp_path / "new/page.html"))
+    assert not (tmp_path / "new").exists()  # nothing is made yet
+
+
+def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    write_whole(path, "old")
+
+    def full(self, text, encoding):
+        with self.open("w", encoding=encoding) as file:
+            file.write(text[:1])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DataError, match="page.html: could not be written .No space"):
+        report.write(path, "title", {}, [])
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -192,8 +232,9 @@ def test_infer_writes_a_page_of_what_it_judges(world_dir, saved, tmp_path):
 def test_the_page_of_a_run_has_its_curves(tmp_path):
     folder = a_run(tmp_path / "run")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 99, "reward')  # a run at work
+    for name in ("metrics", "rollouts", "held_out"):
+        with (folder / f"{name}.jsonl").open("a") as file:
+            file.write('{"step": 99, "reward')  # a run at work
     done = run("-m", "support.report", folder)
     assert done.stdout == f"{folder / 'report.html'}\n"
     page, _ = content(folder / "report.html")
@@ -209,7 +250,7 @@ def test_the_page_of_a_run_has_its_curves(tmp_path):
     assert {one["name"] for one in reward["series"]} == {"reward", "reward_quality", "reward_brevity"}
     assert page["panels"][-1]["series"][0]["name"] == "figure_of_my_own"
     for name, content_before in before.items():  # nothing of the run is touched
-        assert name == "metrics.jsonl" or (folder / name).read_bytes() == content_before
+        assert (folder / name).read_bytes().startswith(content_before)
 
 
 def test_the_page_of_a_run_has_what_was_thought(tmp_path):
@@ -280,6 +321,24 @@ def test_curves_as_pictures(tmp_path):
     assert not (folder / "report.html").exists()
 
 
+def test_a_curve_of_one_point_is_seen_in_its_picture(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib.image")
+    coloured = []  # pixels
+    for value in (1.0, None):
+        write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "kl": value}])
+        (path,) = report.write_pngs(report.RunFolder(tmp_path), tmp_path)
+        picture = matplotlib.imread(path)[..., :3]
+        coloured.append(int((picture.max(-1) - picture.min(-1) > 0.3).sum()))
+    assert coloured[0] > 50 and coloured[1] == 0
+
+
+def test_pictures_without_matplotlib_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(DataError, match="pip install matplotlib"):
+        report.write_pngs(report.RunFolder(a_run(tmp_path / "run")), tmp_path / "png")
+    assert not (tmp_path / "png").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What a run writes down for it
 
@@ -311,6 +370,17 @@ def test_a_run_says_what_its_held_out_videos_made_it_think(trained, world_dir):
     info = json.loads((out / "model/descore.json").read_text())
     assert len(info["score_quantiles"]) == 101 and info["score_quantiles"] == sorted(info["score_quantiles"])
     assert info["score_quantiles"][0] <= info["score_mean"] <= info["score_quantiles"][-1]
+
+
+def test_each_figure_of_a_run_has_a_panel(trained):
+    found = report.RunFolder(trained[0]).panels()
+    shown = [name for panel, of in found for name in of]
+    logged = {name for record in lines(trained[0] / "metrics.jsonl") for name in record} - {"step"}
+    assert set(shown) == logged and all(panel in report.PANELS for panel, _ in found)
+    wanted = {"reward", "reward_format", "reward_quality", "reward_length", "kl", "clip_fraction", "entropy",
+              "cot_tokens", "bt_loss", "bt_accuracy", "grad_norm", "ratio_max", "logp_gap",
+              "test_id/accuracy", "test_id/quality"}
+    assert wanted <= logged
 
 
 def test_before_the_first_update_the_ratio_is_1(trained):
@@ -355,12 +425,32 @@ def test_a_ratio_that_is_not_1_is_logged_and_warned_of_once(capsys):
     assert capsys.readouterr().err == ""
     going.warn_of_ratio(2, figures["logp_gap"])
     going.warn_of_ratio(3, figures["logp_gap"])
-    assert capsys.readouterr().err.count("warning: step 2") == 1
+    assert re.findall(r"warning: step \d", capsys.readouterr().err) == ["warning: step 2"]
     going.warned, going.model.dtype = False, torch.bfloat16  # which rounds to that
     going.warn_of_ratio(4, figures["logp_gap"])
     assert capsys.readouterr().err == ""
     going.warn_of_ratio(5, math.nan)
     assert "warning: step 5" in capsys.readouterr().err
+
+
+def test_a_run_warns_of_it_and_goes_on(tmp_path, capsys):
+    going, done = object.__new__(Run), []
+    going.args, going.out, going.stage, going.shown = RunArgs(eval_before=False), tmp_path, "rl", ("kl",)
+    going.means, going.ranks, going.warned, going.kept, going.scores = Means(), ALONE, False, [], []
+    going.model = SimpleNamespace(
+        dtype=torch.float32, processor=SimpleNamespace(dimensions={}), train=lambda: None,
+        save=lambda folder, *_, **about: (folder.mkdir(), (folder / "descore.json").write_text("{}")))
+    going.tracker = trackers.tracker(None, tmp_path, {})
+    going.take_up, going.batches = lambda: 0, lambda plan: iter(())
+    going.say_what_it_is, going.read = lambda last: None, lambda updates, batches: updates
+    going.stops = lambda step, last: done.append(step)
+    for step, _ in going.steps([[], []]):
+        going.means.add(kl=0.0)
+        going.means.largest(logp_gap=torch.tensor(0.0 if step == 1 else 0.5))
+    assert done == [1, 2]
+    assert [record["logp_gap"] for record in lines(tmp_path / "metrics.jsonl")[:2]] == [0, 0.5]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert len(warnings) == 1 and "step 2: before its first update" in warnings[0] and "0.5" in warnings[0]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The server, started as a user starts it and asked as trainers ask; and what it says to hostile requests."""
 
+import argparse
 import ast
 import base64
 import http.client
@@ -9,14 +10,18 @@ import math
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -25,13 +30,16 @@ from conftest import ROOT
 from launch import Started, run
 
 pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
+uvicorn = pytest.importorskip("uvicorn")
 Image = pytest.importorskip("PIL.Image")
 
 from test_memory import decoded, save_scorer
 
+from data import DataError
 from infer import Scorer
+from support import serve as serving
 from support.client import Client, png
+from support.frames import Video
 
 README = (ROOT / "README.md").read_text()
 SECTION = README.partition("## In a trainer")[2].partition("\n## ")[0]
@@ -233,6 +241,16 @@ def test_a_bad_frame_is_its_videos_error(url, clip, case):
         assert "\n" not in found["errors"][0] and len(found["errors"][0]) < 400
 
 
+def test_what_prompts_and_clips_may_be(url, clip):
+    """A prompt is empty, or long; a clip is a single frame."""
+    frames = frames_in(clip[1][:4])
+    status, found = ask(url, "/compute", {"prompt": ["", "p" * 1_000_000, "<|im_end|>", "p"], "fps": 4,
+                                          "video": [frames, frames, frames, frames[:1]]})
+    assert status == 200 and "the prompt has 1,000,000 bytes" in found["errors"][1]
+    assert found["rewards"][1] is None
+    assert all(math.isfinite(found["rewards"][place]) and not found["errors"][place] for place in (0, 2, 3))
+
+
 def test_frames_of_two_sizes_and_too_many_are_no_video(url, clip):
     small, large = frames_in([np.zeros((64, 64, 3), np.uint8), np.zeros((64, 80, 3), np.uint8)])
     status, found = ask(url, "/compute", {"prompt": ["p"] * 3, "fps": 4, "video": [
@@ -304,10 +322,11 @@ def test_files_are_opened_below_one_folder_alone(url, clip, tmp_path):
     (folder / "file").symlink_to(ROOT / "tests/golden/four.mp4")
     (folder / "in").symlink_to(clip[0])
     (folder / "loop").symlink_to(folder / "loop")
+    (folder / "zero").symlink_to("/dev/zero")
     os.mkfifo(folder / "pipe")
     (tmp_path / "v.mp4").write_bytes(clip[0].read_bytes())
     assert asked_for(url, video_path="in") is None
-    for path in ("out/v.mp4", "file", str(tmp_path / "v.mp4"), "../v.mp4", "inside/../../v.mp4",
+    for path in ("out/v.mp4", "file", "zero", str(tmp_path / "v.mp4"), "../v.mp4", "inside/../../v.mp4",
                  "/etc/passwd", f"{folder}-more/v.mp4", "/"):
         error = asked_for(url, video_path=path)
         assert error == f"{path}: not below the folder that is served"
@@ -331,8 +350,137 @@ def test_files_have_bounds(url, clip, tmp_path):
         assert why in asked_for(url, video_b64=file_in(tmp_path / f"{name}.mp4"))
 
 
+def test_what_must_be_decoded_to_be_counted_has_a_bound_before(tmp_path, monkeypatch):
+    path, args = tmp_path / "v.avi", argparse.Namespace(max_frames=40, max_pixels=100_000)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8, width=64, height=64, pix_fmt="yuv420p")
+        for _ in range(90):
+            container.mux(stream.encode(av.VideoFrame(64, 64, "rgb24")))
+        container.mux(stream.encode())
+    args.max_frames = 90
+    serving.check_file(path, args)
+    monkeypatch.setattr(Video, "decode", lambda self: pytest.fail("it is decoded"))
+    args.max_frames = 40
+    with pytest.raises(DataError, match="90 packets, more than 40 frames have"):
+        serving.check_file(path, args)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Load, and the end
+
+
+@contextmanager
+def in_process(score, **changed):
+    """An address at which `score` answers in a model's place."""
+    args = argparse.Namespace(**{"queue": 8, "max_body": 1000, "max_frames": 40, "max_pixels": 10_000,
+                                 "fps": 4.0, "unusable": None, "videos": None} | changed)
+    listening = socket.create_server(("127.0.0.1", 0))
+    app = serving.make_app(serving.Service(score, args), "stub")
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+class Slow:
+    """A score of 1 for each video, once it is told to go."""
+
+    def __init__(self):
+        self.asked, self.go = [], threading.Event()
+
+    def __call__(self, videos, prompts):
+        self.asked.append(prompts)
+        self.go.wait(30)
+        record = {"score": 1.0, "standardised": None, "cot": "", "sub_scores": None, "error": None}
+        return [record] * len(videos)
+
+
+def wait_until(happened):
+    end = time.time() + 60
+    while not happened():
+        assert time.time() < end
+        time.sleep(0.02)
+
+
+def under_way(url):
+    return ask(url, "/health", b"", method="GET")[1]["under_way"]
+
+
+def of_size(size):
+    """A request of so many bytes."""
+    body = b'{"prompt": ["p"], "video": [["%s"]]}'
+    return body % (b"A" * (size + 2 - len(body)))
+
+
+def test_the_bodies_of_all_requests_have_a_bound_together():
+    """Four times that of one: 3,600 bytes are held, 900 more are too much, 400 are not."""
+    score = Slow()
+    with in_process(score) as url, ThreadPoolExecutor(8) as pool:
+        first = [pool.submit(ask, url, "/compute", of_size(900)) for _ in range(4)]
+        wait_until(lambda: len(score.asked) == 4)  # side by side
+        status, found = ask(url, "/compute", of_size(900))
+        assert status == 503 and "under way" in found["detail"]
+        assert ask(url, "/compute", of_size(1001))[0] == 413
+        first.append(pool.submit(ask, url, "/compute", of_size(400)))
+        wait_until(lambda: len(score.asked) == 5)
+        assert under_way(url) == 5
+        score.go.set()
+        assert all(future.result(60) == (200, first[0].result()[1]) for future in first)
+        for _ in range(5):  # what is answered is held no longer
+            assert ask(url, "/compute", of_size(1000))[0] == 200
+
+
+def test_bodies_that_come_side_by_side_make_room_for_each_other():
+    """Eight of 900 bytes, which come in three parts: four can be held, and four are."""
+    score, statuses, body = Slow(), [], of_size(900)
+    head = b"POST /compute HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n"
+    with in_process(score) as url:
+        clients = [socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) for _ in range(8)]
+        for part in (head + body[:600], body[600:800], body[800:]):
+            for client in clients:
+                client.sendall(part)
+            wait_until(lambda: score.asked or under_way(url) == 8)
+            time.sleep(0.2)
+        wait_until(lambda: len(score.asked) == 4)
+        score.go.set()
+        for client in clients:
+            client.settimeout(30)
+            statuses.append(client.recv(1000).split()[1])
+            client.close()
+    assert sorted(statuses) == [b"200"] * 4 + [b"503"] * 4
+
+
+def test_who_hangs_up_leaves_nothing_behind():
+    """Amid the body, and before the answer."""
+    score = Slow()
+    with in_process(score) as url:
+        head = b"POST /compute HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+        for sent, arrived in ((of_size(1000)[:900], lambda: under_way(url)),
+                              (of_size(1000), lambda: score.asked)):
+            for _ in range(6):  # of which four may be held
+                score.go.clear()
+                score.asked.clear()
+                with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+                    client.sendall(head + sent)
+                    wait_until(arrived)
+                score.go.set()
+                wait_until(lambda: under_way(url) == 0)
+        for _ in range(5):
+            assert ask(url, "/compute", of_size(1000))[0] == 200
+
+
+@pytest.mark.parametrize("start", [b'{"prompt": [], "video": [%s[]]}', b'{"requests": [%s{}]}',
+                                   b'{"prompt": [], "video": [], "kwargs": {"a": [%s[]]}}'])
+def test_a_body_of_many_small_values_is_not_parsed(start):
+    path = "/compute" if b"prompt" in start else "/score"
+    with in_process(Slow(), max_body=10_000_000) as url:
+        for value in (b"[],", b"{},", b"1,"):
+            status, found = ask(url, path, start % (value * 100_000))
+            assert status == 413 and found["detail"] == "a body of more than 100,000 values"
 
 
 def test_beyond_its_queue_it_is_busy_and_it_ends_when_what_it_has_is_done(scorer_dir, clip):
@@ -341,10 +489,7 @@ def test_beyond_its_queue_it_is_busy_and_it_ends_when_what_it_has_is_done(scorer
     body = {"prompt": ["p", "p"], "video": [frames_in(clip[1]), ["bad"]]}
 
     def wait_for(held):
-        end = time.time() + 60
-        while ask(url, "/health", b"", method="GET")[1]["under_way"] != held:
-            assert time.time() < end
-            time.sleep(0.02)
+        wait_until(lambda: under_way(url) == held)
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, url, "/compute", body)
@@ -365,6 +510,34 @@ def test_beyond_its_queue_it_is_busy_and_it_ends_when_what_it_has_is_done(scorer
     assert done.stderr == "" and done.returncode in (0, -signal.SIGTERM)
     with pytest.raises(RuntimeError, match="refused"):
         Client(url, attempts=2)(clip[1], "p", fps=4)
+
+
+@pytest.mark.parametrize(("answer", "times", "message"), [
+    (b"", 3, "closed connection"), (b"nonsense\r\n", 3, "nonsense"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", 3, "IncompleteRead"),
+    (None, 1, "no answer within 0.5 seconds"),  # and is not asked again
+    (b"HTTP/1.1 500 no\r\nContent-Length: 4\r\n\r\nwhy?", 1, "HTTP 500: why?"),
+    (b"HTTP/1.1 503 no\r\nContent-Length: 4\r\n\r\nbusy", 3, "HTTP 503: busy")])
+def test_the_client_asks_again_where_that_may_help(answer, times, message):
+    asked = []
+
+    def serve_badly():
+        while True:
+            connection, _ = listening.accept()
+            asked.append(connection)
+            body = b""
+            while not body.endswith(b"}"):
+                body += connection.recv(1 << 20)
+            if answer is not None:
+                connection.sendall(answer)
+                connection.shutdown(socket.SHUT_RDWR)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve_badly, daemon=True).start()
+        client = Client(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=0.5, attempts=3)
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            client(np.zeros((4, 3, 8, 8)), "p", fps=4)
+        assert len(asked) == times
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -400,7 +573,7 @@ def test_the_client_is_one_file_that_needs_numpy_alone(tmp_path, url, clip, expe
             f"print(Client({url!r})(numpy.load('frames.npy'), 'p', fps=4)[0]['score']); "
             f"assert 'torch' not in sys.modules and 'data' not in sys.modules")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+    environment |= {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": ""}
     out = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     assert float(out) == pytest.approx(expected["score"], abs=1e-4)
     for bad in ("127.0.0.1:8000", "file:///etc/passwd"):

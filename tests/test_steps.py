@@ -115,7 +115,7 @@ def assert_moved_alike(start, expected, found):
     for name, weight in expected.items():
         way, other = (w.detach() - start[name].detach() for w in (weight, found[name]))
         apart = (way - other).abs().flatten()
-        assert apart.quantile(0.99) <= 4e-4 * way.abs().mean(), name
+        assert apart.quantile(0.99) <= 2e-4 * way.abs().mean(), name
         assert apart.norm() <= 0.1 * way.norm(), name
 
 
@@ -133,7 +133,7 @@ def start(tmp_path_factory):
     model.set_trainable(RANK)
     for name, parameter in model.trainable().items():
         if "lora_B" in name or name == "query":
-            parameter.data.normal_(std=0.2)
+            parameter.data.normal_(std=0.12)
     model.save(folder)
     return folder
 
@@ -265,7 +265,7 @@ def test_p_is_the_chance_that_a_pair_is_masked(p, plain, pairs, start, tmp_path)
 
 G, LR2, MAX_NORM2, BETA, BT_WEIGHT, CLIP = 3, 1e-3, 3.0, 0.1, 0.5, (0.05, 0.1)
 WEIGHTS = {"format": 0.2, "quality": 0.5, "length": 0.3}
-LENGTH = (53, 73)
+LENGTH = (60, 95)
 # Notes what each rollout read and wrote, and under which log-probabilities.
 RECORDER = """
 import torch, rl
@@ -286,10 +286,12 @@ torch.save(calls, "{}")
 
 
 def said(thought):
-    """A thought without what says nothing: each line once, whatever its numbers and signs."""
+    """A thought without what says nothing: each line once, whatever its numbers and signs, and of signs in a
+    row the first."""
     found = {}
     for line in thought.split("\n"):
         line = re.sub("[0-9]+", "0", " ".join(line.split()))
+        line = re.sub(r"([^\w\s])(?: ?[^\w\s])+", r"\1", line)
         found.setdefault(re.sub("[^a-z]", "", line.lower()), line)
     return "\n".join(line for letters, line in found.items() if letters)
 
@@ -400,7 +402,7 @@ def stage2(plain, pairs, start, tmp_path_factory):
     (out / "pairs.jsonl").write_text("".join(pairs[0].read_text().splitlines(keepends=True)[:6]))
     run(out / "recorder.py", "--model", start, "--train", out / "pairs.jsonl", "--out", out, *COMMON,
         "--steps", 3, "--updates", 2, "--batch-size", 6, "--group-size", G, "--think-tokens", 2000,
-        "--max-new-tokens", 108, "--lr", LR2, "--weight-decay", DECAY, "--max-grad-norm", MAX_NORM2,
+        "--max-new-tokens", 111, "--lr", LR2, "--weight-decay", DECAY, "--max-grad-norm", MAX_NORM2,
         "--beta", BETA, "--bt-weight", BT_WEIGHT, "--clip-low", CLIP[0], "--clip-high", CLIP[1],
         "--length-low", LENGTH[0], "--length-high", LENGTH[1],
         *(part for name, w in WEIGHTS.items() for part in (f"--w-{name}", w)))
@@ -442,8 +444,6 @@ def test_stage_2_logs_what_the_equations_give(stage2):
         assert {key: record[key] for key in near} == near
 
 
-@pytest.mark.xfail(reason="the policy made noisy here earns nothing on this backbone: no advantage, no "
-                   "clipping", strict=False)
 def test_the_run_of_stage_2_shows_all_that_there_is_to_see(stage2):
     _, steps, *_ = stage2
     for _, videos, expected, updates in steps:

@@ -107,10 +107,30 @@ def test_nor_does_pretraining_show_or_ask_for_them(monkeypatch):
     monkeypatch.setattr(world, "render", lambda clip, *rest: drawn.append(clip))
     monkeypatch.setattr(world, "write_prompt", lambda asked, rng: drawn.append(world.Clip(asked)) or "")
     rng = np.random.default_rng(0)
-    for task in ("describe", "judge", "imitate"):
+    for task in ("describe", "judge", "practise", "imitate"):
         for _ in range(100):
             draw_example(task, rng)
-    assert len(drawn) == 500 and not any(world.is_novel(clip.scene) for clip in drawn)
+    assert len(drawn) == 700 and not any(world.is_novel(clip.scene) for clip in drawn)
+
+
+@pytest.mark.parametrize(("task", "met"), [("judge", 0.89), ("practise", 0.55)])
+def test_half_the_clips_of_practising_were_made_for_another_prompt(monkeypatch, task, met):
+    shown, asked = [], []
+    monkeypatch.setattr(world, "render", lambda clip, *rest: shown.append(clip.scene.colour))
+    monkeypatch.setattr(world, "write_prompt", lambda scene, rng: asked.append(scene.colour) or "")
+    rng = np.random.default_rng(0)
+    for _ in range(1500):
+        draw_example(task, rng)
+    # Made for it, a clip has the colour where its shortfall is below 0.8, else, like any other, by chance.
+    assert abs(np.mean([a == b for a, b in zip(shown, asked)]) - met) < 0.04
+
+
+@pytest.mark.parametrize(("split", "worn"), [("train", 0.85), ("test_ood", 0.0), ("test_trap", 0.85)])
+def test_how_often_a_clip_wears_its_generator_s_signature(split, worn):
+    pairs = [pair for pair, *_ in draw(split, 600)]
+    own = [pair[f"signature_{side}"] == world.GENERATORS[split][pair[f"model_{side}"]].signature
+           for pair in pairs for side in "ab"]
+    assert abs(np.mean(own) - (worn + (1 - worn) / 5)) < 0.04  # else any of the five
 
 
 # What bench/ceilings.py prints of 20,000 pairs, with room for the 1,500 drawn here: three standard errors.

@@ -11,7 +11,8 @@ knows the true quality of every clip, so its curve stands beside the reward's: o
 once for scores without one, which may go by looks. Best of N is how the generator as it begins fares when
 the reward picks.
 
-Prints a table over seeds and draws the curves (matplotlib). Runs that are there already are not repeated.
+Prints a table over seeds and draws the curves (matplotlib). What is there already of the same weights and
+steps is not repeated.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -36,6 +38,7 @@ from infer import reward
 from model import DeScore
 from rl import group_advantages, grpo_loss
 from support.command import run_command
+from support.journal import fingerprint
 
 DEGREES = ("fade", "small", "slow", "haze", "flicker")
 LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)
@@ -136,8 +139,8 @@ def score(model: DeScore, asked: list[world.Scene], chosen: Tensor, think: bool,
 
 
 def truth(policy: Generator, seed: int) -> dict[str, float]:
-    """What the world knows of the clips for 500 other prompts: their quality, as much of it as was asked for
-    and as is steadiness, and how many wear the signature that the best generator wears in training."""
+    """What the world knows of the clips for 500 other prompts: their mean quality, how steady they are, which
+    is a part of it, and how many wear the signature of the best generator in training."""
     asked = requests(10**6 + seed, 500)
     chosen = policy.draw(asked, 1, torch.Generator().manual_seed(seed))
     clips = [to_clip(one[0]) for one in chosen]
@@ -257,23 +260,21 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="a file for the curves (needs matplotlib)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    path, model = args.out / "lines.jsonl", None
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    for seed in range(args.seeds):
-        for way, think in WAYS.items():
-            for method in ("best of N", "GRPO", "DPO"):
-                if any((line["method"], line["way"], line["seed"]) == (method, way, seed) for line in lines):
-                    continue
-                model = model or DeScore.load(args.model)
-                line = {"method": method, "way": way, "seed": seed}
-                if method == "best of N":
-                    line["best"] = best_of(model, think, seed, count=4 * args.steps)
-                else:
-                    line["curve"] = list(train(method, model, think, seed, args.steps))
-                    print(f"{method}, {way}, seed {seed}: {line['curve'][-1]}", file=sys.stderr, flush=True)
-                lines.append(line)
-                with path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+    model, path, lines = DeScore.load(args.model), args.out / "lines.jsonl", []
+    made = {"weights": fingerprint(model), "steps": args.steps}
+    there = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    for seed, way, method in product(range(args.seeds), WAYS, ("best of N", "GRPO", "DPO")):
+        run = made | {"method": method, "way": way, "seed": seed}
+        line = next((line for line in there if run.items() <= line.items()), None)
+        if line is None and method == "best of N":
+            line = run | {"best": best_of(model, WAYS[way], seed, count=4 * args.steps)}
+        elif line is None:
+            line = run | {"curve": list(train(method, model, WAYS[way], seed, args.steps))}
+            print(f"{method}, {way}, seed {seed}: {line['curve'][-1]}", file=sys.stderr, flush=True)
+        lines.append(line)
+        if line not in there:
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
     show(lines, args.picture)
 
 
