@@ -36,6 +36,7 @@ from infer import by_key, judge
 from model import DeScore
 from support.batches import chunks, draw_seed, read_ahead
 from support.command import run_command
+from support.files import read_lines
 from support.formats import read_pairs
 
 TESTS = ("test_id", "test_ood", "test_trap")
@@ -148,7 +149,7 @@ class Bench:
         path = self.data(train)
         common = ["--train", path, "--model", model, "--out", out, "--seed", self.seed,
                   "--eval-before", "false"]
-        if script in (STAGE2,) or "pairwise" in script or "all_pairs" in script:
+        if script == STAGE2 or "pairwise" in script or "all_pairs" in script:
             preset, every = "rl.json", 4
             common += ["--steps", 8 if self.quick else 16]
         else:
@@ -264,10 +265,6 @@ class Bench:
 def call(*command) -> None:
     print("$ python " + " ".join(map(str, command)), flush=True)
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def curve(out: Path) -> dict[str, list]:

@@ -1,10 +1,11 @@
-"""Train the embedded backbone: a tiny Qwen3-VL that sees well and judges only passably.
+"""Train the embedded backbone: a tiny Qwen3-VL that sees a good deal and judges poorly.
 
     python toy/pretrain.py --out FOLDER       # seed 0; some two hours on two cores
 
-toy/backbone holds what this gave, with the defaults below; its descore.json records them. Another machine
-rounds otherwise and gets other weights of the same making. It can be stopped at any moment; the same command
-goes on from OUT/state.pt, at most a hundred steps before.
+toy/backbone holds what this gave, with the defaults below; its descore.json records them. (Its weights were
+bfloat16 once in between, after the third lesson.) Another machine rounds otherwise and gets other weights of
+the same making. It can be stopped at any moment; the same command goes on from OUT/state.pt, at most a hundred
+steps before.
 
 First it describes clips, degrees in tenths (the prompt is just "Describe the video."), so that it learns to
 look: with a prompt to copy from, it would copy. Then it also judges clips against prompts, in the CoT format
@@ -342,7 +343,7 @@ def main() -> None:
             if step % 50 == 1 or step == steps:
                 print(f"{lesson} {step:5d}  loss {loss.item():.4f}  tokens right {accuracy:.3f}  "
                       f"{time.time() - started:6.0f} s", flush=True)
-            if step % 300 == 0 or step == steps:
+            if step % 300 == 0:
                 print("  seen", what_is_seen(model, tokenizer, args.seed), flush=True)
                 print("  read", what_is_read(model, tokenizer, args.seed), flush=True)
             if step % 100 == 0 or step == steps:
