@@ -4,8 +4,8 @@
 
 toy/backbone holds what this gave, with the defaults below; its descore.json records them. (Its weights were
 bfloat16 once in between, after the third lesson.) Another machine rounds otherwise and gets other weights of
-the same making. It can be stopped at any moment; the same command goes on from OUT/state.pt, at most a hundred
-steps before.
+the same making. It can be stopped at any moment; the same command goes on from OUT/state.pt, at most a
+hundred steps before.
 
 First it describes clips, degrees in tenths (the prompt is just "Describe the video."), so that it learns to
 look: with a prompt to copy from, it would copy. Then it also judges clips against prompts, in the CoT format
