@@ -8,10 +8,12 @@ For each pair of videos, scored behind their CoTs,
     L_BT = −E log σ(r_w − r_l)
 
 With probability p the CoTs of a pair are masked, so that r must be readable from the video
-alone as well.
+alone as well. Beyond the paper, `--mask expected` takes the expectation over that coin,
+(1 − p) L_BT with the CoTs + p L_BT without them, both from one forward.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ class Args(RunArgs):
 
     out: str = setting("runs/coldstart", "the run's folder")
     mask_p: Share = setting(0.5, "p: chance that the CoTs of a pair are masked")
+    mask: Literal["coin", "expected"] = setting("coin", "a coin a pair, or its expectation")
     epochs: Count = setting(2, "passes over the pairs")
     batch_size: Count = setting(32, "pairs a step, over all ranks")
     lr: NotNegative = setting(2e-6, "learning rate after warm-up, constant")
@@ -74,10 +77,11 @@ def order(count: int, epochs: int, seed: int) -> list[int]:
 def make_plan(args: Args, pairs: list[Pair], run: Run) -> list:
     """Which pairs each step takes, masked or not, in micro-batches of like length."""
     plan, processor = [], run.model.processor
+    p = args.mask_p if args.mask == "coin" else 0.0
     lengths = prompt_lengths(processor, keys_of(pairs), run.ranks)
     seen = order(len(pairs), args.epochs, args.seed)
     for step, rows in enumerate(chunks(seen, args.batch_size)):
-        masked = mask_pairs(len(rows), args.mask_p, args.seed, step)
+        masked = mask_pairs(len(rows), p, args.seed, step)
         units, sizes = [], []
         for place, row in enumerate(rows):
             pair = pairs[row]
@@ -105,18 +109,21 @@ def main() -> None:
     pairs = run.read_train("cot", "CoTs (see support.annotate)", ties=False)  # no winner
     plan = make_plan(args, pairs, run)
     warmup = max(1, round(args.warmup * len(plan)))
+    both_ways = args.mask == "expected"
+    share = torch.tensor([1 - args.mask_p, args.mask_p] if both_ways else [1.0])
 
     for step, (micro_batches,) in run.steps(plan):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * min(1.0, step / warmup)
         (count,) = run.sum(sum(micro.weight.sum() for micro in micro_batches))
         for micro in micro_batches:
-            scores = model.score(micro.batch, both(micro.pairs, "cot"))
-            r_w, r_l = scores.view(-1, 2).unbind(1)
-            L_BT = bt_loss(r_w, r_l, count, micro.weight)
+            scores = model.score(micro.batch, both(micro.pairs, "cot"), without_cot=both_ways)
+            r_w, r_l = scores.view(-1, 2, len(share)).unbind(1)  # (pairs, 1), or (pairs, 2)
+            weight = micro.weight[:, None] * share.to(scores.device)
+            L_BT = bt_loss(r_w, r_l, count, weight)
             L_BT.backward()
             run.means.total(micro.weight, loss=L_BT)
-            run.means.add(micro.weight, accuracy=(r_w > r_l).float(), margin=r_w - r_l)
+            run.means.add(weight, accuracy=(r_w > r_l).float(), margin=r_w - r_l)
         run.descend(args.max_grad_norm)
         run.means.add(lr=optimizer.param_groups[-1]["lr"])
 

@@ -247,18 +247,22 @@ class DeScore(nn.Module):
 
     # -- CoTs that are there already: their scores and log-probabilities
 
-    def score(self, batch: Batch, cots: list[str | None]) -> Tensor:
-        """Score each of B videos after the given CoT, or after none where it is None: scores (B,).
-        One forward over [prompt, CoT, [Reward]], no logits; differentiable."""
+    def score(
+            self, batch: Batch, cots: list[str | None], without_cot: bool = False) -> Tensor:
+        """Score each of B videos after the given CoT, or after none where it is None: scores (B,);
+        `without_cot`: after the CoT and also after none, (B, 2). One forward over
+        [ prompt | CoT [R] ] or [ prompt | CoT [R] | [R] ], no logits; differentiable."""
         texts = [checked(cot or "", "a CoT") for cot in cots]
         ids = [torch.tensor(self.processor.encode(text), dtype=torch.long) for text in texts]
-        lengths = torch.tensor([len(i) for i in ids])[:, None, None]
+        lengths = torch.tensor([[len(i), 0] if without_cot else [len(i)] for i in ids])
         tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, None]  # (B, 1, C)
-        mask = torch.arange(tokens.shape[-1]) < lengths
-        scores = torch.zeros(len(batch), device=self.device)
+        tokens = tokens.expand(-1, lengths.shape[1], -1)
+        mask = torch.arange(tokens.shape[-1]) < lengths[..., None]
+        scores = torch.zeros(lengths.shape, device=self.device)
         for rows, hidden, _, at_reward in self.forwards(batch, tokens, mask):
-            scores[rows] = self.read_score(hidden[torch.arange(len(rows)), at_reward[:, 0]])
-        return scores
+            row = torch.arange(len(rows), device=self.device)[:, None]
+            scores[rows] = self.read_score(hidden[row, at_reward])
+        return scores if without_cot else scores[:, 0]
 
     def group(
             self, batch: Batch, tokens: Tensor, mask: Tensor,

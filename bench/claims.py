@@ -1,8 +1,8 @@
 """The paper's argument on the embedded world: everything that bench/RESULTS.md shows.
 
-    python bench/claims.py                      # three seeds; hours on two cores
+    python bench/claims.py                      # three seeds side by side; hours on two cores
     python bench/claims.py --only masking       # one of EXPERIMENTS, with the runs that it needs
-    python bench/claims.py --seeds 1            # one seed, beside another that runs elsewhere
+    python bench/claims.py --seeds 1            # one seed
     python bench/claims.py --quick              # one seed, few pairs: ten minutes
     python bench/claims.py --tables             # nothing is run: tables and pictures of what there is
 
@@ -16,6 +16,7 @@ seeds and pairs.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -54,7 +55,7 @@ RUNS |= {
     "p = 0.5, unfiltered": (STAGE1, None, ALL, ["--mask-p", "0.5"]),
     "p = 1, unfiltered": (STAGE1, None, ALL, ["--mask-p", "1"]),
     "with ties, unfiltered": (f"{PARADIGM} ties", None, ALL, []),
-    "expected mask": (f"{PARADIGM} expected", None, COTS, ["--mask-p", "0.5"]),
+    "expected mask": (STAGE1, None, COTS, ["--mask", "expected"]),
     "supervised": (f"{PARADIGM} supervise", None, COTS, WRITE),
     "coupled": (f"{PARADIGM} pairwise", "supervised", SCORES, ["--max-new-tokens", str(MAX_NEW),
                                                                "--keep-rollouts", "1000"]),
@@ -372,6 +373,35 @@ def bt_losses(model: DeScore, pairs: list[Pair], seed: int) -> dict[str, torch.T
             "matched": bt_loss(r_w, r_l), "all pairs": paradigms.all_pairs_loss(r_w, r_l, every, ones)}
 
 
+def measure(bench: Bench, experiments: list[str]) -> None:
+    """All that is asked of a seed and not yet known."""
+    bench.prepare()
+    for experiment in experiments:
+        names = EXPERIMENTS[experiment]
+        for name in names[:5] if bench.quick else names:
+            bench.evaluate(name)
+        if experiment == "thoughts":
+            bench.many_thoughts("λ = 0.005")
+        if experiment == "beyond":
+            bench.variances("p = 0.5")
+
+
+def side_by_side(seeds: list[int], only: str | None) -> None:
+    """A process with one thread for each seed: together they do more than one after the other with all the
+    cores. What they print goes to runs/claims/SEED.log."""
+    command = [sys.executable, __file__, *(["--only", only] if only else []), "--seeds"]
+    processes, folder = [], ROOT / "runs/claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        with (folder / f"{seed}.log").open("a") as log:
+            processes.append(subprocess.Popen([*command, str(seed)], stdout=log, stderr=log,
+                                              env=os.environ | {"OMP_NUM_THREADS": "1"}))
+        print(f"seed {seed}: {log.name}", flush=True)
+    failed = [seed for seed, process in zip(seeds, processes) if process.wait()]
+    if failed:
+        raise SystemExit(f"error: seeds {failed} failed: see their logs")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=EXPERIMENTS, help="one experiment [all]")
@@ -379,22 +409,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, few pairs, the main paradigms")
     parser.add_argument("--tables", action="store_true", help="print and draw what there is")
     args = parser.parse_args()
-    if not args.tables:
-        benches = [Bench(seed, args.quick) for seed in (args.seeds[:1] if args.quick else args.seeds)]
-        for bench in benches:
-            bench.prepare()
-        for experiment in [args.only] if args.only else EXPERIMENTS:
-            names = EXPERIMENTS[experiment]
-            for name in names[:5] if args.quick else names:
-                for bench in benches:
-                    bench.evaluate(name)
-            for bench in benches:
-                if experiment == "thoughts":
-                    bench.many_thoughts("λ = 0.005")
-                if experiment == "beyond":
-                    bench.variances("p = 0.5")
-            if args.quick and experiment == "paradigms":
-                break
+    experiments = [args.only] if args.only else list(EXPERIMENTS)
+    if args.quick and not args.tables:
+        measure(Bench(args.seeds[0], quick=True), experiments[:1])
+    elif len(args.seeds) == 1 and not args.tables:
+        measure(Bench(args.seeds[0], quick=False), experiments)
+    elif not args.tables:
+        side_by_side(args.seeds, args.only)
     lines = read_lines(Bench(0, args.quick).lines)
     import results  # draws with matplotlib, which a run does not need
 

@@ -27,6 +27,7 @@ WORLD, PARADIGMS = "tests/test_world.py", "tests/test_paradigms.py"
 REPORT, BROWSER, TOUR = "tests/test_report.py", "tests/test_browser.py", "tests/test_tour.py"
 MEMORY, SERVE, ADAPTERS = "tests/test_memory.py", "tests/test_serve.py", "tests/test_adapters.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
+EXPECTED = "tests/test_steps.py -k expectation"
 MASKED = "tests/test_steps.py -k masked"
 PAIRS, PROBE = "tests/test_pairs.py", "tests/test_probe.py"
 NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
@@ -47,8 +48,7 @@ MUTANTS = [
     ("coldstart.py", "if masked[place]:", "if False:", STEPS1),
     ("coldstart.py", 'both(micro.pairs, "cot")',
      'both([replace(p, cot_a=p.cot_b, cot_b=p.cot_a) for p in micro.pairs], "cot")', STEPS1),
-    ("coldstart.py", "r_w, r_l = scores.view(-1, 2).unbind(1)",
-     "r_l, r_w = scores.view(-1, 2).unbind(1)", STEPS1),
+    ("coldstart.py", "r_w, r_l = scores.view", "r_l, r_w = scores.view", STEPS1),
     ("coldstart.py", "rate * min(1.0, step / warmup)", "rate", STEPS1),
     ("coldstart.py", "max(1, round(args.warmup * len(plan)))", "len(plan)", STEPS1),
     ("coldstart.py", "args.head_lr or args.lr", "args.lr", STEPS1),
@@ -60,6 +60,12 @@ MUTANTS = [
     ("coldstart.py", "sum(micro.weight.sum() for micro in micro_batches)", "len(micro_batches)", STEPS1),
     ("coldstart.py", "accuracy=(r_w > r_l)", "accuracy=(r_w < r_l)", STEPS1),
     ("coldstart.py", "margin=r_w - r_l", "margin=r_l - r_w", STEPS1),
+    ("coldstart.py", "[1 - args.mask_p, args.mask_p]", "[args.mask_p, 1 - args.mask_p]", EXPECTED),
+    ("coldstart.py", 'p = args.mask_p if args.mask == "coin" else 0.0', "p = args.mask_p", EXPECTED),
+    ("coldstart.py", "micro.weight[:, None] * share.to(scores.device)", "micro.weight[:, None]", EXPECTED),
+    ("coldstart.py", "run.means.add(weight, accuracy", "run.means.add(micro.weight[:, None], accuracy",
+     EXPECTED),
+    ("model.py", "[[len(i), 0] if without_cot", "[[len(i), len(i)] if without_cot", EXPECTED),
     # -- stage 2: rewards
     ("rl.py", "float(follows_format(text, dimensions))", "1.0", EQUATIONS),
     ("rl.py", "(n_tokens - low) / (high - low)", "n_tokens / high", EQUATIONS),
@@ -328,8 +334,6 @@ MUTANTS = [
      PARADIGMS + " -k all_pairs"),
     ("bench/paradigms.py", "return values[odds.argmax(1)], odds @ values",
      "return values[odds.argmax(1)], values[odds.argmax(1)]", PARADIGMS + " -k expectation"),
-    ("bench/paradigms.py", "lengths = torch.tensor([[len(i), 0] for i in ids])",
-     "lengths = torch.tensor([[len(i), len(i)] for i in ids])", PARADIGMS + " -k both"),
     ("bench/paradigms.py", "in_cot = torch.arange(mask.shape[1]) < thought[:, None]",
      "in_cot = torch.arange(mask.shape[1]) < 0 * thought[:, None]", PARADIGMS + " -k by_a_mean_each"),
     ("bench/claims.py", "rng.choice(list(scores), count, replace=False)",

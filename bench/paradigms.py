@@ -1,7 +1,6 @@
 """The other ways to make a reward model of the same backbone: what DeScore is compared with.
 
     python bench/paradigms.py ties --train F --model toy/backbone ...         as coldstart.py, with ties
-    python bench/paradigms.py expected --train F --model toy/backbone ...     as coldstart.py, both scores
     python bench/paradigms.py supervise --train F --model toy/backbone ...    writes the score, --think or not
     python bench/paradigms.py pairwise --train F --model RUN ...              the same, by GRPO
     python bench/paradigms.py all_pairs --train F --model RUN ...             as rl.py, BT over all rollouts
@@ -14,8 +13,8 @@ A **generative** model writes its score, from 10 to 50, in words that the backbo
 UnifiedReward-Thinking and VideoScore2) or, with --think false, alone. `pairwise` then trains the whole chain
 by GRPO, with one reward: how many of the other video's rollouts it beats, as the label wants it.
 
-Two variants of DeScore go beyond the paper: `expected` takes the expectation over the mask instead of a coin,
-and `all_pairs` compares each rollout of the winner with each of the loser, not only with its match.
+A variant of DeScore goes beyond the paper: `all_pairs` compares each rollout of the winner with each of the
+loser, not only with its match.
 
 All of them are the loops of coldstart.py and rl.py with another loss or reward, and take their flags.
 """
@@ -34,7 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import coldstart
 import rl
-from coldstart import bt_loss
 from data import both, implied_overall
 from model import OWN, DeScore
 from support.batches import draw_seed
@@ -88,7 +86,7 @@ def all_pairs_loss(r_w: Tensor, r_l: Tensor, count: float, weight: Tensor) -> Te
 
 
 # ------------------------------
-# Discriminative, and DeScore's stage 1 without a coin
+# Discriminative
 
 
 @dataclass
@@ -132,40 +130,6 @@ def ties() -> None:
             run.means.total(micro.weight, loss=loss)
             run.means.add(micro.weight * ~is_tie, accuracy=(r_w > r_l).float())
         run.descend(run.args.max_grad_norm)
-
-
-def expected() -> None:
-    """Stage 1 with the expectation over the mask: (1 − p) L_BT with CoTs + p L_BT without, from one forward
-    over [ prompt | CoT [R] | [R] ]."""
-    run, model, optimizer, rates = score_run(coldstart.Args)
-    p, run.args.mask_p = run.args.mask_p, 0.0
-    pairs = run.read_train("cot", "CoTs", ties=False)
-    plan = coldstart.make_plan(run.args, pairs, run)
-    for step, (micro_batches,) in run.steps(plan):
-        warm_up(run, optimizer, rates, step, len(plan))
-        (count,) = run.sum(sum(micro.weight.sum() for micro in micro_batches))
-        for micro in micro_batches:
-            scores = both_scores(model, micro)
-            r_w, r_l = scores.view(-1, 2, 2).unbind(1)  # (pairs, 2): with the CoT, without
-            with_cot, without = (bt_loss(r_w[:, i], r_l[:, i], count, micro.weight) for i in (0, 1))
-            loss = (1 - p) * with_cot + p * without
-            loss.backward()
-            run.means.total(micro.weight, loss=loss)
-            run.means.add(micro.weight, accuracy=(r_w[:, 0] > r_l[:, 0]).float())
-        run.descend(run.args.max_grad_norm)
-
-
-def both_scores(model: DeScore, micro: MicroBatch) -> Tensor:
-    """The scores of a micro-batch's videos with their CoTs and without, (B, 2), from one forward."""
-    ids = [torch.tensor(model.processor.encode(cot)) for cot in both(micro.pairs, "cot")]
-    tokens = pad_sequence(ids, batch_first=True)[:, None].expand(-1, 2, -1)  # (B, 2, C)
-    lengths = torch.tensor([[len(i), 0] for i in ids])[..., None]
-    mask = torch.arange(tokens.shape[-1]) < lengths
-    scores = torch.zeros(len(ids), 2, device=model.device)
-    for rows, hidden, _, at_reward in model.forwards(micro.batch, tokens, mask):
-        row = torch.arange(len(rows), device=model.device)[:, None]
-        scores[rows] = model.read_score(hidden[row, at_reward])
-    return scores
 
 
 # ------------------------------
@@ -285,7 +249,7 @@ def expected_scores(model: DeScore, batch) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    WAYS = {way.__name__: way for way in (ties, expected, supervise, pairwise, all_pairs)}
+    WAYS = {way.__name__: way for way in (ties, supervise, pairwise, all_pairs)}
     if len(sys.argv) < 2 or sys.argv[1] not in WAYS:
         sys.exit(f"usage: python bench/paradigms.py {{{','.join(WAYS)}}} ...")
     run_command(WAYS[sys.argv.pop(1)])

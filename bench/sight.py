@@ -1,9 +1,11 @@
-"""What the embedded backbone's frozen vision tower shows of each degree of the world.
+"""What the embedded backbone's frozen vision tower shows of each degree of the world, and how true
+its CoTs are.
 
-    python bench/sight.py        # 1,200 clips, half a minute
+    python bench/sight.py        # 1,200 clips, half a minute; the CoTs are those that `make demo` left
 
 A ridge regression from the tower's features (means, maxima and spreads over places and moments) to each
-degree, learnt on 900 clips: R² on the other 300, with the bootstrap's 95 % interval.
+degree, learnt on 900 clips: R² on the other 300, with the bootstrap's 95 % interval. And of the CoTs that it
+wrote about the demo's training videos, the share of sub-scores that are the true ones.
 """
 
 import sys
@@ -17,9 +19,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import pretrain
 import world
 
+from data import both, parse_cot
 from model import DeScore
 from support.command import run_command
+from support.formats import read_pairs
 
+COTS = ROOT / "runs/toy/train_annotated.jsonl"
 LEARN, TEST, RIDGE = 900, 300, 300.0
 
 
@@ -36,6 +41,20 @@ def features(model: DeScore, clips: list[world.Clip], seed: int) -> torch.Tensor
     parts = [part.view(len(clips), moments, -1, part.shape[-1]) for part in (pooled, *deepstack)]
     seen = torch.cat(parts, -1).double()
     return torch.cat([seen.mean((1, 2)), seen.amax((1, 2)), seen.mean(2).std(1), seen.std((1, 2))], 1)
+
+
+def true_sub_scores(path: Path) -> None:
+    """Print, by dimension, how many of the CoTs in a pair file give the reference's sub-score."""
+    pairs = read_pairs(path, dimensions=world.DIMENSIONS)
+    right = []
+    for cot, gold in zip(both(pairs, "cot"), both(pairs, "scores")):
+        read = parse_cot(cot, world.DIMENSIONS)
+        said = read["dimensional_scores"] if read else {}
+        right.append([said.get(name) == gold[name] for name in world.DIMENSIONS])
+    print(f"\n| sub-scores of {len(right)} CoTs | true |\n| --- | ---: |")
+    for name, share in zip(world.DIMENSIONS, np.mean(right, 0)):
+        print(f"| {name} | {share:.2f} |")
+    print(f"| all | {np.mean(right):.2f} |")
 
 
 def main() -> None:
@@ -56,6 +75,8 @@ def main() -> None:
         draws = 1 - off[drawn, i].sum(1) / from_mean[drawn, i].sum(1)
         low, high = draws.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
         print(f"| {name} | {r2:.2f} | {low:.2f} to {high:.2f} |")
+    if COTS.is_file():
+        true_sub_scores(COTS)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,15 @@ def test_a_masked_cot_is_no_cot(model, keys):
     assert (masked[1] - alone[1]).abs() > 1e-3
 
 
+def test_scores_with_and_without_a_cot_from_one_forward(model, keys):
+    cots = ["a red circle", None, "<think>\nsubject: a blue square, seen, so 2\n</think>"]
+    both = model.score(make_batch(model, keys), cots, without_cot=True)
+    for key, cot, found in zip(keys, cots, both):
+        ids = model.processor.encode(cot or "")
+        expected = [plain(model, model.processor(*key), some)[1] for some in (ids, [])]
+        torch.testing.assert_close(found.double(), torch.stack(expected), **EXACT)
+
+
 def test_a_video_thinks_the_same_in_any_company(model, keys):
     together = model.think(make_batch(model, keys), n=2, max_new_tokens=10, seeds=[5, 6, 7])
     alone = model.think(make_batch(model, keys[1:2]), n=2, max_new_tokens=10, seeds=[6])

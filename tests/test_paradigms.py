@@ -16,7 +16,6 @@ from launch import run
 
 from data import parse_cot
 from support.batches import read_ahead
-from support.run import MicroBatch
 
 θ = 5.0
 
@@ -88,18 +87,6 @@ def test_falsified_sub_scores_are_so_many_and_said_twice(count):
         assert line.endswith(f", so {value}")
 
 
-def test_both_scores_from_one_forward_are_those_of_two(model, keys):
-    batch, _ = next(read_ahead(model.processor, [[keys[:2]]]))
-    cots = [COT, COT.replace("red", "blue").replace("so 2", "so 1")]
-
-    class Two:
-        cot_a, cot_b = cots
-
-    both = paradigms.both_scores(model, MicroBatch([Two], [0], torch.ones(1), batch))
-    with_cot, without = model.score(batch, cots), model.score(batch, [None, None])
-    assert torch.allclose(both, torch.stack([with_cot, without], 1), atol=1e-5)
-
-
 def test_the_expectation_is_over_all_scores_that_can_be_written(model, keys):
     batch, _ = next(read_ahead(model.processor, [[keys[:1]]]))
     likeliest, expected = paradigms.expected_scores(model, batch)
@@ -160,7 +147,7 @@ def test_every_paradigm_trains_and_what_it_makes_is_judged(world_dir, tmp_path):
     common = ["--lora-rank", 2, "--lr", 1e-3, "--workers", 0, *TOY_VIDEO, "--eval-before", "false"]
     first = ["--train", world_dir / "train_cots.jsonl", "--model", ROOT / "toy/backbone", "--epochs", 1,
              "--batch-size", 4, *common]
-    for way, more in (("ties", []), ("expected", []), ("supervise", []), ("supervise", ["--think", "false"])):
+    for way, more in (("ties", []), ("supervise", []), ("supervise", ["--think", "false"])):
         out = tmp_path / f"{way}{len(more)}"
         run("bench/paradigms.py", way, "--out", out, *first, *more)
         losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()

@@ -260,6 +260,26 @@ def test_p_is_the_chance_that_a_pair_is_masked(p, plain, pairs, start, tmp_path)
     assert record["margin"] == pytest.approx(m.mean().item(), abs=1e-5)
 
 
+def test_the_expectation_over_the_mask_is_both_losses_weighed(plain, pairs, start, tmp_path):
+    (record,) = coldstart(pairs, start, tmp_path, "--epochs", 1, "--batch-size", 6, "--mask", "expected",
+                          "--mask-p", 0.3, "--warmup", 0)
+    weights, expected = plain.weights(start, mergers=True), Counter()
+    descend = Steps(weights, LR, HEAD_LR, MAX_NORM)
+    for row in pairs[1]:
+        if row["preference"] == "tie":
+            continue
+        winner, loser = preferred(row)
+        for share, cots in ((0.7, row["cots"]), (0.3, ([], []))):
+            r_w, r_l = plain(weights, [(row["samples"][side], cots[side]) for side in (winner, loser)])[1]
+            loss = -share * F.logsigmoid(r_w - r_l) / 6
+            loss.backward()
+            figures = {"loss": loss, "margin": share * (r_w - r_l) / 6, "accuracy": share * (r_w > r_l) / 6}
+            expected.update({name: value.item() for name, value in figures.items()})
+    expected["grad_norm"] = descend()
+    assert {key: record[key] for key in expected} == pytest.approx(expected, rel=5e-5, abs=1e-5)
+    assert_moved_alike(plain.weights(start, mergers=True), weights, plain.weights(tmp_path / "model"))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Stage 2
 
