@@ -38,12 +38,15 @@ AGAINST = [
     (("DeScore, stage 2", "λ = 0.005", "score"), ("reading its CoT", "λ = 0.005", "reading")),
     (("DeScore, stage 2", "λ = 0.005", "score"), ("the same without a CoT", "λ = 0.005", "no CoT")),
     (("DeScore, stage 2", "λ = 0.005", "score"), ("discriminative", "p = 1", "no CoT")),
+    (("DeScore, stage 2", "λ = 0.005", "score"),
+     ("discriminative, unfiltered", "p = 1, unfiltered", "no CoT")),
     (("DeScore, stage 2", "λ = 0.005", "score"), ("coupled, after GRPO", "coupled", "written")),
     (("DeScore, stage 2", "λ = 0.005", "score"), ("DeScore, stage 1", "p = 0.5", "score")),
     (("DeScore, stage 2", "λ = 0.005", "score"), ("λ = 0", "λ = 0", "score")),
     (("DeScore, stage 2", "λ = 0.005", "score"), ("without GRPO", "no GRPO", "score")),
     (("DeScore, stage 1", "p = 0.5", "score"), ("discriminative", "p = 1", "no CoT")),
     (("DeScore, stage 1", "p = 0.5", "score"), ("without masking", "p = 0", "score")),
+    (("DeScore, stage 1, without a CoT", "p = 0.5", "no CoT"), ("without masking", "p = 0", "no CoT")),
     (("DeScore, stage 1, unfiltered", "p = 0.5, unfiltered", "score"), ("filtered", "p = 0.5", "score")),
     (("DeScore, stage 1, unfiltered", "p = 0.5, unfiltered", "score"),
      ("discriminative, unfiltered", "p = 1, unfiltered", "no CoT")),
@@ -114,16 +117,21 @@ def accuracies(title: str, lines: Lines, wanted: list[tuple[str, str, str]], tes
         table(title, [f"{test} ({n} pairs)" for test, n in zip(tests, counts)], rows)
 
 
-def paradigms(lines: Lines) -> None:
-    accuracies("Accuracy by paradigm", lines, ROWS)
+def differences(title: str, lines: Lines, against: list[tuple]) -> None:
+    """A table of who is right more often than whom, of seeds that both have."""
     rows = []
-    for (one, *first), (two, *second) in AGAINST:
+    for (one, *first), (two, *second) in against:
         cells = []
         for test in TESTS:
             a, b = lines.right(*first, test), lines.right(*second, test)
             cells.append(cell({seed: a[seed] - b[seed] for seed in a if seed in b}, signed=True))
         rows.append([f"{one} − {two}", *cells])
-    table("Differences, on the same pairs", list(TESTS), rows)
+    table(title, list(TESTS), rows)
+
+
+def paradigms(lines: Lines) -> None:
+    accuracies("Accuracy by paradigm", lines, ROWS)
+    differences("Differences, on the same pairs", lines, AGAINST)
 
 
 def by_pairs(lines: Lines, folder: Path) -> None:
@@ -259,6 +267,10 @@ def beyond(lines: Lines) -> None:
             ("stage 1, the coin", "p = 0.5", "score"), ("its expectation", "expected mask", "score"),
             ("stage 2, matched rollouts", "λ = 0.005", "score"),
             ("all pairs of rollouts", "all pairs", "score")])
+        differences("Beyond the paper: differences", lines, [
+            (("expectation", "expected mask", "score"), ("coin", "p = 0.5", "score")),
+            (("expectation, without a CoT", "expected mask", "no CoT"), ("coin", "p = 0.5", "no CoT")),
+            (("all pairs", "all pairs", "score"), ("matched", "λ = 0.005", "score"))])
     rows = []
     for label, one, two in (("expectation / coin", "expected", "coin"),
                             ("all pairs / matched", "all pairs", "matched")):
