@@ -65,6 +65,7 @@ class Args(RunArgs):
     mask_truncated: bool = setting(False, "leave cut-off rollouts out of L_GRPO")
     beta: NotNegative = setting(1e-5, "β of the KL term; 0 spares the reference's forward")
     bt_weight: NotNegative = setting(0.005, "λ: weight of the Bradley-Terry loss")
+    bt_pairs: Literal["matched", "all"] = setting("matched", "rollouts that it compares")
     lr: NotNegative = setting(1e-5, "constant (1e-6 in the paper, for the whole model)")
     weight_decay: NotNegative = setting(0.01, "AdamW")
     max_grad_norm: Positive = setting(1.0, "gradients are clipped to it")
@@ -275,12 +276,12 @@ def reward_all(
 
 def counts(run: Run, rollouts: list[Rollout]) -> list[float]:
     """What an update's two losses are means of, over all ranks: CoTs, or tokens, in L_GRPO,
-    and scores of decided pairs in L_BT."""
+    and decided pairs in L_BT."""
     args, cots, tokens, decided = run.args, 0, 0, 0
     for o in rollouts:
         cots += o.learnt.any(-1).sum()
         tokens += o.learnt.sum()
-        decided += o.decided.sum() * args.group_size
+        decided += o.decided.sum()
     of = {"cot": cots, "token": tokens, "constant": cots * args.max_new_tokens}
     return run.sum(of[args.loss_mean], decided)
 
@@ -338,7 +339,9 @@ def main() -> None:
                 L_GRPO, figures = grpo(logps, o.old_logps, o.ref_logps, o.advantages, o.learnt,
                                        count=count)
                 r_w, r_l = scores.view(-1, 2, G).unbind(1)  # (pairs, G)
-                L_BT = bt_loss(r_w, r_l, decided, o.decided)
+                if args.bt_pairs == "all":  # each of one with each of the other: (pairs, G²)
+                    r_w, r_l = r_w.repeat_interleave(G, 1), r_l.repeat(1, G)
+                L_BT = bt_loss(r_w, r_l, decided * r_w.shape[1], o.decided)
                 L = L_GRPO + λ * L_BT
                 L.backward()
                 run.check_ratio(logps, o.old_logps, o.learnt)

@@ -66,7 +66,7 @@ RUNS |= {f"λ = {λ}": (STAGE2, "p = 0.5", SCORES, ["--bt-weight", str(λ)])
          for λ in (0.005, 0, 0.0005, 0.05, 0.5)}
 WITHOUT_GRPO = ["--w-format", "0", "--w-quality", "0", "--w-length", "0", "--beta", "0"]
 RUNS |= {"no GRPO": (STAGE2, "p = 0.5", SCORES, WITHOUT_GRPO),
-         "all pairs": (f"{PARADIGM} all_pairs", "p = 0.5", SCORES, [])}
+         "all pairs": (STAGE2, "p = 0.5", SCORES, ["--bt-pairs", "all"])}
 FEWER = (100, 200, 400)  # training pairs, before the filter
 RUNS |= {f"p = {p}, {n} pairs": (STAGE1, None, f"{COTS}-{n}", ["--mask-p", str(p)])
          for n in FEWER for p in (0.5, 1)}
@@ -150,7 +150,7 @@ class Bench:
         path = self.data(train)
         common = ["--train", path, "--model", model, "--out", out, "--seed", self.seed,
                   "--eval-before", "false"]
-        if script == STAGE2 or "pairwise" in script or "all_pairs" in script:
+        if script == STAGE2 or "pairwise" in script:
             preset, every = "rl.json", 4
             common += ["--steps", 8 if self.quick else 16]
         else:
@@ -368,9 +368,8 @@ def bt_losses(model: DeScore, pairs: list[Pair], seed: int) -> dict[str, torch.T
     thoughts = model.think(batch, 8, MAX_NEW, TEMPERATURE)
     _, scores = model.group(batch, thoughts.tokens, thoughts.mask)
     r_w, r_l = scores.view(-1, 2, 8).unbind(1)
-    every, ones = 8 * len(pairs), torch.ones(len(pairs), 1)
     return {"coin": bt_loss(*coin), "expected": (bt_loss(*with_cot) + bt_loss(*without)) / 2,
-            "matched": bt_loss(r_w, r_l), "all pairs": paradigms.all_pairs_loss(r_w, r_l, every, ones)}
+            "matched": bt_loss(r_w, r_l), "all pairs": bt_loss(r_w[:, :, None], r_l[:, None, :])}
 
 
 def measure(bench: Bench, experiments: list[str]) -> None:

@@ -28,6 +28,7 @@ REPORT, BROWSER, TOUR = "tests/test_report.py", "tests/test_browser.py", "tests/
 MEMORY, SERVE, ADAPTERS = "tests/test_memory.py", "tests/test_serve.py", "tests/test_adapters.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 EXPECTED = "tests/test_steps.py -k expectation"
+ALL_PAIRS = "tests/test_steps.py -k winner_meet"
 MASKED = "tests/test_steps.py -k masked"
 PAIRS, PROBE = "tests/test_pairs.py", "tests/test_probe.py"
 NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
@@ -113,7 +114,9 @@ MUTANTS = [
     ("rl.py", "r_w, r_l = scores.view(-1, 2, G).unbind(1)", "r_l, r_w = scores.view(-1, 2, G).unbind(1)",
      STEPS2),
     ("rl.py", 'pair.preference != "tie"', "True", STEPS2),
-    ("rl.py", "o.decided.sum() * args.group_size", "o.decided.sum()", STEPS2),
+    ("rl.py", "decided * r_w.shape[1], o.decided", "decided, o.decided", STEPS2),
+    ("rl.py", 'if args.bt_pairs == "all":', "if False:", ALL_PAIRS),
+    ("rl.py", "r_l.repeat(1, G)", "r_l.repeat_interleave(G, 1)", ALL_PAIRS),
     ("rl.py", "cots += o.learnt.any(-1).sum()", "cots += len(o.learnt)", STEPS2),
     ("rl.py", '"token": tokens,', '"token": cots,', HACKABLE),
     ("rl.py", "cots * args.max_new_tokens}", "cots}", HACKABLE),
@@ -330,8 +333,6 @@ MUTANTS = [
     ("bench/paradigms.py", "beats_l = torch.where(w_reads, beats, 1.0) * l_reads",
      "beats_l = torch.where(w_reads, 1 - beats, 1.0) * l_reads", PARADIGMS + " -k rewards"),
     ("bench/paradigms.py", "+ 0.5 * (w == l)", "+ 0.0 * (w == l)", PARADIGMS + " -k rewards"),
-    ("bench/paradigms.py", "r_w[:, :, None] - r_l[:, None, :]", "r_w[:, :, None] - r_l[:, :, None]",
-     PARADIGMS + " -k all_pairs"),
     ("bench/paradigms.py", "return values[odds.argmax(1)], odds @ values",
      "return values[odds.argmax(1)], values[odds.argmax(1)]", PARADIGMS + " -k expectation"),
     ("bench/paradigms.py", "in_cot = torch.arange(mask.shape[1]) < thought[:, None]",

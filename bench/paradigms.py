@@ -3,7 +3,6 @@
     python bench/paradigms.py ties --train F --model toy/backbone ...         as coldstart.py, with ties
     python bench/paradigms.py supervise --train F --model toy/backbone ...    writes the score, --think or not
     python bench/paradigms.py pairwise --train F --model RUN ...              the same, by GRPO
-    python bench/paradigms.py all_pairs --train F --model RUN ...             as rl.py, BT over all rollouts
 
 A **discriminative** model (VideoAlign's way) is stage 1 with p = 1: no CoT, a score from [Reward]. `ties`
 gives it the Bradley-Terry model with ties, and so the pairs that are ties.
@@ -12,9 +11,6 @@ A **generative** model writes its score, from 10 to 50, in words that the backbo
 `supervise` teaches it to, by cross-entropy, behind the CoT that it is given (the **coupled** way of
 UnifiedReward-Thinking and VideoScore2) or, with --think false, alone. `pairwise` then trains the whole chain
 by GRPO, with one reward: how many of the other video's rollouts it beats, as the label wants it.
-
-A variant of DeScore goes beyond the paper: `all_pairs` compares each rollout of the winner with each of the
-loser, not only with its match.
 
 All of them are the loops of coldstart.py and rl.py with another loss or reward, and take their flags.
 """
@@ -76,13 +72,6 @@ def written_score(text: str) -> float:
     """The score that a text ends with, 10 to 50; NaN where there is none."""
     found = WRITTEN.fullmatch(text, max(0, text.rfind(" so ")))
     return float(found[1]) if found and int(found[1]) <= 50 else float("nan")
-
-
-def all_pairs_loss(r_w: Tensor, r_l: Tensor, count: float, weight: Tensor) -> Tensor:
-    """−E log σ(r_w,i − r_l,j) over all G² pairs of rollouts: r_w and r_l (pairs, G), weight (pairs, 1), count
-    as for matched ones."""
-    losses = -F.logsigmoid(r_w[:, :, None] - r_l[:, None, :]).mean(2)
-    return (losses * weight).sum() / count
 
 
 # ------------------------------
@@ -229,12 +218,6 @@ def pairwise() -> None:
             run.descend(args.max_grad_norm)
 
 
-def all_pairs() -> None:
-    """Stage 2 with its auxiliary loss over all pairs of rollouts."""
-    rl.bt_loss = all_pairs_loss
-    rl.main()
-
-
 @torch.no_grad()
 def expected_scores(model: DeScore, batch) -> tuple[Tensor, Tensor]:
     """What a generative model without a CoT says of B videos: the likeliest score, and the expectation over
@@ -249,7 +232,7 @@ def expected_scores(model: DeScore, batch) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    WAYS = {way.__name__: way for way in (ties, supervise, pairwise, all_pairs)}
+    WAYS = {way.__name__: way for way in (ties, supervise, pairwise)}
     if len(sys.argv) < 2 or sys.argv[1] not in WAYS:
         sys.exit(f"usage: python bench/paradigms.py {{{','.join(WAYS)}}} ...")
     run_command(WAYS[sys.argv.pop(1)])

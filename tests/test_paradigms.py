@@ -48,17 +48,6 @@ def test_pairwise_rewards_count_whom_a_rollout_beats():
             assert paradigms.pairwise_rewards(written)[pair, i, j].item() == pytest.approx(total / 3)
 
 
-def test_all_pairs_of_rollouts_by_a_loop():
-    r_w, r_l = torch.randn(3, 4), torch.randn(3, 4)
-    weight = torch.tensor([1.0, 0.0, 1.0])[:, None]
-    total = 0.0
-    for pair in (0, 2):
-        for i, j in itertools.product(range(4), range(4)):
-            total += math.log(1 + math.exp((r_l[pair, j] - r_w[pair, i]).item())) / 16
-    loss = paradigms.all_pairs_loss(r_w, r_l, 8.0, weight)  # 2 pairs count, of 4 matched rollouts each
-    assert loss.item() == pytest.approx(total / 2, rel=1e-5)
-
-
 COT = ("<think>\nsubject: asked red circle, seen red yes, circle yes, so 2\ndynamics: not asked, so N/A\n"
        "camera: asked zooms in, seen pans left no, so 0\nenvironment: not asked, so N/A\n"
        "style: not asked, so N/A\n</think>\n<answer>\n"
@@ -155,9 +144,8 @@ def test_every_paradigm_trains_and_what_it_makes_is_judged(world_dir, tmp_path):
         assert losses and all(map(math.isfinite, losses))
     second = ["--train", world_dir / "train.jsonl", "--steps", 1, "--batch-size", 2, "--updates", 1,
               "--group-size", 2, "--max-new-tokens", 24, *common]
-    for way, parent in (("pairwise", "supervise0"), ("all_pairs", "ties0")):
-        out = tmp_path / way
-        run("bench/paradigms.py", way, "--out", out, "--model", tmp_path / parent, *second)
-        (record,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
-                     if '"grpo_loss"' in line]
-        assert math.isfinite(record["grpo_loss"]) and record["grad_norm"] >= 0
+    out = tmp_path / "pairwise"
+    run("bench/paradigms.py", "pairwise", "--out", out, "--model", tmp_path / "supervise0", *second)
+    (record,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+                 if '"grpo_loss"' in line]
+    assert math.isfinite(record["grpo_loss"]) and record["grad_norm"] >= 0

@@ -481,3 +481,30 @@ def test_the_run_of_stage_2_shows_all_that_there_is_to_see(stage2):
 def test_stage_2_moves_every_weight_as_adamw_would(stage2, start, plain):
     out, _, expected, _ = stage2
     assert_moved_alike(plain.weights(start), expected, plain.weights(out / "model"))
+
+
+def test_all_rollouts_of_a_winner_meet_all_of_its_loser(plain, pairs, start, tmp_path):
+    (tmp_path / "recorder.py").write_text(RECORDER.format(tmp_path / "calls.pt"))
+    (tmp_path / "pairs.jsonl").write_text("".join(pairs[0].read_text().splitlines(keepends=True)[:4]))
+    run(tmp_path / "recorder.py", "--model", start, "--train", tmp_path / "pairs.jsonl", "--out", tmp_path,
+        *COMMON, "--steps", 1, "--updates", 1, "--batch-size", 4, "--group-size", G, "--max-new-tokens", 40,
+        "--lr", LR2, "--weight-decay", DECAY, "--max-grad-norm", MAX_NORM2, "--bt-weight", BT_WEIGHT,
+        "--beta", 0, "--bt-pairs", "all", *(part for name in WEIGHTS for part in (f"--w-{name}", 0)))
+    rows, weights, by_pair = pairs[1][:4], plain.weights(start), {}
+    for call in torch.load(tmp_path / "calls.pt"):
+        for video in watched(plain, weights, rows, call):
+            by_pair.setdefault(video["pair"], {})[video["side"]] = video["cots"]
+    loss, right = 0.0, 0
+    for i in (1, 2, 3):  # the first is a tie
+        read = [(rows[i]["samples"][side], cot) for side in preferred(rows[i]) for cot in by_pair[i][side]]
+        r_w, r_l = plain(weights, read)[1].view(2, G)
+        for one, other in itertools.product(r_w, r_l):
+            loss -= F.logsigmoid(one - other) / (3 * G * G)
+            right += int(one > other)
+    (BT_WEIGHT * loss).backward()
+    descend = Steps(weights, LR2, LR2, MAX_NORM2)
+    (record,) = metrics(tmp_path)
+    expected = {"bt_loss": loss.item(), "loss": BT_WEIGHT * loss.item(), "bt_accuracy": right / (3 * G * G),
+                "grad_norm": descend()}
+    assert {key: record[key] for key in expected} == pytest.approx(expected, rel=5e-5, abs=1e-5)
+    assert_moved_alike(plain.weights(start), weights, plain.weights(tmp_path / "model"))
