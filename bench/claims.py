@@ -6,9 +6,10 @@
     python bench/claims.py --quick              # one seed, few pairs: ten minutes
     python bench/claims.py --tables             # nothing is run: tables and pictures of what there is
 
-Can be stopped at any moment and goes on from there: a training run from its checkpoint, all else from
-bench/claims.jsonl, to which each run adds a line: for each test set and each way to decide a pair, one sign a
-decided pair, 1 right, 0 wrong, h where it does not decide. (--quick keeps its lines in runs/quick.)
+What bench/claims.jsonl has is not run again: to run it all anew, move that file and runs/claims away. Each
+run adds a line to it: for each test set and each way to decide a pair, one sign a decided pair, 1 right, 0
+wrong, h where it does not decide. Can be stopped at any moment and goes on from there, a training run from
+its checkpoint. (--quick keeps its lines in runs/quick.)
 
 Each seed has training pairs, test sets and a run of its own. Intervals are 95 %, from the bootstrap over
 seeds and pairs.
@@ -48,7 +49,7 @@ TEMPERATURE, MAX_NEW, THINK = 1.0, 160, 36_000
 
 STAGE1, STAGE2 = "coldstart.py", "rl.py"
 PARADIGM = "bench/paradigms.py"
-COTS, ALL, SCORES = "train_cots", "train_annotated", "train_scores"
+COTS, ALL, SCORES, MORE = "train_cots", "train_annotated", "train_scores", "train_more"
 WRITE = ["--lr", "1e-3"]  # at stage 1's rate it would hardly learn to
 RUNS = {f"p = {p}": (STAGE1, None, COTS, ["--mask-p", str(p)]) for p in (0, 0.25, 0.5, 0.75, 1)}
 RUNS |= {
@@ -67,28 +68,34 @@ RUNS |= {f"λ = {λ}": (STAGE2, "p = 0.5", SCORES, ["--bt-weight", str(λ)])
 WITHOUT_GRPO = ["--w-format", "0", "--w-quality", "0", "--w-length", "0", "--beta", "0"]
 RUNS |= {"no GRPO": (STAGE2, "p = 0.5", SCORES, WITHOUT_GRPO),
          "all pairs": (STAGE2, "p = 0.5", SCORES, ["--bt-pairs", "all"])}
+RUNS |= {
+    "λ = 0.005, unfiltered": (STAGE2, "p = 0.5, unfiltered", SCORES, []),
+    # What stage 2 has more, without it: as many pairs of its file, in as many steps, at its rate.
+    "p = 1, more": (STAGE1, "p = 1", MORE, ["--mask-p", "1", "--epochs", "1", "--batch-size", "8",
+                                            "--lr", "1e-3", "--head-lr", "1e-3", "--warmup", "0"])}
 FEWER = (100, 200, 400)  # training pairs, before the filter
-RUNS |= {f"p = {p}, {n} pairs": (STAGE1, None, f"{COTS}-{n}", ["--mask-p", str(p)])
-         for n in FEWER for p in (0.5, 1)}
 for n in FEWER:
-    RUNS[f"supervised, {n} pairs"] = (f"{PARADIGM} supervise", None, f"{COTS}-{n}", WRITE)
+    RUNS |= {f"p = 0.5, {n} pairs": (STAGE1, None, f"{COTS}-{n}", ["--mask-p", "0.5"]),
+             f"p = 1, unfiltered, {n} pairs": (STAGE1, None, f"{ALL}-{n}", ["--mask-p", "1"]),
+             f"supervised, {n} pairs": (f"{PARADIGM} supervise", None, f"{COTS}-{n}", WRITE)}
 
 # What is shown, and the runs that it needs, the most telling first.
 EXPERIMENTS = {
     "paradigms": ["p = 0.5", "p = 1", "λ = 0.005", "supervised", "coupled", "p = 0", "supervised, no CoT",
                   "pairwise, no CoT", "p = 1, unfiltered", "with ties, unfiltered", "p = 0.5, unfiltered",
-                  "λ = 0", "no GRPO"],
+                  "λ = 0", "no GRPO", "p = 1, more", "λ = 0.005, unfiltered"],
     "masking": ["p = 0", "p = 0.25", "p = 0.5", "p = 0.75", "p = 1"],
     "drift": ["λ = 0", "λ = 0.0005", "λ = 0.005", "λ = 0.05", "λ = 0.5"],
     "thoughts": ["λ = 0.005"],
     "beyond": ["p = 0.5", "expected mask", "λ = 0.005", "all pairs"],
-    "pairs": [name for name in RUNS if name.endswith(" pairs")]}
+    "pairs": [name for name in RUNS if name.endswith("00 pairs")]}
 NO_COT = ("supervised, no CoT", "pairwise, no CoT")
 # Discriminative ones of which nothing is asked with a CoT.
-UNTHINKING = ("p = 1, unfiltered", "with ties, unfiltered", *(f"p = 1, {n} pairs" for n in FEWER))
+UNTHINKING = ("p = 1, unfiltered", "with ties, unfiltered", "p = 1, more",
+              *(f"p = 1, unfiltered, {n} pairs" for n in FEWER))
 # Those evaluated on the way, which takes as long as training them.
 CURVED = ("p = 0.5", "coupled", *EXPERIMENTS["drift"])
-GENERATIVE = ("supervised", "coupled", *NO_COT)
+GENERATIVE = ("supervised", "coupled", *(f"supervised, {n} pairs" for n in FEWER))
 
 
 class Bench:
@@ -124,9 +131,14 @@ class Bench:
         names = {json.loads(row)["video_a"] for row in self.data("train").read_text().splitlines()}
         for n in FEWER:  # the filtered of the first n
             first = {name for name in names if int(name.split("_")[1]) < n}
-            kept = [row for row in self.data(COTS).read_text().splitlines(True)
-                    if any(name in row for name in first)]
-            self.data(f"{COTS}-{n}").write_text("".join(kept))
+            for file in (COTS, ALL):
+                kept = [row for row in self.data(file).read_text().splitlines(True)
+                        if any(name in row for name in first)]
+                self.data(f"{file}-{n}").write_text("".join(kept))
+        annotated = {row["video_a"]: row for row in read_lines(self.data(ALL))}  # with CoTs
+        more = [annotated[row["video_a"]] for row in read_lines(self.data(SCORES))
+                if row["preference"] != "tie"]
+        self.data(MORE).write_text("".join(json.dumps(row) + "\n" for row in more[: 16 * 8]))
 
     def known(self, kind: str, name: str) -> dict | None:
         """The line of an experiment, if it is there."""
@@ -146,6 +158,7 @@ class Bench:
         out = self.folder / re.sub(r"[^\w.]+", "_", name)
         info, curved = out / "model/descore.json", name in CURVED
         if info.is_file() and (not curved or "score_std" in json.loads(info.read_text())):
+            self.add_curve(name, out)  # it may have been stopped before
             return out
         path = self.data(train)
         common = ["--train", path, "--model", model, "--out", out, "--seed", self.seed,
@@ -156,19 +169,19 @@ class Bench:
         else:
             preset, every = "coldstart.json", 25
             rows = [row for row in read_lines(path) if row["preference"] != "tie" or "ties" in script]
-            full = len(read_lines(self.data(COTS)))
-            # As many steps for each; of fewer pairs as many passes as of all the filtered ones.
-            base = full if path.stem.startswith(COTS) else len(rows)
-            common += ["--epochs", max(1, round(self.steps * 16 / base))]
-        started = time.time()
+            common += ["--epochs", max(1, round(self.steps * 16 / len(rows)))]  # as many steps for each
         if curved:
             common += ["--test", self.data("curve"), "--eval-every", every]
         call(*script.split(), "--preset", self.folder / preset, *common, *flags)
-        found = curve(out)
-        if name == "coupled":
-            found["written"] = self.written(out, found["accuracy_reading"])
-        self.add("train", name, seconds=round(time.time() - started), curve=found)
+        self.add_curve(name, out)
         return out
+
+    def add_curve(self, name: str, out: Path) -> None:
+        if not self.known("train", name):
+            found = curve(out)
+            if name == "coupled":
+                found["written"] = self.written(out, found["accuracy_reading"])
+            self.add("train", name, curve=found)
 
     def written(self, out: Path, evaluations: list) -> list:
         """[step, value, seconds] of a coupled run: how often its written score is right, by evaluation."""
@@ -200,9 +213,12 @@ class Bench:
                 continue
             found = judge(model, keys_of(pairs), MAX_NEW, TEMPERATURE, self.seed, THINK, without_cot=True)
             judged = by_key(found)
+            cots = [judged[key]["cot"] for key in keys_of(pairs)]
             sets[test] = outcomes(pairs, judged, name in GENERATIVE)
+            if name in GENERATIVE:
+                sets[test]["expectation"] = expectations(model, pairs, cots)["expectation"]
             if name in EXPERIMENTS["masking"] and test == "test_id":
-                self.exchange(name, model, pairs, [judged[key]["cot"] for key in keys_of(pairs)])
+                self.exchange(name, model, pairs, cots)
         self.add("accuracy", name, sets=sets)
 
     def exchange(self, name: str, model: DeScore, pairs: list[Pair], cots: list[str]) -> None:
@@ -246,6 +262,7 @@ class Bench:
             return
         model = DeScore.load(self.train(name))
         model.set_trainable(16)
+        torch.manual_seed(self.seed)
         pairs = read_pairs(self.data(COTS), dimensions=world.DIMENSIONS)
         pairs = [pair.winner_first() for pair in pairs if pair.human]
         gradients: dict[str, list[torch.Tensor]] = {}
@@ -299,7 +316,7 @@ def signs(pairs: list[Pair], scores) -> str:
 
 
 def outcomes(pairs: list[Pair], judged: dict, generative: bool) -> dict[str, str]:
-    """Signs by the score with the CoT, without it, and by reading it; by the written score alone of a model
+    """Signs by reading the CoT, and by the score with it and without it, or by the written score of a model
     that writes one. Also R_q, in tenths of a pair's two."""
     records = [judged[key] for key in keys_of(pairs)]
     cots = [record["cot"] for record in records]
@@ -308,13 +325,13 @@ def outcomes(pairs: list[Pair], judged: dict, generative: bool) -> dict[str, str
         read = parse_cot(cot, world.DIMENSIONS)
         qualities.append(agreement(read["dimensional_scores"], gold) if read else 0.0)
     both_of = [round(5 * (a + b)) for a, b in zip(qualities[::2], qualities[1::2])]
-    found = {"R_q": "".join("0123456789x"[tenths] for tenths in both_of)}
+    read = [implied_overall(cot, world.DIMENSIONS) or float("nan") for cot in cots]
+    found = {"R_q": "".join("0123456789x"[tenths] for tenths in both_of),
+             "reading": signs(pairs, no_nan(read))}
     if generative:
         return found | {"written": signs(pairs, no_nan([paradigms.written_score(cot) for cot in cots]))}
-    read = [implied_overall(cot, world.DIMENSIONS) or float("nan") for cot in cots]
     return found | {"score": signs(pairs, [record["score"] for record in records]),
-                    "no CoT": signs(pairs, [record["score_no_cot"] for record in records]),
-                    "reading": signs(pairs, no_nan(read))}
+                    "no CoT": signs(pairs, [record["score_no_cot"] for record in records])}
 
 
 def no_nan(values: list[float]) -> torch.Tensor:
@@ -323,12 +340,14 @@ def no_nan(values: list[float]) -> torch.Tensor:
     return torch.where(values.isnan().any(1, keepdim=True), 0.0, values)
 
 
-def expectations(model: DeScore, pairs: list[Pair]) -> dict[str, str]:
-    """Signs by the likeliest score that a model writes without a CoT, and by the expectation over all."""
+def expectations(model: DeScore, pairs: list[Pair], cots: list[str] | None = None) -> dict[str, str]:
+    """Signs by the likeliest score that a model writes, behind CoTs or without, and by the expectation over
+    all."""
     likeliest, expected = [], []
-    for part in chunks(keys_of(pairs), 32):
-        batch, _ = next(read_ahead(model.processor, [[[key] for key in part]]))
-        for values, all_of_them in zip(paradigms.expected_scores(model, batch), (likeliest, expected)):
+    for numbers in chunks(range(2 * len(pairs)), 32):
+        batch, _ = next(read_ahead(model.processor, [[[keys_of(pairs)[i]] for i in numbers]]))
+        found = paradigms.expected_scores(model, batch, cots and [cots[i] for i in numbers])
+        for values, all_of_them in zip(found, (likeliest, expected)):
             all_of_them += values.tolist()
     return {"written": signs(pairs, likeliest), "expectation": signs(pairs, expected)}
 

@@ -333,6 +333,7 @@ MUTANTS = [
     ("bench/paradigms.py", "beats_l = torch.where(w_reads, beats, 1.0) * l_reads",
      "beats_l = torch.where(w_reads, 1 - beats, 1.0) * l_reads", PARADIGMS + " -k rewards"),
     ("bench/paradigms.py", "+ 0.5 * (w == l)", "+ 0.0 * (w == l)", PARADIGMS + " -k rewards"),
+    ("bench/paradigms.py", 'cot = cot[: cot.rfind(" so ")]', "pass", PARADIGMS + " -k expectation"),
     ("bench/paradigms.py", "return values[odds.argmax(1)], odds @ values",
      "return values[odds.argmax(1)], values[odds.argmax(1)]", PARADIGMS + " -k expectation"),
     ("bench/paradigms.py", "in_cot = torch.arange(mask.shape[1]) < thought[:, None]",

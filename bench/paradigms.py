@@ -15,9 +15,10 @@ by GRPO, with one reward: how many of the other video's rollouts it beats, as th
 All of them are the loops of coldstart.py and rl.py with another loss or reward, and take their flags.
 """
 
+import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -219,16 +220,30 @@ def pairwise() -> None:
 
 
 @torch.no_grad()
-def expected_scores(model: DeScore, batch) -> tuple[Tensor, Tensor]:
-    """What a generative model without a CoT says of B videos: the likeliest score, and the expectation over
-    all that it could write, 10 to 50, both (B,). Their 41 texts stand behind one copy of the prompt."""
+def expected_scores(model: DeScore, batch, cots: list[str] | None = None) -> tuple[Tensor, Tensor]:
+    """What a generative model says of B videos, behind the CoTs that it wrote or without any: the likeliest
+    score, and the expectation over all that it could write, 10 to 50, both (B,). Their 41 texts stand behind
+    one copy of what comes before."""
     values = torch.arange(10.0, 51.0)
-    texts = [f" so {value}" for value in range(10, 51)]
-    tokens, mask = with_end(model, texts)
+    tokens, mask = with_end(model, [f" so {value}" for value in range(10, 51)])
     B = len(batch)
+    if cots:
+        batch = with_cots(model, batch, cots)
     logps, _ = model.group(batch, tokens.expand(B, -1, -1), mask.expand(B, -1, -1))
     odds = logps.sum(-1).softmax(1).cpu()  # (B, 41)
     return values[odds.argmax(1)], odds @ values
+
+
+def with_cots(model: DeScore, batch, cots: list[str]):
+    """A batch whose prompts go on with CoTs, up to the scores that these end with."""
+    rows = []
+    for ids, mask, cot in zip(batch.input_ids, batch.mask, cots):
+        if not math.isnan(written_score(cot)):
+            cot = cot[: cot.rfind(" so ")]
+        rows.append(torch.cat([ids[mask], torch.tensor(model.processor.encode(cot), dtype=ids.dtype)]))
+    masks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    return replace(batch, input_ids=pad_sequence(rows, batch_first=True),
+                   mask=pad_sequence(masks, batch_first=True))
 
 
 if __name__ == "__main__":

@@ -76,18 +76,25 @@ def test_falsified_sub_scores_are_so_many_and_said_twice(count):
         assert line.endswith(f", so {value}")
 
 
-def test_the_expectation_is_over_all_scores_that_can_be_written(model, keys):
-    batch, _ = next(read_ahead(model.processor, [[keys[:1]]]))
-    likeliest, expected = paradigms.expected_scores(model, batch)
-    values, logps = list(range(10, 51)), []
-    for value in values:  # one at a time
-        text = f" so {value}"
-        ids = [*model.processor.encode(text), model.eos]
-        logp, _ = model.group(batch, torch.tensor([[ids]]), torch.ones(1, 1, len(ids), dtype=torch.bool))
-        logps.append(logp.sum().item())
-    odds = np.exp(np.array(logps) - max(logps))
-    assert expected.item() == pytest.approx(np.sum(odds * values) / odds.sum(), abs=1e-4)
-    assert likeliest.item() == pytest.approx(values[int(np.argmax(logps))])
+@pytest.mark.parametrize("cots", [None, [COT + " so 34", "subject: a blue"]])
+def test_the_expectation_is_over_all_scores_that_can_be_written(cots, model, keys):
+    batch, _ = next(read_ahead(model.processor, [[keys[:1], keys[1:2]]]))
+    likeliest, expected = paradigms.expected_scores(model, batch, cots)
+    values = list(range(10, 51))
+    for row, before in enumerate([COT, "subject: a blue"] if cots else ["", ""]):
+        alone, logps = batch_of(model, keys[row]), []
+        for value in values:  # one at a time, in one chain with what stands before it
+            ids = [*model.processor.encode(before), *model.processor.encode(f" so {value}"), model.eos]
+            mask = torch.ones(1, 1, len(ids), dtype=torch.bool)
+            logp, _ = model.group(alone, torch.tensor([[ids]]), mask)
+            logps.append(logp[0, 0, len(model.processor.encode(before)):].sum().item())
+        odds = np.exp(np.array(logps) - max(logps))
+        assert expected[row].item() == pytest.approx(np.sum(odds * values) / odds.sum(), abs=1e-4)
+        assert likeliest[row].item() == pytest.approx(values[int(np.argmax(logps))])
+
+
+def batch_of(model, key):
+    return next(read_ahead(model.processor, [[[key]]]))[0]
 
 
 def test_an_interval_holds_the_mean_and_shrinks_with_more_pairs():
