@@ -20,38 +20,53 @@ ROWS = [
     ("discriminative (p = 1)", "p = 1", "no CoT"),
     ("… on all labelled pairs", "p = 1, unfiltered", "no CoT"),
     ("… on all, ties too, Bradley-Terry with ties", "with ties, unfiltered", "no CoT"),
+    ("… and then as many steps more as stage 2 has, on its pairs", "p = 1, more", "no CoT"),
     ("generative, no CoT, supervised: the likeliest score", "supervised, no CoT", "written"),
     ("… the expectation over scores", "supervised, no CoT", "expectation"),
     ("… after GRPO, pairwise: the likeliest score", "pairwise, no CoT", "written"),
     ("… the expectation over scores", "pairwise, no CoT", "expectation"),
-    ("generative, coupled, supervised", "supervised", "written"),
-    ("… after GRPO, pairwise", "coupled", "written"),
+    ("generative, coupled, supervised: the score that it writes", "supervised", "written"),
+    ("… the expectation over scores", "supervised", "expectation"),
+    ("… reading its CoT", "supervised", "reading"),
+    ("… after GRPO, pairwise: the score that it writes", "coupled", "written"),
+    ("… the expectation over scores", "coupled", "expectation"),
+    ("… reading its CoT", "coupled", "reading"),
     ("DeScore, stage 1 (p = 0.5)", "p = 0.5", "score"), ("… without a CoT", "p = 0.5", "no CoT"),
     ("… reading its CoT", "p = 0.5", "reading"),
     ("… on all labelled pairs", "p = 0.5, unfiltered", "score"),
     ("… without masking (p = 0)", "p = 0", "score"),
     ("DeScore, stage 2", "λ = 0.005", "score"), ("… without a CoT", "λ = 0.005", "no CoT"),
     ("… reading its CoT", "λ = 0.005", "reading"), ("… with λ = 0", "λ = 0", "score"),
-    ("… without GRPO", "no GRPO", "score")]
+    ("… without GRPO", "no GRPO", "score"),
+    ("… from stage 1 on all labelled pairs", "λ = 0.005, unfiltered", "score")]
 # Who is compared with whom, on the same pairs.
+STAGE2 = ("DeScore, stage 2", "λ = 0.005", "score")
+STAGE2_ALL = ("DeScore, stage 2, unfiltered", "λ = 0.005, unfiltered", "score")
+STAGE1 = ("DeScore, stage 1", "p = 0.5", "score")
+STAGE1_ALL = ("DeScore, stage 1, unfiltered", "p = 0.5, unfiltered", "score")
+BT_ALL = ("discriminative, unfiltered", "p = 1, unfiltered", "no CoT")
 AGAINST = [
-    (("DeScore, stage 2", "λ = 0.005", "score"), ("reading its CoT", "λ = 0.005", "reading")),
-    (("DeScore, stage 2", "λ = 0.005", "score"), ("the same without a CoT", "λ = 0.005", "no CoT")),
-    (("DeScore, stage 2", "λ = 0.005", "score"), ("discriminative", "p = 1", "no CoT")),
-    (("DeScore, stage 2", "λ = 0.005", "score"),
-     ("discriminative, unfiltered", "p = 1, unfiltered", "no CoT")),
-    (("DeScore, stage 2", "λ = 0.005", "score"), ("coupled, after GRPO", "coupled", "written")),
-    (("DeScore, stage 2", "λ = 0.005", "score"), ("DeScore, stage 1", "p = 0.5", "score")),
-    (("DeScore, stage 2", "λ = 0.005", "score"), ("λ = 0", "λ = 0", "score")),
-    (("DeScore, stage 2", "λ = 0.005", "score"), ("without GRPO", "no GRPO", "score")),
-    (("DeScore, stage 1", "p = 0.5", "score"), ("discriminative", "p = 1", "no CoT")),
-    (("DeScore, stage 1", "p = 0.5", "score"), ("without masking", "p = 0", "score")),
+    (STAGE2, ("discriminative", "p = 1", "no CoT")),
+    (STAGE2, BT_ALL),
+    (STAGE2, ("discriminative with stage 2's pairs and steps", "p = 1, more", "no CoT")),
+    (STAGE2_ALL, BT_ALL),
+    (STAGE1, ("discriminative", "p = 1", "no CoT")),
+    (STAGE1_ALL, BT_ALL),
+    (STAGE2, ("coupled, after GRPO, the expectation", "coupled", "expectation")),
+    (STAGE2, ("reading its CoT", "λ = 0.005", "reading")),
+    (STAGE1, ("reading its CoT", "p = 0.5", "reading")),
+    (STAGE2, ("the same without a CoT", "λ = 0.005", "no CoT")),
+    (STAGE1, ("the same without a CoT", "p = 0.5", "no CoT")),
+    (STAGE2, STAGE1),
+    (STAGE2, ("λ = 0", "λ = 0", "score")),
+    (("λ = 0", "λ = 0", "score"), STAGE1),
+    (STAGE2, ("without GRPO", "no GRPO", "score")),
+    (STAGE1, ("without masking", "p = 0", "score")),
     (("DeScore, stage 1, without a CoT", "p = 0.5", "no CoT"), ("without masking", "p = 0", "no CoT")),
-    (("DeScore, stage 1, unfiltered", "p = 0.5, unfiltered", "score"), ("filtered", "p = 0.5", "score")),
-    (("DeScore, stage 1, unfiltered", "p = 0.5, unfiltered", "score"),
-     ("discriminative, unfiltered", "p = 1, unfiltered", "no CoT")),
-    (("discriminative, unfiltered", "p = 1, unfiltered", "no CoT"), ("filtered", "p = 1", "no CoT")),
-    (("coupled, after GRPO", "coupled", "written"), ("supervised", "supervised", "written"))]
+    (STAGE1_ALL, ("filtered", "p = 0.5", "score")),
+    (BT_ALL, ("filtered", "p = 1", "no CoT")),
+    (("coupled, after GRPO, the expectation", "coupled", "expectation"),
+     ("supervised", "supervised", "expectation"))]
 
 
 class Lines:
@@ -118,13 +133,15 @@ def accuracies(title: str, lines: Lines, wanted: list[tuple[str, str, str]], tes
 
 
 def differences(title: str, lines: Lines, against: list[tuple]) -> None:
-    """A table of who is right more often than whom, of seeds that both have."""
+    """A table of who is right more often than whom, of seeds that both have; the seeds' own in brackets."""
     rows = []
     for (one, *first), (two, *second) in against:
         cells = []
         for test in TESTS:
             a, b = lines.right(*first, test), lines.right(*second, test)
-            cells.append(cell({seed: a[seed] - b[seed] for seed in a if seed in b}, signed=True))
+            apart = {seed: a[seed] - b[seed] for seed in sorted(a) if seed in b}
+            each = ", ".join(f"{one.mean():+.2f}" for one in apart.values())
+            cells.append(f"{cell(apart, signed=True)} ({each})" if apart else "–")
         rows.append([f"{one} − {two}", *cells])
     table(title, list(TESTS), rows)
 
@@ -135,8 +152,9 @@ def paradigms(lines: Lines) -> None:
 
 
 def by_pairs(lines: Lines, folder: Path) -> None:
-    kinds = {"DeScore, stage 1": ("p = 0.5", "score"), "discriminative": ("p = 1", "no CoT"),
-             "coupled, supervised": ("supervised", "written")}
+    kinds = {"DeScore, stage 1": ("p = 0.5", "score"),
+             "discriminative, unfiltered": ("p = 1, unfiltered", "no CoT"),
+             "coupled, supervised": ("supervised", "expectation")}
     wanted = []
     for label, (run, way) in kinds.items():
         for n in (100, 200, 400, 800):
@@ -199,15 +217,15 @@ def stability(lines: Lines, folder: Path) -> None:
     curves(lines, wanted, folder / "claims-curves.png")
     rows = []
     for label, (name, figure_name) in wanted.items():
-        runs = [line["curve"] for line in lines.of("train", name).values()]
-        norms = [np.array([value for _, value, _ in run["grad_norm"]]) for run in runs]
+        runs = [line["curve"] for _, line in sorted(lines.of("train", name).items())]
+        # From step to step, so that a trend does not count; √2 makes it the spread about one.
+        norms = [np.log([value for _, value, _ in run["grad_norm"]]) for run in runs]
+        spreads = [np.diff(norm).std() / 2**0.5 for norm in norms]
         ends = [run[figure_name][-1][1] for run in runs if figure_name in run]
         if runs:
-            spread = np.std([n.std() / n.mean() for n in norms])
-            ratio = np.mean([n.std() / n.mean() for n in norms])
-            rows.append([label, f"{ratio:.2f} ± {spread:.2f}", ", ".join(f"{end:.3f}" for end in ends)])
-    table("Stability", ["std / mean of the gradient's norm, mean and std over seeds",
-                        "held-out accuracy at the end, each seed"], rows)
+            rows.append([label, *(", ".join(f"{one:.2f}" for one in some) for some in (spreads, ends))])
+    table("Stability, each seed", ["spread of the logarithm of the gradient's norm, step to step",
+                                   "held-out accuracy at the end"], rows)
 
 
 def masking(lines: Lines, folder: Path) -> None:
@@ -221,8 +239,6 @@ def masking(lines: Lines, folder: Path) -> None:
         rows.append([name, *map(cell, found)])
         if found[0] and found[-1]:
             curve_of[name] = [interval(one)[0] for one in (found[0], *found[4:])]
-    rows += [[label, cell(lines.right(run, way, "test_id")), *["–"] * (len(ways) + 2)]
-             for label, run, way in RULES if curve_of]
     count = sum(map(len, lines.right("rules", "truth", "test_id").values()))
     table(f"With which CoT the score is read (test_id, {count} pairs)",
           ["its own", "none", "its own, read", *ways], rows)
@@ -235,10 +251,11 @@ def masking(lines: Lines, folder: Path) -> None:
         save(figure, folder / "claims-masking.png")
 
 
-def thinking(lines: Lines) -> None:
+def thinking(lines: Lines, folder: Path) -> None:
     rows = []
-    for name in ("p = 0.5", "λ = 0.005", "λ = 0"):
-        cells = []
+    figure, axis = plt.subplots(figsize=(5, 3), constrained_layout=True)
+    for name in ("p = 0.5", "λ = 0.005", "λ = 0", "no GRPO"):
+        cells, points = [], []
         for low, high in ((0, 5), (6, 7), (8, 8), (9, 10)):
             found = {}
             for test in TESTS[:2]:
@@ -250,11 +267,19 @@ def thinking(lines: Lines) -> None:
                         found[seed] = np.concatenate([found.get(seed, np.zeros(0)), chosen])
             count = sum(map(len, found.values()))
             cells.append(f"{cell(found)} ({count})" if found else "–")
+            points.append(interval(found) if found else (np.nan,) * 3)
         rows.append([name, *cells])
+        mean, low, high = zip(*points)
+        axis.errorbar(range(4), mean, [np.subtract(mean, low), np.subtract(high, mean)], marker="o",
+                      capsize=2, label=name)
+    axis.set(xlabel="R_q of the pair's two CoTs", ylabel="accuracy of the score")
+    axis.set_xticks(range(4), ["at most 0.5", "0.6, 0.7", "0.8", "0.9, 1"])
+    axis.legend(fontsize=7)
+    save(figure, folder / "claims-thinking.png")
     table("Accuracy of the score by R_q of a pair's two CoTs (test_id and test_ood)",
           ["at most 0.5", "0.6, 0.7", "0.8", "0.9, 1"], rows)
     rows = []
-    for seed, line in lines.of("train", "λ = 0.005").items():
+    for seed, line in sorted(lines.of("train", "λ = 0.005").items()):
         found = line["curve"]
         steps = [f"step {q[0]}: {q[1]:.3f}, {a[1]:.3f}" for q, a in zip(found["quality"], found["accuracy"])]
         rows.append([f"seed {seed}", "; ".join(steps)])
@@ -282,14 +307,33 @@ def beyond(lines: Lines) -> None:
     table("Variance of the gradient of L_BT over batches", ["ratio"], rows)
 
 
-def thoughts(lines: Lines) -> None:
-    rows = []
+def thoughts(lines: Lines, folder: Path) -> None:
+    found = lines.of("thoughts", "λ = 0.005")
+    if not found:
+        return
+    rows, points = [], []
     for k in ("1", "2", "4", "8"):
-        found = lines.of("thoughts", "λ = 0.005")
-        cells = [cell({s: values(line["found"][test][k]) for s, line in found.items()}) for test in TESTS[:2]]
-        cost = [line["seconds"][k] / line["seconds"]["1"] for line in found.values()]
-        rows.append([f"K = {k}", *cells, f"{np.mean(cost):.2f} ×" if cost else "–"])
-    table("K thoughts averaged", [*TESTS[:2], "time"], rows)
+        right = [{s: values(line["found"][test][k]) for s, line in found.items()} for test in TESTS[:2]]
+        cost = np.mean([line["seconds"][k] / line["seconds"]["1"] for line in found.values()])
+        rows.append([f"K = {k}", *map(cell, right), f"{cost:.2f} ×"])
+        points.append((cost, *(interval(one) for one in right)))
+    gains = []
+    for test in TESTS[:2]:
+        gain = {s: values(line["found"][test]["8"]) - values(line["found"][test]["1"])
+                for s, line in found.items()}
+        gains.append(cell(gain, signed=True))
+    rows.append(["K = 8 − K = 1", *gains, ""])
+    counts = [sum(len(line["found"][test]["1"]) for line in found.values()) for test in TESTS[:2]]
+    table("K thoughts averaged", [*(f"{test} ({n} pairs)" for test, n in zip(TESTS, counts)), "time"], rows)
+    figure, axis = plt.subplots(figsize=(5, 3), constrained_layout=True)
+    costs, *of_tests = zip(*points)
+    for test, found_of in zip(TESTS, of_tests):
+        mean, low, high = zip(*found_of)
+        axis.errorbar(costs, mean, [np.subtract(mean, low), np.subtract(high, mean)], marker="o", capsize=2,
+                      label=test)
+    axis.set(xlabel="time, of one thought's (K = 1, 2, 4, 8)", ylabel="accuracy")
+    axis.legend(fontsize=7)
+    save(figure, folder / "claims-thoughts.png")
 
 
 def save(figure, path: Path) -> None:
@@ -305,6 +349,6 @@ def show(records: list[dict], folder: Path) -> None:
     stability(lines, folder)
     drift(lines, folder)
     masking(lines, folder)
-    thinking(lines)
+    thinking(lines, folder)
     beyond(lines)
-    thoughts(lines)
+    thoughts(lines, folder)
