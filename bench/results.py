@@ -254,7 +254,7 @@ def masking(lines: Lines, folder: Path) -> None:
 def thinking(lines: Lines, folder: Path) -> None:
     rows = []
     figure, axis = plt.subplots(figsize=(5, 3), constrained_layout=True)
-    for name in ("p = 0.5", "λ = 0.005", "λ = 0", "no GRPO"):
+    for number, name in enumerate(("p = 0.5", "λ = 0.005", "λ = 0", "no GRPO")):
         cells, points = [], []
         for low, high in ((0, 5), (6, 7), (8, 8), (9, 10)):
             found = {}
@@ -270,7 +270,7 @@ def thinking(lines: Lines, folder: Path) -> None:
             points.append(interval(found) if found else (np.nan,) * 3)
         rows.append([name, *cells])
         mean, low, high = zip(*points)
-        axis.errorbar(range(4), mean, [np.subtract(mean, low), np.subtract(high, mean)], marker="o",
+        axis.errorbar(np.arange(4) + 0.08 * number, mean, [np.subtract(mean, low), np.subtract(high, mean)], marker="o",
                       capsize=2, label=name)
     axis.set(xlabel="R_q of the pair's two CoTs", ylabel="accuracy of the score")
     axis.set_xticks(range(4), ["at most 0.5", "0.6, 0.7", "0.8", "0.9, 1"])
