@@ -270,8 +270,8 @@ def thinking(lines: Lines, folder: Path) -> None:
             points.append(interval(found) if found else (np.nan,) * 3)
         rows.append([name, *cells])
         mean, low, high = zip(*points)
-        axis.errorbar(np.arange(4) + 0.08 * number, mean, [np.subtract(mean, low), np.subtract(high, mean)], marker="o",
-                      capsize=2, label=name)
+        axis.errorbar(np.arange(4) + 0.08 * number, mean,
+                      [np.subtract(mean, low), np.subtract(high, mean)], marker="o", capsize=2, label=name)
     axis.set(xlabel="R_q of the pair's two CoTs", ylabel="accuracy of the score")
     axis.set_xticks(range(4), ["at most 0.5", "0.6, 0.7", "0.8", "0.9, 1"])
     axis.legend(fontsize=7)
