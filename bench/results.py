@@ -60,6 +60,7 @@ AGAINST = [
     (STAGE2, STAGE1),
     (STAGE2, ("λ = 0", "λ = 0", "score")),
     (("λ = 0", "λ = 0", "score"), STAGE1),
+    (("λ = 0.05", "λ = 0.05", "score"), ("λ = 0.005", "λ = 0.005", "score")),
     (STAGE2, ("without GRPO", "no GRPO", "score")),
     (STAGE1, ("without masking", "p = 0", "score")),
     (("DeScore, stage 1, without a CoT", "p = 0.5", "no CoT"), ("without masking", "p = 0", "no CoT")),
