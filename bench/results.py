@@ -18,9 +18,9 @@ RULES = [("*the truth*", "rules", "truth"), ("*the true sub-scores*", "rules", "
          ("*the signature alone*", "rules", "signature")]
 ROWS = [
     ("discriminative (p = 1)", "p = 1", "no CoT"),
+    ("… then with stage 2's pairs and steps", "p = 1, more", "no CoT"),
     ("… on all labelled pairs", "p = 1, unfiltered", "no CoT"),
     ("… on all, ties too, Bradley-Terry with ties", "with ties, unfiltered", "no CoT"),
-    ("… and then as many steps more as stage 2 has, on its pairs", "p = 1, more", "no CoT"),
     ("generative, no CoT, supervised: the likeliest score", "supervised, no CoT", "written"),
     ("… the expectation over scores", "supervised, no CoT", "expectation"),
     ("… after GRPO, pairwise: the likeliest score", "pairwise, no CoT", "written"),
