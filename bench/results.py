@@ -174,6 +174,7 @@ def by_pairs(lines: Lines, folder: Path) -> None:
                               capsize=2, label=label)
             axis.set(title=test, xscale="log", xlabel="labelled pairs, before the filter")
             axis.set_xticks([100, 200, 400, 800], [100, 200, 400, 800])
+            axis.minorticks_off()
         axes[0].set_ylabel("accuracy")
         axes[0].legend(fontsize=7)
         save(figure, folder / "claims-pairs.png")
