@@ -345,9 +345,10 @@ def expectations(model: DeScore, pairs: list[Pair], cots: list[str] | None = Non
     """Signs by the likeliest score that a model writes, behind CoTs or without, and by the expectation over
     all."""
     likeliest, expected = [], []
-    for numbers in chunks(range(2 * len(pairs)), 32):
-        batch, _ = next(read_ahead(model.processor, [[[keys_of(pairs)[i]] for i in numbers]]))
-        found = paradigms.expected_scores(model, batch, cots and [cots[i] for i in numbers])
+    keys = keys_of(pairs)
+    for some, written in zip(chunks(keys, 32), chunks(cots or [None] * len(keys), 32)):
+        batch, _ = next(read_ahead(model.processor, [[[key] for key in some]]))
+        found = paradigms.expected_scores(model, batch, written if cots else None)
         for values, all_of_them in zip(found, (likeliest, expected)):
             all_of_them += values.tolist()
     return {"written": signs(pairs, likeliest), "expectation": signs(pairs, expected)}

@@ -52,6 +52,8 @@ AGAINST = [
     (STAGE2_ALL, BT_ALL),
     (STAGE1, ("discriminative", "p = 1", "no CoT")),
     (STAGE1_ALL, BT_ALL),
+    (STAGE1_ALL, ("discriminative with ties, unfiltered", "with ties, unfiltered", "no CoT")),
+    (STAGE2_ALL, ("discriminative with ties, unfiltered", "with ties, unfiltered", "no CoT")),
     (STAGE2, ("coupled, after GRPO, the expectation", "coupled", "expectation")),
     (STAGE2, ("reading its CoT", "λ = 0.005", "reading")),
     (STAGE1, ("reading its CoT", "p = 0.5", "reading")),
