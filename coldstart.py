@@ -87,7 +87,7 @@ def make_plan(args: Args, pairs: list[Pair], run: Run) -> list:
             pair = pairs[row]
             if masked[place]:
                 pair = replace(pair, cot_a=None, cot_b=None)
-            a, b = (len(processor.encode(cot or "")) for cot in (pair.cot_a, pair.cot_b))
+            a, b = (len(processor.encode_cot(cot)) for cot in (pair.cot_a, pair.cot_b))
             key_a, key_b = pair.videos()
             units.append(Unit(pair, place))
             sizes.append(2 * max(lengths[key_a] + a, lengths[key_b] + b))
@@ -100,6 +100,7 @@ def main() -> None:
     args = run.args
     torch.manual_seed(args.seed)
     model = DeScore.load(args.model, video=args.video, quant=args.quant)
+    model.processor.use_instruction(args.instruction)
     model.set_trainable(args.lora_rank, args.train_merger, args.train_vision)
     own = [name for name in model.trainable() if name.startswith(OWN)]
     rest = [name for name in model.trainable() if name not in own]

@@ -27,19 +27,22 @@ from support.frames import ERRORS, Video
 # Instruction, format, rewards, tables follow from here; a saved model carries its own.
 DIMENSIONS = {"subject": 2, "dynamics": 2, "camera": 1, "environment": 1, "style": 1}
 
+# The tags around what a CoT reasons and around its answer. A saved model carries these too.
+TAGS = ("think", "answer")
+
 TASK = """<video>The video above was generated from this prompt:
 <prompt>
 
 How well does it follow the prompt? Judge these dimensions: <dimensions>. \
-Reason inside <think> </think> first: what the prompt asks for, what the video shows, \
+Reason inside <think-tags> first: what the prompt asks for, what the video shows, \
 a judgement for each dimension. \
-Then write inside <answer> </answer> one JSON object of this form:
+Then write inside <answer-tags> one JSON object of this form:
 {"dimensional_scores": <example>, "overall_score": 3.4}
 A dimension gets 2 if it is fully met, 1 if partly, 0 if missed, \
 "N/A" if the prompt does not ask for it; overall_score lies between 1 and 5."""
 
 
-def make_instruction(dimensions=DIMENSIONS) -> str:
+def make_instruction(dimensions=DIMENSIONS, tags=TAGS) -> str:
     """What the model is asked; <video> and <prompt> stand for the two things to be judged."""
     lists = []
     for heavy, kind in ((True, "primary"), (False, "secondary")):
@@ -48,6 +51,9 @@ def make_instruction(dimensions=DIMENSIONS) -> str:
             lists.append(f"{', '.join(names)} and {last} ({kind})" if names else f"{last} ({kind})")
     example = dict(zip(dimensions, (2, 1, "N/A", 2, 0) * len(dimensions)))
     text = TASK.replace("<dimensions>", ", ".join(lists))
+    think, answer = tags
+    text = text.replace("<think-tags>", f"<{think}> </{think}>")
+    text = text.replace("<answer-tags>", f"<{answer}> </{answer}>")
     return text.replace("<example>", json.dumps(example))
 
 
@@ -259,20 +265,18 @@ class Batch:
 class Processor:
     """Turns a video and its prompt into what Qwen3-VL reads: chat format, timestamps, ids.
 
-    Text from users never becomes a special token: "<|im_end|>" in a prompt is just characters."""
+    Text from users never becomes a special token: "<|im_end|>" in a prompt is just characters.
+    (Tokens that a tokenizer merely adds, such as Qwen's "<think>", it may become.)"""
 
     def __init__(
             self, tokenizer, settings: VideoSettings = VideoSettings(),
-            instruction: str | None = INSTRUCTION, dimensions=DIMENSIONS):
+            instruction: str | None = INSTRUCTION, dimensions=DIMENSIONS, tags=TAGS):
         """instruction: a text with <video> and <prompt> in it; None where each prompt is itself a
-        whole instruction, the video at its <video>, else before it."""
-        if instruction is not None:
-            checked(instruction, "the instruction")
-            if instruction.count("<video>") != 1 or "<prompt>" not in instruction:
-                raise DataError("the instruction must hold <video> exactly once, and <prompt> "
-                                "where the prompt belongs")
+        whole instruction, the video at its <video>, else before it. tags: see `TAGS`."""
         self.tokenizer, self.settings = tokenizer, settings
-        self.instruction, self.dimensions = instruction, dimensions
+        self.dimensions, self.tags = dimensions, tuple(tags)
+        self.set_instruction(instruction)
+        self.opening = self.template_opening()
         self.special = {}
         for name in ("im_start", "im_end", "vision_start", "vision_end", "video_pad"):
             token = tokenizer.convert_tokens_to_ids(f"<|{name}|>")
@@ -282,16 +286,58 @@ class Processor:
             self.special[f"<|{name}|>"] = token
         self.eos_id, self.video_id = self.special["<|im_end|>"], self.special["<|video_pad|>"]
 
+    def set_instruction(self, instruction: str | None) -> None:
+        """Ask with this text from now on; see `__init__`. DataError where it lacks a place."""
+        if instruction is not None:
+            checked(instruction, "the instruction")
+            if instruction.count("<video>") != 1 or "<prompt>" not in instruction:
+                raise DataError("the instruction must hold <video> exactly once, and <prompt> "
+                                "where the prompt belongs")
+        self.instruction = instruction
+
+    def use_instruction(self, source: str | None) -> None:
+        """Ask with the text of a file, or with "problem" with what each prompt of a pair file brings
+        itself; None changes nothing."""
+        if source is not None:
+            self.set_instruction(None if source == "problem" else read_text(Path(source)))
+
+    def template_opening(self) -> str:
+        """How the tokenizer's chat template begins the assistant's turn: with nothing, or, as that
+        of a -Thinking checkpoint, with the tag that opens the reasoning. DataError for another."""
+        if not self.tokenizer.chat_template:
+            return ""
+        with explained(f"{self.tokenizer.name_or_path}: its chat template fails", Exception):
+            turn = self.tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False,
+                                                      add_generation_prompt=True)
+        _, start, opening = turn.rpartition("<|im_start|>assistant\n")
+        tag = f"<{self.tags[0]}>"
+        if not start or not opening.strip():
+            return ""
+        if opening.strip() != tag:
+            raise DataError(f"{self.tokenizer.name_or_path}: its chat template begins an answer with "
+                            f"{opening!r}, and CoTs are to begin with {tag}")
+        return opening
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, in which no special token is recognised."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
+    def encode_cot(self, cot: str | None) -> list[int]:
+        """Token ids of a CoT, none of None. A tag that the prompt has opened is not repeated."""
+        cot = cot or ""
+        for opened in (self.opening, self.opening.strip()):
+            if opened and cot.startswith(opened):
+                cot = cot.removeprefix(opened)
+                break
+        return self.encode(cot)
+
     def decode(self, ids: list[int] | Tensor) -> str:
-        """The text of a CoT's tokens, up to its end."""
+        """The text of a CoT's tokens, up to its end, with the tag that the prompt has opened."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=False,
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=False,
                                      clean_up_tokenization_spaces=False)
+        return self.opening + text
 
     def __call__(self, video, prompt: str) -> Sample:
         """Read a video (`open_video`) and put it into the instruction with its prompt."""
@@ -335,7 +381,9 @@ class Processor:
         else:
             before, after = "", prompt
         start = self.special["<|im_start|>"]
-        rest = [self.eos_id, "\n", start, "assistant\n"] if within_turn is None else [within_turn]
+        rest = [within_turn]
+        if within_turn is None:
+            rest = [self.eos_id, "\n", start, "assistant\n" + self.opening]
         parts = [start, "user\n" + before, *self.video_parts(grid, seconds), after, *rest]
         ids = []
         # Neighbouring texts are tokenised as one, as the chat template would have it.
@@ -368,32 +416,47 @@ class Processor:
 # ------------------------------
 # Chains of thought
 
-def parse_cot(text: str, dimensions=DIMENSIONS) -> dict | None:
+
+def follows_format(text: str, dimensions=DIMENSIONS, tags=TAGS) -> bool:
+    """Whether a CoT keeps the format exactly, which R_f pays for: one <think> block with something
+    in it, then one <answer> block that `parse_cot` can read, and only white space around them."""
+    think, answer = tags
+    blocks = re.fullmatch(rf"\s*<{think}>(.*?)</{think}>\s*<{answer}>.*</{answer}>\s*", text, re.DOTALL)
+    count = len(re.findall(rf"</?(?:{think}|{answer})>", text))
+    says_something = blocks is not None and blocks[1].strip() != ""
+    return says_something and count == 4 and parse_cot(text, dimensions, tags) is not None
+
+
+def parse_cot(text: str, dimensions=DIMENSIONS, tags=TAGS) -> dict | None:
     """The scores a CoT ends with: {"dimensional_scores": {...}, "overall_score": float | None},
-    and whatever else its answer says.
+    and whatever else its answer says. Sub-scores that are quoted ("2") become numbers.
 
     None unless the text holds exactly one <answer> block and this holds one JSON object (in a
     ```json fence or not) with a valid sub-score for each dimension and no other, and an
     overall_score in [1, 5] if any."""
-    _, opening, rest = text.partition("<answer>")
-    answer, closing, after = rest.partition("</answer>")
-    if not opening or not closing or "<answer>" in answer + after:
+    opening, closing = f"<{tags[1]}>", f"</{tags[1]}>"
+    if text.count(opening) != 1:
+        return None
+    answer, closed, _ = text.partition(opening)[2].partition(closing)
+    if not closed:
         return None
     answer = answer.strip()
     if answer.startswith("```") and answer.endswith("```") and len(answer) >= 6:
         answer = answer[3:-3].removeprefix("json")
     try:
-        answer = json.loads(answer, object_pairs_hook=no_duplicates)
+        answer = json.loads(answer, object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except (ValueError, RecursionError):
         return None
-    scores = answer.get("dimensional_scores") if isinstance(answer, dict) else None
-    if not is_scores(scores, dimensions):
+    if not isinstance(answer, dict):
+        return None
+    scores = read_scores(answer.get("dimensional_scores"), dimensions)
+    if scores is None:
         return None
     overall = answer.get("overall_score")
     if "overall_score" in answer and not (is_number(overall) and 1 <= overall <= 5):
         return None
     overall = None if overall is None else float(overall)
-    return answer | {"overall_score": overall}
+    return answer | {"dimensional_scores": scores, "overall_score": overall}
 
 
 def no_duplicates(items: list[tuple[str, object]]) -> dict:
@@ -403,14 +466,27 @@ def no_duplicates(items: list[tuple[str, object]]) -> dict:
     return dict(items)
 
 
-def is_sub_score(value) -> bool:
-    return value == "N/A" if isinstance(value, str) else is_number(value) and value in (0, 1, 2)
+def no_constant(name: str):
+    """ValueError for NaN and Infinity, which Python reads and JSON does not know."""
+    raise ValueError(f"{name} is not JSON")
 
 
-def is_scores(scores, dimensions=DIMENSIONS) -> bool:
-    """Whether this is a sub-score, 0, 1, 2 or "N/A", for each dimension and nothing else."""
-    return (isinstance(scores, dict) and set(scores) == set(dimensions)
-            and all(is_sub_score(value) for value in scores.values()))
+# What a sub-score may be, as a number or as text, and what it is read as.
+SUB_SCORES = {0: 0, 1: 1, 2: 2, "0": 0, "1": 1, "2": 2, "N/A": "N/A"}
+
+
+def read_scores(scores, dimensions=DIMENSIONS) -> dict | None:
+    """Sub-scores, 0, 1, 2 or "N/A", of each dimension; "0", "1" and "2" become numbers. None where a
+    dimension is missing, another stands there, or a sub-score is anything else."""
+    if not isinstance(scores, dict) or set(scores) != set(dimensions):
+        return None
+    numbers = {}
+    for name, value in scores.items():
+        could_be = isinstance(value, str) or is_number(value)
+        if not could_be or value not in SUB_SCORES:
+            return None
+        numbers[name] = SUB_SCORES[value]
+    return numbers
 
 
 def agreement(scores: dict, reference: dict) -> float:
@@ -429,9 +505,9 @@ def overall_score(scores: dict, dimensions=DIMENSIONS) -> float | None:
     return 1 + 2 * total / sum(dimensions[name] for name in asked)
 
 
-def implied_overall(text: str, dimensions=DIMENSIONS) -> float | None:
+def implied_overall(text: str, dimensions=DIMENSIONS, tags=TAGS) -> float | None:
     """What a CoT says of its video, 1 to 5: its overall_score, else its weighted sub-scores."""
-    cot = parse_cot(text, dimensions)
+    cot = parse_cot(text, dimensions, tags)
     if cot is None or cot["overall_score"] is not None:
         return cot and cot["overall_score"]
     return overall_score(cot["dimensional_scores"], dimensions)
@@ -564,8 +640,10 @@ def make_pair(record: dict, where: str, root: Path, dimensions=DIMENSIONS) -> Pa
     if record["preference"] not in ("A", "B", "tie"):
         preference = record["preference"]
         raise DataError(f"{where}: preference is {preference!r}, not 'A', 'B' or 'tie'")
+    references = {}
     for key in ("scores_a", "scores_b"):
-        if record.get(key) is not None and not is_scores(record[key], dimensions):
+        references[key] = read_scores(record.get(key), dimensions)
+        if record.get(key) is not None and references[key] is None:
             names = ", ".join(dimensions)
             raise DataError(f'{where}: {key} is not 0, 1, 2 or "N/A" for each of {names}')
     for key in ("cot_a", "cot_b", "model_a", "model_b", "problem"):
@@ -575,7 +653,8 @@ def make_pair(record: dict, where: str, root: Path, dimensions=DIMENSIONS) -> Pa
     for key, value in known.items():
         if isinstance(value, str):
             checked(value, f"{where}: {key}")
-    return Pair(**known | {key: str(root / record[key]) for key in ("video_a", "video_b")})
+    videos = {key: str(root / record[key]) for key in ("video_a", "video_b")}
+    return Pair(**known | references | videos)
 
 
 if __name__ == "__main__":

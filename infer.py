@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DataError, Key, Pair, agreement, both, implied_overall, keys_of, parse_cot
+from data import (
+    TAGS,
+    DataError,
+    Key,
+    Pair,
+    agreement,
+    both,
+    follows_format,
+    implied_overall,
+    keys_of,
+    parse_cot,
+)
 from model import DeScore
 from support import memory, release, tables
 from support.batches import THINK_TOKENS, draw_seed, packed, prompt_lengths, read_ahead, sort_out
@@ -27,7 +38,6 @@ from support.journal import Journal, made_by
 from support.ranks import ALONE, Ranks
 from support.report import page_path, write_page
 from support.shard import gathered
-from support.thought import follows_format
 
 
 def judge(
@@ -208,13 +218,13 @@ def margins(pairs: list[Pair], judged: Judged, field: str) -> Tensor | None:
     return torch.tensor(found, dtype=torch.double)
 
 
-def accuracy_reading(pairs: list[Pair], judged: Judged, dimensions: dict) -> float:
+def accuracy_reading(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> float:
     """What whoever reads the CoTs and no score would get: the share of decided pairs whose
     preferred video's CoT says the better (`implied_overall`), half of one where they say the same
     or one cannot be read."""
     right = []
     for pair in pairs:
-        a, b = (implied_overall(judged[key]["cot"], dimensions) for key in pair.videos())
+        a, b = (implied_overall(judged[key]["cot"], dimensions, tags) for key in pair.videos())
         read = 0 if None in (a, b) else (a > b) - (a < b)
         if pair.human:
             right.append((1 + read * pair.human) / 2)
@@ -225,11 +235,11 @@ ACCURACIES = {"accuracy": accuracy_without_ties, "accuracy_ties": accuracy_with_
 FIELDS = {"score": "", "score_no_cot": "_no_cot"}  # field of a record → suffix of its figures
 
 
-def measure(pairs: list[Pair], judged: Judged, dimensions: dict) -> dict[str, float]:
+def measure(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> dict[str, float]:
     """Figures over pairs from the judgement of each (video, prompt) key; a figure stands only
     where it has a base: accuracies where there are labels, quality (the mean R_q) where there
-    are reference sub-scores. Pairs with a video that could not be read are left out; where
-    there are any, `unreadable` counts them."""
+    are reference sub-scores; format_rate is the share of CoTs for which R_f is 1. Pairs with a
+    video that could not be read are left out; where there are any, `unreadable` counts them."""
     pairs, judged, figures = tables.readable(pairs, judged)
     if not pairs:
         return figures
@@ -241,16 +251,16 @@ def measure(pairs: list[Pair], judged: Judged, dimensions: dict) -> dict[str, fl
                 figures[name + suffix] = accuracy(human, margin)
     if not all("cot" in record for record in judged.values()):
         return figures
-    figures["accuracy_reading"] = accuracy_reading(pairs, judged, dimensions)
+    figures["accuracy_reading"] = accuracy_reading(pairs, judged, dimensions, tags)
     qualities = []
     for key, gold in dict(zip(keys_of(pairs), both(pairs, "scores"))).items():
         if gold:
-            cot = parse_cot(judged[key]["cot"], dimensions)
+            cot = parse_cot(judged[key]["cot"], dimensions, tags)
             qualities.append(agreement(cot["dimensional_scores"], gold) if cot else 0.0)
     if qualities:
         figures["quality"] = statistics.fmean(qualities)
     records = judged.values()
-    kept = [follows_format(record["cot"], dimensions) for record in records]
+    kept = [follows_format(record["cot"], dimensions, tags) for record in records]
     figures["format_rate"] = statistics.fmean(kept)
     figures["truncated"] = statistics.fmean(record["truncated"] for record in records)
     scores = [record["score"] for record in records]
@@ -276,7 +286,7 @@ def evaluate(
         tables.list_unreadable(judged if ranks.first else {})
         if found_by_set is not None:
             found_by_set[name] = judged
-        measured = measure(pairs, judged, model.processor.dimensions)
+        measured = measure(pairs, judged, model.processor.dimensions, model.processor.tags)
         figures |= {f"{name}/{key}": value for key, value in measured.items()}
     return figures
 
@@ -289,9 +299,9 @@ def by_key(records: Iterable[dict]) -> Judged:
 # The command
 
 
-def report(pairs: list[Pair], judged: Judged, dimensions: dict) -> dict:
+def report(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> dict:
     """`measure`, with an interval for each accuracy and a row for each two generators."""
-    figures = measure(pairs, judged, dimensions)
+    figures = measure(pairs, judged, dimensions, tags)
     pairs, judged, _ = tables.readable(pairs, judged)
     found = {suffix: margins(pairs, judged, field) for field, suffix in FIELDS.items()}
     figures = {"pairs": len(pairs), **figures}
@@ -359,8 +369,7 @@ def main() -> None:
     model = DeScore.load(args.model)
     if args.scoring_layout:
         model.info["scoring_layout"] = args.scoring_layout
-    if args.instruction:
-        release.use_instruction(model, args.instruction)
+    model.processor.use_instruction(args.instruction)
     dimensions, pairs = model.processor.dimensions, None
     if args.pairs:
         column = "problem" if args.instruction == "problem" else "prompt"
@@ -376,7 +385,8 @@ def main() -> None:
         return
     code = tables.list_unreadable(judged)
     if args.pairs:
-        found, show = report(pairs, judged, dimensions), tables.show_report
+        found = report(pairs, judged, dimensions, model.processor.tags)
+        show = tables.show_report
     else:
         found, show = tables.ranking(model, judged), tables.show_ranking
     print(tables.as_json(found) if args.json else show(found))

@@ -253,7 +253,7 @@ class DeScore(nn.Module):
         `without_cot`: after the CoT and also after none, (B, 2). One forward over
         [ prompt | CoT [R] ] or [ prompt | CoT [R] | [R] ], no logits; differentiable."""
         texts = [checked(cot or "", "a CoT") for cot in cots]
-        ids = [torch.tensor(self.processor.encode(text), dtype=torch.long) for text in texts]
+        ids = [torch.tensor(self.processor.encode_cot(text), dtype=torch.long) for text in texts]
         lengths = torch.tensor([[len(i), 0] if without_cot else [len(i)] for i in ids])
         tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, None]  # (B, 1, C)
         tokens = tokens.expand(-1, lengths.shape[1], -1)

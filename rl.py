@@ -21,20 +21,30 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from coldstart import bt_loss, order
-from data import DIMENSIONS, Batch, DataError, Pair, agreement, both, keys_of, parse_cot
+from data import (
+    DIMENSIONS,
+    TAGS,
+    Batch,
+    DataError,
+    Pair,
+    agreement,
+    both,
+    follows_format,
+    keys_of,
+    parse_cot,
+)
 from model import DeScore
 from support.batches import chunks, draw_seed, parts, prompt_lengths
 from support.command import Count, Factor, NotNegative, Number, Positive, Share, TopP, Whole, run_command
 from support.run import MicroBatch, Run, Unit
 from support.settings import RunArgs, load_function, setting
 from support.shard import gathered
-from support.thought import follows_format, thought
 
 
 @dataclass
@@ -53,15 +63,18 @@ class Args(RunArgs):
     w_format: Number = setting(0.1, "w_f")
     w_quality: Number = setting(0.7, "w_q")
     w_length: Number = setting(0.2, "w_l")
-    length_low: Whole = setting(500, "tokens of a thought up to which R_l is 0")
+    length_low: Whole = setting(500, "tokens of a CoT up to which R_l is 0")
     length_high: Count = setting(2000, "tokens from which R_l is 1")
     length_excess: Count | None = setting(None, "from here R_l falls back to 0 [never]")
-    reward: list[str] = setting([], "FILE:FUNCTION=WEIGHT: one more reward")
+    reward: list[str] = setting([], "FILE:FUNCTION=WEIGHT: one more reward [none]",
+                                metadata={"action": "extend"})
     advantage_std: bool = setting(True, "divide advantages by the group's std")
     loss_mean: Literal["cot", "token", "constant"] = setting("cot", "of L_GRPO: see there")
     clip_low: Share = setting(0.2, "ε below 1")
     clip_high: NotNegative = setting(0.2, "ε above 1")
     dual_clip: Factor | None = setting(None, "bound on ρ where A < 0 [off]")
+    log_ratio_bound: Positive | None = setting(None, "log ρ, and that of D_KL, stay within ± this [off]")
+    kl_bound: Positive | None = setting(None, "D_KL of a token is at most this [off]")
     mask_truncated: bool = setting(False, "leave cut-off rollouts out of L_GRPO")
     beta: NotNegative = setting(1e-5, "β of the KL term; 0 spares the reference's forward")
     bt_weight: NotNegative = setting(0.005, "λ: weight of the Bradley-Terry loss")
@@ -77,29 +90,30 @@ class Args(RunArgs):
     save_every: Whole = setting(5, "steps between checkpoints; 0: at the end only")
 
     def __post_init__(self):
+        super().__post_init__()
         length_reward(0, self.length_low, self.length_high, self.length_excess)
 
 
 # ------------------------------
-# Rewards of a rollout, each in [0, 1]
+# Rewards of a rollout, each in [0, 1] (Section "Stage 2")
 
 
-def format_reward(text: str, dimensions=DIMENSIONS) -> float:
-    """R_f = 1 if the format is kept exactly, else 0."""
-    return float(follows_format(text, dimensions))
+def format_reward(text: str, dimensions=DIMENSIONS, tags=TAGS) -> float:
+    """R_f = 1 if the format is kept exactly (`data.follows_format`), else 0."""
+    return float(follows_format(text, dimensions, tags))
 
 
-def quality_reward(text: str, gold: dict, dimensions=DIMENSIONS) -> float:
+def quality_reward(text: str, gold: dict, dimensions=DIMENSIONS, tags=TAGS) -> float:
     """R_q = matching sub-scores / reference sub-scores; "N/A" must match too. 0 if no scores
     can be read."""
-    cot = parse_cot(text, dimensions)
+    cot = parse_cot(text, dimensions, tags)
     return agreement(cot["dimensional_scores"], gold) if cot else 0.0
 
 
 def length_reward(n_tokens: int, low: int = 500, high: int = 2000,
                   excess: int | None = None) -> float:
-    """R_l = 0 up to `low` tokens of a thought, linear to 1 at `high`; from `excess` on, where
-    set, it falls back to 0 with the same slope, for a thought can be too long as well. Raises
+    """R_l = 0 up to `low` tokens of a CoT, linear to 1 at `high`; from `excess` on, where set,
+    it falls back to 0 with the same slope, for a CoT can be too long as well. Raises
     ValueError unless low < high ≤ excess."""
     if not low < high <= (high if excess is None else excess):
         raise ValueError(f"R_l needs low < high ≤ excess, not {low}, {high}, {excess}")
@@ -108,29 +122,35 @@ def length_reward(n_tokens: int, low: int = 500, high: int = 2000,
     return max(0.0, min(1.0, rise, fall))
 
 
-def make_rewards(args: Args, processor) -> dict[str, tuple[float, Callable]]:
-    """The rewards by name: the weight of each, and what it gives for a rollout's text, the
-    number of its tokens, and the reference sub-scores of its video."""
-    dimensions = processor.dimensions
+class Reward(NamedTuple):
+    """A part of R, by what it is worth and how it is found."""
+
+    weight: float
+    function: Callable[[str, int, dict], float]  # of a rollout's text, its tokens, the reference
+    source: str  # FILE:FUNCTION, for those who look at the run
+
+
+def make_rewards(args: Args, processor) -> dict[str, Reward]:
+    """The parts of R = w_f R_f + w_q R_q + w_l R_l by name: the paper's, and those of `--reward`."""
+    form = processor.dimensions, processor.tags
     bounds = args.length_low, args.length_high, args.length_excess
-
-    def length(text: str, n_tokens: int, gold: dict) -> float:
-        said = len(processor.encode(thought(text, dimensions)))
-        return length_reward(min(said, n_tokens), *bounds)
-
     rewards = {
-        "format": (args.w_format, lambda text, n, gold: format_reward(text, dimensions)),
-        "quality": (args.w_quality, lambda text, n, gold: quality_reward(text, gold, dimensions)),
-        "length": (args.w_length, length),
+        "format": Reward(args.w_format, lambda text, n_tokens, gold: format_reward(text, *form),
+                         "rl.py:format_reward"),
+        "quality": Reward(args.w_quality,
+                          lambda text, n_tokens, gold: quality_reward(text, gold, *form),
+                          "rl.py:quality_reward"),
+        "length": Reward(args.w_length, lambda text, n_tokens, gold: length_reward(n_tokens, *bounds),
+                         "rl.py:length_reward"),
     }
-    given_names = set()
-    for given in args.reward:
-        name, weight, function = load_function(given)
-        if name in given_names:
-            raise DataError(f"--reward {given}: another has this name")
-        given_names.add(name)
+    own_names = set()
+    for asked in args.reward:
+        name, weight, function = load_function(asked, processor=processor, args=args)
+        if name in own_names:
+            raise DataError(f"--reward {asked}: another has this name")
+        own_names.add(name)
         # One of the same name as ours takes its place.
-        rewards[name.removesuffix("_reward")] = (weight, function)
+        rewards[name.removesuffix("_reward")] = Reward(weight, function, asked.rpartition("=")[0])
     return rewards
 
 
@@ -157,7 +177,8 @@ def grpo_loss(
         logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None,
         advantages: Tensor, mask: Tensor, clip_low: float = 0.2,
         clip_high: float = 0.2, beta: float = 1e-5, loss_mean: str = "cot",
-        dual_clip: float | None = None,
+        dual_clip: float | None = None, log_ratio_bound: float | None = None,
+        kl_bound: float | None = None,
         count: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """L_GRPO = −E 1/G Σ_i 1/|o_i| Σ_k [ min(ρ A_i, clip(ρ, 1−ε, 1+ε) A_i) − β D_KL ]
 
@@ -165,18 +186,21 @@ def grpo_loss(
     ref_logps may be None if β is 0. `loss_mean` "cot" is the equation; "token" is a mean over
     tokens (DAPO, arXiv 2503.14476; the released code), "constant" one over a constant number
     of them (Dr. GRPO). `count` is the number of CoTs or tokens that E is a mean of, where these
-    are a part of them. `dual_clip` bounds ρ where A < 0 (arXiv 1912.09729). An empty CoT
-    contributes 0. Returns the scalar, and detached figures, means over tokens."""
-    log_ratio = (logps - old_logps) * mask
-    ratio, A = log_ratio.exp(), advantages[..., None]  # ρ (B, G, C)
+    are a part of them. `dual_clip` bounds ρ where A < 0 (arXiv 1912.09729). As in the released
+    code, `log_ratio_bound` holds log ρ and log(π_ref/π_θ) within ± itself, `kl_bound` D_KL. An
+    empty CoT contributes 0. Returns the scalar, and detached figures, means over tokens."""
+    log_ratio = held((logps - old_logps) * mask, log_ratio_bound)
+    ratio = log_ratio.exp()  # ρ (B, G, C)
+    A = advantages[..., None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * A, clipped * A)
     if dual_clip:
         objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
     kl = torch.zeros_like(ratio)
     if beta:
-        to_ref = (ref_logps - logps) * mask
+        to_ref = held((ref_logps - logps) * mask, log_ratio_bound)
         kl = to_ref.exp() - to_ref - 1  # D_KL = π_ref/π_θ − log(π_ref/π_θ) − 1, ≥ 0
+        kl = held(kl, kl_bound)
     terms = (objective - beta * kl) * mask
     lengths = mask.sum(-1, keepdim=True)
     if loss_mean == "cot":
@@ -189,6 +213,11 @@ def grpo_loss(
         is_clipped = (clipped * A < ratio * A) & mask
         figures = {"clip_fraction": is_clipped.sum() / tokens, "kl": (kl * mask).sum() / tokens}
     return -terms.sum() / count, figures
+
+
+def held(values: Tensor, bound: float | None) -> Tensor:
+    """Values within ± a bound, beyond which they have no gradient; as they are where there is none."""
+    return values if bound is None else values.clamp(-bound, bound)
 
 
 # ------------------------------
@@ -252,20 +281,20 @@ def roll_out(run: Run, model: DeScore, rewards: dict, micro: MicroBatch, step: i
 
 
 def reward_all(
-        rewards: dict, texts: list[str], lengths: Tensor,
+        rewards: dict[str, Reward], texts: list[str], lengths: Tensor,
         gold: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
     """R = Σ w R_part of B groups' rollouts (B, G), and the parts by the names under which they
     are logged, in float64 on the CPU. texts: B · G; lengths (B, G) in tokens; gold: B
     references."""
     parts, total = {}, torch.zeros(lengths.shape, dtype=torch.double)
-    for name, (weight, function) in rewards.items():
+    for name, reward in rewards.items():
         values = []
         for i, (text, n_tokens) in enumerate(zip(texts, lengths.flatten().tolist())):
-            values.append(float(function(text, n_tokens, gold[i // lengths.shape[1]])))
+            values.append(float(reward.function(text, n_tokens, gold[i // lengths.shape[1]])))
         if not all(abs(value) < 1e30 for value in values):  # NaN is not, nor what overflows
             raise DataError(f"the reward {name!r} gave {values}")
         part = torch.tensor(values, dtype=torch.double).view(lengths.shape)
-        total += weight * part
+        total += reward.weight * part
         parts[f"reward_{name}"] = part
     return total, parts
 
@@ -311,6 +340,7 @@ def main() -> None:
     args = run.args
     torch.manual_seed(args.seed)
     model = DeScore.load(args.model, video=args.video, quant=args.quant)
+    model.processor.use_instruction(args.instruction)
     if run.ranks.first and not model.has_head:
         print("warning: [Reward] and head begin untrained, without stage 1")
     model.set_trainable(args.lora_rank, args.train_merger)
@@ -320,9 +350,11 @@ def main() -> None:
     run.prepare(model, groups, args.weight_decay)
     pairs = run.read_train("scores", "reference sub-scores (scores_a, scores_b)")
     rewards = make_rewards(args, model.processor)
+    run.say_reward({reward.source: reward.weight for reward in rewards.values()})
     plan = make_plan(args, pairs, run)
     grpo = partial(grpo_loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta,
-                   loss_mean=args.loss_mean, dual_clip=args.dual_clip)
+                   loss_mean=args.loss_mean, dual_clip=args.dual_clip,
+                   log_ratio_bound=args.log_ratio_bound, kl_bound=args.kl_bound)
     G, λ = args.group_size, args.bt_weight
 
     for step, updates in run.steps(plan):

@@ -29,6 +29,7 @@ import infer
 from data import (
     DIMENSIONS,
     INSTRUCTION,
+    TAGS,
     TEXT_LIMIT,
     DataError,
     Key,
@@ -52,7 +53,8 @@ except ImportError:  # only --api needs them
 
 
 def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_by: dict,
-             scores: bool = False, dimensions: dict[str, int] = DIMENSIONS) -> int:
+             scores: bool = False, dimensions: dict[str, int] = DIMENSIONS,
+             tags: tuple[str, str] = TAGS) -> int:
     """Write the pairs of a file to `out`, with a CoT for every video.
 
     write(keys, done=…) yields a dict with video, prompt and cot, or error where the video cannot be
@@ -78,7 +80,7 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
     kept = []
     for pair in could_be_read:
         pair.cot_a, pair.cot_b = (judged[key]["cot"] for key in pair.videos())
-        found = parse_cot(pair.cot_a, dimensions), parse_cot(pair.cot_b, dimensions)
+        found = [parse_cot(cot, dimensions, tags) for cot in (pair.cot_a, pair.cot_b)]
         if scores and None not in found:
             pair.scores_a, pair.scores_b = (cot["dimensional_scores"] for cot in found)
         too_long = max(len(pair.cot_a.encode()), len(pair.cot_b.encode())) > TEXT_LIMIT
@@ -233,14 +235,15 @@ def main() -> None:
         settings = VideoSettings(**{"max_pixels": 307_200} | video)
         write = Api(args.api, args.api_model, settings, os.environ.get(args.api_key_env),
                     args.max_new_tokens, args.temperature, args.parallel, args.timeout, args.retries)
-        dimensions = DIMENSIONS
+        dimensions, tags = DIMENSIONS, TAGS
         made_by = journal.deciding(args) | {"instruction": INSTRUCTION, "video": asdict(settings)}
     else:
         model = DeScore.load(args.model, video=video)
         write = partial(infer.judge, model, max_new_tokens=args.max_new_tokens, seed=args.seed,
                         temperature=args.temperature, think_tokens=args.think_tokens, finite=False)
-        dimensions, made_by = model.processor.dimensions, journal.made_by(model, args)
-    sys.exit(annotate(args.pairs, args.out, write, made_by, args.scores, dimensions))
+        dimensions, tags = model.processor.dimensions, model.processor.tags
+        made_by = journal.made_by(model, args)
+    sys.exit(annotate(args.pairs, args.out, write, made_by, args.scores, dimensions, tags))
 
 
 if __name__ == "__main__":

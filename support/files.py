@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from data import DataError, explained, is_number
+from data import TAGS, DataError, explained, is_number
 
 
 def read_json(path: Path) -> dict:
@@ -40,7 +40,7 @@ def read_lines(path: Path) -> list[dict]:
 
 # What descore.json says, by type; anything else in it is kept as it is.
 KINDS = {"backbone": str, "video": dict, "instruction": (str, type(None)), "dimensions": dict,
-         "files": dict, "score_quantiles": list, "scoring_layout": str, "scoring_video": dict}
+         "tags": list, "files": dict, "score_quantiles": list, "scoring_layout": str, "scoring_video": dict}
 
 
 def read_info(directory: Path) -> dict:
@@ -65,6 +65,10 @@ def read_info(directory: Path) -> dict:
         raise DataError(f"{path}: score_std is {scale[1]}")
     if info.get("scoring_layout", "ours") not in ("ours", "release"):
         raise DataError(f"{path}: scoring_layout is {info['scoring_layout']!r}, not ours or release")
+    tags = info.get("tags", TAGS)
+    names = [tag for tag in tags if isinstance(tag, str) and tag.isidentifier()]
+    if len(set(names)) != 2 or len(tags) != 2:
+        raise DataError(f"{path}: 'tags' is {tags!r}, not the names of two tags")
     weights = info.get("dimensions", {"any": 1}).values()
     if not weights or not all(is_number(weight) and 0 < weight < math.inf for weight in weights):
         raise DataError(f"{path}: 'dimensions' is {info['dimensions']!r}, not names with weights")

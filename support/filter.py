@@ -9,13 +9,14 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from data import DIMENSIONS, Pair, both, implied_overall, overall_score
+from data import DIMENSIONS, TAGS, Pair, both, implied_overall, overall_score
 from support.command import run_command
 from support.files import check_out, local_folder, read_info
 from support.formats import read_pairs, write_pairs
 
 
-def consistent(pair: Pair, dimensions: dict[str, int] = DIMENSIONS) -> str:
+def consistent(pair: Pair, dimensions: dict[str, int] = DIMENSIONS,
+               tags: tuple[str, str] = TAGS) -> str:
     """Whether the preference that a pair's annotations imply is the human label: "kept", or why not."""
     cots, scores = both([pair], "cot"), both([pair], "scores")
     if cots == [None, None] and None not in scores:
@@ -23,7 +24,7 @@ def consistent(pair: Pair, dimensions: dict[str, int] = DIMENSIONS) -> str:
     elif None in cots:
         return "no CoT"
     else:
-        a, b = (implied_overall(cot, dimensions) for cot in cots)
+        a, b = (implied_overall(cot, dimensions, tags) for cot in cots)
     if a is None or b is None:
         return "an annotation that says nothing"
     implied = (a > b) - (a < b)
@@ -39,14 +40,15 @@ def main() -> None:
     add = parser.add_argument
     add("pairs", type=Path, help="a pair file with CoTs or sub-scores")
     add("out", type=Path, help="a file in our own format, JSON lines")
-    add("--model", help="the saved model whose dimensions the CoTs judge [data.DIMENSIONS]")
+    add("--model", help="the saved model whose dimensions and tags the CoTs have [data.DIMENSIONS, TAGS]")
     args = parser.parse_args()
     check_out(args.out, args.pairs)
     info = read_info(local_folder(args.model)) if args.model else {}
     dimensions = info.get("dimensions", DIMENSIONS)
+    tags = tuple(info.get("tags", TAGS))
     pairs = read_pairs(args.pairs, dimensions=dimensions)
     print(pairs.summary())
-    verdicts = [consistent(pair, dimensions) for pair in pairs]
+    verdicts = [consistent(pair, dimensions, tags) for pair in pairs]
     write_pairs(args.out, [pair for pair, verdict in zip(pairs, verdicts) if verdict == "kept"])
     counts = Counter(verdicts).most_common()
     print(f"{args.out}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts))

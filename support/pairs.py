@@ -30,10 +30,10 @@ from itertools import combinations
 from pathlib import Path
 from statistics import NormalDist
 
-from data import TEXT_LIMIT, DataError, Key, Pair, checked, json_records, parse_cot, read_text
+from data import TAGS, TEXT_LIMIT, DataError, Key, Pair, checked, json_records, parse_cot, read_text
 from infer import judge_all
 from model import DeScore
-from support import release, tables
+from support import tables
 from support.batches import THINK_TOKENS
 from support.command import Count, NotNegative, Whole, run_command
 from support.files import check_out, default_model
@@ -143,14 +143,15 @@ def how_sure(a: dict, b: dict, samples: int) -> dict[str, float]:
             "p": NormalDist().cdf(margin / spread)}
 
 
-def use_of(pair: ScoredPair, margin: float, scores: bool, dimensions: dict) -> str:
+def use_of(pair: ScoredPair, margin: float, scores: bool, dimensions: dict,
+           tags: tuple[str, str] = TAGS) -> str:
     """"kept", or why the pair is left out. With `scores` it gets those of its CoTs."""
     if not pair.margin > margin:
         return "not above the margin"
     if max(len(pair.cot_a.encode()), len(pair.cot_b.encode())) > TEXT_LIMIT:
         return "with a CoT longer than pair files may hold"
     if scores:
-        found = parse_cot(pair.cot_a, dimensions), parse_cot(pair.cot_b, dimensions)
+        found = [parse_cot(cot, dimensions, tags) for cot in (pair.cot_a, pair.cot_b)]
         if None in found:
             return "with a CoT that has no sub-scores"
         pair.scores_a, pair.scores_b = (cot["dimensional_scores"] for cot in found)
@@ -212,8 +213,7 @@ def main() -> None:
     groups = read_groups(args.videos)
     model = DeScore.load(args.model or default_model())
     model.check_head()
-    if args.instruction:
-        release.use_instruction(model, args.instruction)
+    model.processor.use_instruction(args.instruction)
     keys = []
     for group in groups:
         keys += group.keys()
@@ -226,12 +226,12 @@ def main() -> None:
         return
     code = tables.list_unreadable(judged)
     std, whose = tables.scale(model, [r["score"] for r in judged.values() if "error" not in r])
-    kept, counts = [], Counter()
+    processor, kept, counts = model.processor, [], Counter()
     for group in groups:
         pairs = list(make_pairs(group, judged, std, args.samples, args.take))
         counts["a prompt without two videos that can be read"] += not pairs
         for pair in pairs:
-            verdict = use_of(pair, args.margin, args.scores, model.processor.dimensions)
+            verdict = use_of(pair, args.margin, args.scores, processor.dimensions, processor.tags)
             counts[verdict] += 1
             kept += [pair] * (verdict == "kept")
     left_out = [f"; {n} left out, {why}" for why, n in counts.items() if n and why != "kept"]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Batch, DataError, Key, Pair, keys_of, overall_score, parse_cot, read_video
+from data import TAGS, Batch, DataError, Key, Pair, keys_of, overall_score, parse_cot, read_video
 from infer import by_key
 from model import DeScore
 from support import release, tables
@@ -93,24 +93,24 @@ def other_of(items: list, generator: random.Random) -> dict:
     return found
 
 
-def falsified(cot: str, new: dict, dimensions: dict) -> str | None:
+def falsified(cot: str, new: dict, dimensions: dict, tags: tuple[str, str] = TAGS) -> str | None:
     """A CoT with each of its sub-scores replaced by what `new` has for it: in the JSON answer, and
     in the thought where a line says it in the form "subject: …, so 2". An overall_score becomes
     what the sub-scores now imply. None where the CoT has no sub-scores that can be replaced."""
-    found = parse_cot(cot, dimensions)
+    found = parse_cot(cot, dimensions, tags)
     if found is None:
         return None
-    thought, opening, answer = cot.partition("<answer>")
+    thought, opening, answer = cot.partition(f"<{tags[1]}>")
     wanted = {name: new[value] for name, value in found["dimensional_scores"].items()}
     for name, value in wanted.items():
         key = re.escape(json.dumps(name, ensure_ascii=False))
-        line = rf"(?m)^((?:<think>)?[^\w\n]*{re.escape(name)}[^\w\n]*:.*\bso )(N/A|[012])\b"
+        line = rf"(?m)^((?:<{tags[0]}>)?[^\w\n]*{re.escape(name)}[^\w\n]*:.*\bso )(N/A|[012])\b"
         answer = put(rf'({key}\s*:\s*)("N/A"|[\d.]+)', json.dumps(value), answer)
         thought = put(line, str(value), thought)
     overall = overall_score(wanted, dimensions)
     if overall:
         answer = put(r'("overall_score"\s*:\s*)([\d.]+)', f"{overall:.1f}", answer)
-    again = parse_cot(thought + opening + answer, dimensions)
+    again = parse_cot(thought + opening + answer, dimensions, tags)
     if again is None or again["dimensional_scores"] != wanted:
         return None
     return thought + opening + answer
@@ -122,7 +122,8 @@ def put(pattern: str, value: str, text: str) -> str:
 
 
 def exchanged(pairs: list[Pair], cots: dict[Key, str], others: dict[str, str], dimensions: dict,
-              generator: random.Random) -> dict[str, dict[Key, str | None]]:
+              generator: random.Random,
+              tags: tuple[str, str] = TAGS) -> dict[str, dict[Key, str | None]]:
     """The CoTs that stand in the place of each key's own in each row of EXCHANGED; None where there
     is none to be had. A video of several pairs gets the CoT that belongs to its first."""
     partners, of_prompt = {}, {}
@@ -138,8 +139,8 @@ def exchanged(pairs: list[Pair], cots: dict[Key, str], others: dict[str, str], d
         found["cot_own"][key] = cot
         found["cot_of_pair"][key] = cots.get(partners[key])
         found["cot_other"][key] = cots[generator.choice(strangers)] if strangers else None
-        found["scores_false"][key] = falsified(cot, FALSE, dimensions)
-        found["scores_all_2"][key] = falsified(cot, ALL_2, dimensions)
+        found["scores_false"][key] = falsified(cot, FALSE, dimensions, tags)
+        found["scores_all_2"][key] = falsified(cot, ALL_2, dimensions, tags)
     return found
 
 
@@ -382,8 +383,7 @@ def main() -> None:
     args, ranks = parse_args(), Ranks.start()
     model = DeScore.load(args.model or default_model())
     model.check_head()
-    if args.instruction:
-        release.use_instruction(model, args.instruction)
+    model.processor.use_instruction(args.instruction)
     dimensions, generator = model.processor.dimensions, random.Random(args.seed)
     column = "problem" if args.instruction == "problem" else "prompt"
     pairs = read_pairs(args.pairs, args.label, args.root, dimensions, column)
@@ -401,7 +401,7 @@ def main() -> None:
     if not pairs:
         raise DataError(f"{args.pairs}: no pair has two videos that can be read")
     own = {key: record["cot"] for key, record in records.items()}
-    cots = exchanged(pairs, own, others, dimensions, generator)
+    cots = exchanged(pairs, own, others, dimensions, generator, model.processor.tags)
     found = behind(model, cots, args.think_tokens, ranks)
     for record in tqdm(found, "score", len(own), unit="video", disable=not ranks.first):
         records[record["video"], record["prompt"]] |= record
@@ -409,8 +409,9 @@ def main() -> None:
     if not ranks.first:
         return
     found = figures(pairs, records, model, args.samples) | unreadable
+    answer = f"<{model.processor.tags[1]}>"
     found["scores_false_in_thought"] = sum(
-        bool(false) and false.partition("<answer>")[0] != own[key].partition("<answer>")[0]
+        bool(false) and false.partition(answer)[0] != own[key].partition(answer)[0]
         for key, false in cots["scores_false"].items())
     print(tables.as_json(found) if args.json else show(found))
     sys.exit(code)

@@ -1,13 +1,12 @@
-"""What the authors' release of DeScore does otherwise: its checkpoints, the layout in which it
-scores, and its rewards, which support/release.json chooses (`--preset`)."""
+"""What the authors' release of DeScore does otherwise: its checkpoints, and the layout in which it
+scores. (Its rewards and settings: presets/release.py, presets/release.json.)"""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from data import Batch, DataError, Processor, Sample, explained, open_video, read_text, read_video
+from data import Batch, DataError, Sample, explained, open_video, read_video
 
 HEADS = ("rm_head.weight", "base_model.model.rm_head.weight", "weight")  # names in rm_head.pth
 SCORING_VIDEO = {"min_pixels": 3136, "max_pixels": 200_704}  # thinking is at qwen-vl-utils' defaults
@@ -40,14 +39,6 @@ def load_head(model, path: Path) -> None:
     model.has_head = True
 
 
-def use_instruction(model, given: str) -> None:
-    """Let a model ask with another instruction, such as the one that it was trained on: a text
-    file's, or with "problem" what each prompt of a pair file brings itself."""
-    text = None if given == "problem" else read_text(Path(given))
-    old = model.processor
-    model.processor = Processor(old.tokenizer, old.settings, text, old.dimensions)
-
-
 def watch(model, keys: list[tuple[str, str]], batch: Batch) -> tuple[Batch, list[list[float]]]:
     """The videos of a batch, encoded as they are seen for scoring, which is at a size of its own
     where info["scoring_video"] gives one; and the seconds of each one's frames."""
@@ -76,19 +67,3 @@ def score(model, keys: list[tuple[str, str]], watched: tuple[Batch, list[list[fl
         samples.append(Sample(ids, batch.patches[:0].cpu(), tuple(grid)))
     again = replace(model.processor.collate(samples), features=batch.features)
     return model.score(again, [None] * len(keys))
-
-
-def format_reward(text: str, n_tokens: int, gold: dict) -> float:
-    """R_f as in the released code: 1 if any JSON with dimensional_scores can be read."""
-    answer = text.partition("<answer>")[2].partition("</answer>")[0] or text
-    try:
-        found = json.loads(answer[answer.index("{") : answer.rindex("}") + 1])
-    except (ValueError, RecursionError):
-        return 0.0
-    return float(isinstance(found, dict) and "dimensional_scores" in found)
-
-
-def length_reward(text: str, n_tokens: int, gold: dict) -> float:
-    """R_l as in the released code: by the characters of the text, in steps."""
-    steps = {500: 0.0, 1000: 0.2, 1500: 0.4, 2000: 0.6}
-    return next((reward for below, reward in steps.items() if len(text) < below), 1.0)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import DIMENSIONS, DataError, Pair, VideoSettings, explained, is_number, parse_cot, read_video
+from data import DIMENSIONS, TAGS, DataError, Pair, VideoSettings, explained, is_number, parse_cot, read_video
 from support.batches import leave_signals
 from support.command import run_command
 from support.files import read_json, read_lines, write_whole
@@ -246,6 +246,7 @@ class RunFolder:
         about = path / "settings.json"
         self.about = read_json(about) if about.is_file() else {}
         self.dimensions = self.about.get("dimensions") or DIMENSIONS
+        self.tags = tuple(self.about.get("tags") or TAGS)
         self.records = numbered(metrics)
         self.written = metrics.stat().st_mtime
         self.curves = curves(self.records)
@@ -314,7 +315,7 @@ def thoughts(run: RunFolder) -> tuple[list[dict], list[dict]]:
                                "reference": record.get("reference")}
             some = []
             for one in record.get("rollouts") or [record]:
-                cot = parse_cot(one["cot"], run.dimensions) or {}
+                cot = parse_cot(one["cot"], run.dimensions, run.tags) or {}
                 figures = {name: value for name, value in one.items() if is_number(value) and name != "step"}
                 some.append({"cot": one["cot"], "sub_scores": cot.get("dimensional_scores"),
                              "figures": figures})
@@ -334,6 +335,7 @@ def run_page(run: RunFolder, workers: int = 0) -> tuple[str, dict, list[dict]]:
     return title, {
         "kind": "run", "title": title, "step": run.steps, "steps": run.about.get("steps"),
         "written": run.written, "made": time.time(), "settings": run.about.get("settings"),
+        "reward": run.about.get("reward"),
         "panels": drawn, "dimensions": list(run.dimensions), "videos": videos, "thoughts": found}, strips
 
 

@@ -124,13 +124,15 @@ class Run:
     def __init__(self, Args: type, stage: str, shown: tuple[str, ...]):
         """stage: "coldstart" or "rl"; shown: the figures that the progress bar shows."""
         self.ranks, self.stage, self.shown = Ranks.start(), stage, shown
-        self.args, embedded = parse_args(Args, ROOT / f"toy/{stage}.json")
+        self.args, embedded = parse_args(Args, stage)
         if self.args.model is None:
             raise DataError("--train needs --model: a Qwen3-VL, directory or hub id")
         self.out, self.means = Path(self.args.out), Means()
         self.stop_asked, self.warned, self.left_out = False, False, 0
         self.scores: list[float] = []  # of the test set measured last
         self.kept: list[tuple[int, dict]] = []  # what the step leaves in rollouts.jsonl
+        self.reward: dict[str, float] = {}  # the parts of R and their weights
+        self.format_kept, self.example = False, ""  # by any rollout so far; one of them
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask_to_stop)
         self.logs = [self.out / "metrics.jsonl", self.out / "rollouts.jsonl",
@@ -246,6 +248,7 @@ class Run:
             figures = self.means.take(self.ranks)
             self.log({"step": step, **figures, "seconds": time.time() - started})
             self.warn_of_ratio(step, figures.get("logp_gap", 0.0))
+            self.warn_of_format(step, figures.get("reward_format", 1.0))
             for _, record in sorted(self.ranks.gather(self.kept), key=lambda both: both[0]):
                 self.log(record, "rollouts")
             self.kept = []
@@ -301,7 +304,10 @@ class Run:
         """Write settings.json for those who look at the run."""
         if self.ranks.first:
             about = {"stage": self.stage, "steps": last, "settings": asdict(self.args),
-                     "dimensions": self.model.processor.dimensions}
+                     "dimensions": self.model.processor.dimensions,
+                     "tags": self.model.processor.tags}
+            if self.reward:
+                about["reward"] = self.reward
             path = self.out / "settings.json"
             with explained(f"{path}: could not be written", OSError):
                 write_whole(path, json.dumps(about, indent=1) + "\n")
@@ -390,11 +396,28 @@ class Run:
                   f"by up to {gap:.3g} from those that sampling recorded, and rounding makes up to "
                   f"{bound:g}: ρ is not 1. `logp_gap` in the log has all steps", file=sys.stderr)
 
+    def say_reward(self, parts: dict[str, float]) -> None:
+        """Say which R a run has, and keep it for settings.json: the weight of each function."""
+        self.reward = parts
+        if self.ranks.first:
+            terms = [f"{weight:g} · {source}" for source, weight in parts.items()]
+            print("R = " + " + ".join(terms))
+
+    def warn_of_format(self, step: int, kept: float) -> None:
+        """Say, once, where in the first two steps no rollout has kept the format, and what one said:
+        R_f and R_q are 0 then, and nobody would know. kept: the share of a step's rollouts."""
+        self.format_kept = self.format_kept or kept > 0
+        if self.ranks.first and step == 2 and not self.format_kept:
+            beginning = json.dumps(self.example[:300], ensure_ascii=False)
+            print("warning: no rollout of the first two steps keeps the format, so R_f is 0 for all. "
+                  f"One of them is {beginning}", file=sys.stderr)
+
     def keep_rollouts(self, step: int, micro: MicroBatch, texts: list[str],
                       figures: dict[str, torch.Tensor]) -> None:
         """Put the rollouts of a step's first videos aside for rollouts.jsonl. texts: B · G, figures
         (B, G) by name, of a micro-batch's B videos."""
         G = len(texts) // (2 * len(micro.pairs))
+        self.example = texts[0]
         for i, (place, pair) in enumerate(zip(micro.places, micro.pairs)):
             for side, (video, prompt) in enumerate(pair.videos()):
                 b, number = 2 * i + side, 2 * place + side

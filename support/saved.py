@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from data import DIMENSIONS, DataError, Processor, VideoSettings, explained, make_instruction
+from data import DIMENSIONS, TAGS, DataError, Processor, VideoSettings, explained, make_instruction
 from support import release
 from support.command import PeftModel, get_peft_model_state_dict
 from support.files import digest, local_folder, put_in_place, read_info
@@ -48,8 +48,9 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
                            temporal_patch_size=vision.temporal_patch_size,
                            merge_size=vision.spatial_merge_size)
         dimensions = info.pop("dimensions", DIMENSIONS)
-        instruction = info.pop("instruction", make_instruction(dimensions))
-        model = cls(qwen, Processor(tokenizer, settings, instruction, dimensions), backbone)
+        tags = info.pop("tags", TAGS)
+        instruction = info.pop("instruction", make_instruction(dimensions, tags))
+        model = cls(qwen, Processor(tokenizer, settings, instruction, dimensions, tags), backbone)
         model.name, model.dtype, model.quant, model.info = str(source), dtype, quant, info
         load_rest(model, directory, is_adapter)
         if quant:  # its weights are on the device, and stay as they are
@@ -213,7 +214,7 @@ def save(model, directory: Path, write: bool) -> None:
     beside.mkdir(parents=True)
     processor = model.processor
     info = model.info | {"video": asdict(processor.settings), "instruction": processor.instruction,
-                         "dimensions": processor.dimensions}
+                         "dimensions": processor.dimensions, "tags": processor.tags}
     own = own_weights(model) if model.has_head else {}
     if adapted:
         local = os.path.isdir(model.source)

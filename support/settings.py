@@ -1,6 +1,7 @@
 """A stage's settings: a dataclass whose fields are the flags of its command line."""
 
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -39,7 +40,9 @@ class RunArgs:
     root: str | None = setting(None, "folder of their relative paths [each file's own]")
     max_skipped: Share = setting(0.01, "share of the pairs that may be unreadable")
     out: str = setting("runs/run", "the run's folder: metrics, checkpoints, model")
-    preset: str | None = setting(None, "JSON file of settings; flags override it")
+    preset: str | None = setting(None, "JSON file of settings, which flags override; none: as without")
+    instruction: str | None = setting(None, "file of another, with <video> and <prompt> in it "
+                                      "[the model's own]")
     seed: Whole = setting(0, "of the data's order and of everything drawn at random")
     fps: Positive = setting(2.0, "frames sampled a second")
     min_pixels: Count = setting(128 * 32 * 32, "pixels a frame, at least")
@@ -61,6 +64,10 @@ class RunArgs:
                                    "stage 2, and of each test set at each evaluation")
     log: Literal["tensorboard", "wandb"] | None = setting(None, "send the figures there too")
 
+    def __post_init__(self):
+        if self.instruction == "problem":
+            raise ValueError("training asks all pairs with one instruction, a file's")
+
     @property
     def video(self) -> dict:
         """The `VideoSettings` that the command line decides."""
@@ -71,77 +78,128 @@ class RunArgs:
 # trained.
 FREE = {"out", "preset", "resume", "save_every", "keep", "workers", "max_skipped",
         "keep_rollouts", "log", "test", "eval_before", "eval_every", "eval_temperature"}
+STAGES = {"coldstart", "rl"}
 FREE_IN = {"coldstart": {"think_tokens", "max_new_tokens"}}  # which thinks in evaluation alone
 
 
-class PresetParser(HfArgumentParser):
+class SettingsParser(HfArgumentParser):
+    """Reads "none" for a setting that may be None, so that a preset's can be taken back."""
+
+    def add_argument(self, *names, **how):
+        if "type" in how and how.get("default", "") is None:
+            how["type"] = optional(how["type"])
+            if "choices" in how:
+                how["choices"] = [*how["choices"], None]
+                how["metavar"] = "{" + ",".join(map(str, how["choices"][:-1])) + ",none}"
+        return super().add_argument(*names, **how)
+
+
+class PresetParser(SettingsParser):
     """Reads the settings of a file, which is to blame for what is wrong with them."""
 
     def error(self, message: str):
         raise ValueError(message)
 
 
-def parse_args(Args: type, toy: Path):
+def optional(kind: Callable) -> Callable:
+    """The type of a flag that may be "none" as well."""
+
+    def read(text: str):
+        return None if text == "none" else kind(text)
+
+    read.__name__ = getattr(kind, "__name__", "value")
+    return read
+
+
+def parse_args(Args: type, stage: str):
     """Read the command line into a stage's Args, over a --preset. With no --train, what
-    neither gives comes from the embedded default's settings, `toy`. Returns the Args, and
-    whether they are the embedded default's. Raises DataError for a bad preset, and for settings
-    that do not go together; argparse ends the command for a flag that it cannot read."""
-    parser = HfArgumentParser(Args)
-    given = sys.argv[1:]
-    args = parser.parse_args(given)
+    neither gives comes from the embedded default's settings, toy/{stage}.json. Returns the Args,
+    and whether they are the embedded default's. Raises DataError for a bad preset, and for
+    settings that do not go together; argparse ends the command for a flag that it cannot read."""
+    flags = sys.argv[1:]
+    args = read_flags(Args, flags)
     if args.preset:
-        given = preset_flags(Path(args.preset), Args) + given
-        args = parser.parse_args(given)
+        flags = preset_flags(Path(args.preset), Args, stage) + flags
+        args = read_flags(Args, flags)
     embedded = args.train is None
     if embedded:
-        args = parser.parse_args(preset_flags(toy, Args) + given)
+        args = read_flags(Args, preset_flags(ROOT / f"toy/{stage}.json", Args, stage) + flags)
         if args.model.startswith("toy/"):
             args.model = str(ROOT / args.model)
     with explained("settings that do not go together", ValueError):
         return Args(**vars(args)), embedded
 
 
-def preset_flags(path: Path, Args: type) -> list[str]:
-    """The settings of a JSON file as a command line. Raises DataError, naming the file and the
-    key, for what is no setting or has no such value."""
-    parser, flags = PresetParser(Args), []
-    known = {field.name for field in fields(Args)} - {"preset"}
-    for key, value in read_json(path).items():
+def read_flags(Args: type, flags: list[str]):
+    """The values of a stage's flags. "none" in a list takes back what stands before it."""
+    args = SettingsParser(Args).parse_args(flags)
+    for name, value in vars(args).items():
+        if isinstance(value, list) and "none" in value:
+            last = len(value) - value[::-1].index("none")
+            setattr(args, name, value[last:])
+    return args
+
+
+def preset_flags(path: Path, Args: type, stage: str, above: tuple[Path, ...] = ()) -> list[str]:
+    """The settings of a JSON file as a command line: of one for both stages, {"coldstart": {…},
+    "rl": {…}}, the stage's. "preset" names a file whose settings they override. Raises DataError,
+    naming the file and the key, for what is no setting or has no such value."""
+    path = path if path.is_file() else ROOT / path
+    if path.resolve() in above:
+        raise DataError(f"{path}: a preset that builds on itself")
+    above += (path.resolve(),)
+    record = read_json(path)
+    flags = []
+    if not STAGES.isdisjoint(record):
+        for key, settings in record.items():
+            if key not in STAGES or not isinstance(settings, dict):
+                raise DataError(f"{path}: {key!r} is no stage with its settings")
+        record = record.get(stage, {})
+    known = {field.name: field for field in fields(Args)}
+    parser = PresetParser(Args)
+    for key, value in record.items():
         name = key.replace("-", "_")
         if name not in known:
             raise DataError(f"{path}: there is no setting {key!r}")
-        values = value if isinstance(value, list) else [] if value is None else [value]
+        if name == "preset":
+            flags = preset_flags(path.parent / str(value), Args, stage, above) + flags
+            continue
+        values = value if isinstance(value, list) else ["none" if value is None else value]
         with explained(f"{path}: {key!r} is {value!r}"[:300], ValueError):
             if not all(isinstance(one, (str, int, float)) for one in values):
                 raise ValueError("neither a text nor a number")
-            some = [f"--{name}", *map(str, values)] if values else []
-            parser.parse_args(some)
-        flags += some
+            setting_flags = [f"--{name}", *map(str, values)] if values else []
+            parser.parse_args(setting_flags)
+        flags += setting_flags
     return flags
 
 
-def load_function(given: str) -> tuple[str, float, Callable]:
-    """A function of the user's own, given as FILE:FUNCTION=WEIGHT: its name, weight and itself.
-    Raises DataError, saying what was given, where there is none or its file fails."""
-    with explained(f"{given}: not FILE:FUNCTION=WEIGHT", ValueError):
-        where, weight = given.rsplit("=", 1)
+def load_function(asked: str, **offered) -> tuple[str, float, Callable]:
+    """A function of the user's own, asked for as FILE:FUNCTION=WEIGHT: its name, weight and itself,
+    which gets those of the `offered` keyword arguments that it names. Raises DataError, saying
+    what was asked for, where there is none or its file fails."""
+    with explained(f"{asked}: not FILE:FUNCTION=WEIGHT", ValueError):
+        where, weight = asked.rsplit("=", 1)
         file, name = where.rsplit(":", 1)
         if not math.isfinite(weight := float(weight)):
             raise ValueError("a weight is a finite number")
     path = Path(file) if Path(file).is_file() else ROOT / file
     if not path.is_file() or path.suffix != ".py":
-        raise DataError(f"{given}: {file} is no Python file")
+        raise DataError(f"{asked}: {file} is no Python file")
     # Whatever a file of the user's own may do while it runs.
-    with explained(f"{given}: {file} cannot be imported", Exception, SystemExit):
+    with explained(f"{asked}: {file} cannot be imported", Exception, SystemExit):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    function = getattr(module, name, None)
+        function = getattr(module, name, None)
+        if callable(function):
+            named = list(inspect.signature(function).parameters)[3:]  # behind text, n_tokens, gold
     if not callable(function):
-        raise DataError(f"{given}: {file} has no function {name!r}")
+        raise DataError(f"{asked}: {file} has no function {name!r}")
+    wanted = {key: value for key, value in offered.items() if key in named}
 
     def explaining(*arguments) -> float:
-        with explained(f"{given}: {name} fails", Exception, SystemExit):
-            return float(function(*arguments))
+        with explained(f"{asked}: {name} fails", Exception, SystemExit):
+            return float(function(*arguments, **wanted))
 
     return name, weight, explaining

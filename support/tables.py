@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from data import DataError, Key, Pair, keys_of, parse_cot
+from data import DataError, Key, Pair, follows_format, keys_of, parse_cot
 from support.client import unusable
-from support.thought import follows_format
 
 
 def describe(model, record: dict) -> dict:
@@ -18,10 +17,10 @@ def describe(model, record: dict) -> dict:
     if "cot" not in record:
         return {"video": record["video"], "prompt": record["prompt"], "cot": None,
                 "score": record["score_no_cot"]}
-    dimensions = model.processor.dimensions
-    cot = parse_cot(record["cot"], dimensions) or {}
+    form = model.processor.dimensions, model.processor.tags
+    cot = parse_cot(record["cot"], *form) or {}
     return record | {"standardised": standardised(model, record["score"]),
-                     "format_ok": follows_format(record["cot"], dimensions),
+                     "format_ok": follows_format(record["cot"], *form),
                      "sub_scores": cot.get("dimensional_scores"),
                      "overall_score": cot.get("overall_score")}
 

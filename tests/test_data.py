@@ -33,22 +33,22 @@ from data import (
     Processor,
     VideoSettings,
     both,
-    is_scores,
+    follows_format,
     keys_of,
     make_instruction,
     overall_score,
     parse_cot,
     patchify,
     read_pairs,
+    read_scores,
     read_video,
     smart_nframes,
     smart_resize,
 )
-from support import annotate, formats, release
+from support import annotate, formats
 from support.batches import alike, packed, prompt_lengths, read_ahead
 from support.filter import consistent, implied_overall
 from support.formats import write_pairs
-from support.thought import follows_format
 
 BACKBONE = ROOT / "toy/backbone"
 SETTINGS = VideoSettings(min_pixels=4096, max_pixels=4096, patch_size=8)
@@ -267,7 +267,7 @@ def test_no_door_lets_a_text_in_that_is_none_or_too_long(model, tmp_path):
     for content in (b"\xff\xfe<video>", b"<video>\0\xed\xa0\x80"):  # the second is U+D800
         (tmp_path / "instruction.txt").write_bytes(content)
         with pytest.raises(DataError, match=r"instruction\.txt: not UTF-8 text"):
-            release.use_instruction(model, str(tmp_path / "instruction.txt"))
+            model.processor.use_instruction(str(tmp_path / "instruction.txt"))
 
 
 @pytest.mark.parametrize("command", ["check", "convert", "annotate", "filter"])
@@ -492,11 +492,11 @@ def test_scores_are_about_the_dimensions_at_hand(dimensions):
     scores = dict(zip(dimensions, (2, 0, "N/A", 1, 1, 2)))
     cot = f"<think>it looks right</think><answer>{json.dumps({'dimensional_scores': scores})}</answer>"
     assert parse_cot(cot, dimensions) == {"dimensional_scores": scores, "overall_score": None}
-    assert is_scores(scores, dimensions) and follows_format(cot, dimensions)
+    assert read_scores(scores, dimensions) == scores and follows_format(cot, dimensions)
     for other in (DIMENSIONS, THREE, SIX):
         if other is not dimensions:
             assert parse_cot(cot, other) is None and not follows_format(cot, other)
-            assert not is_scores(scores, other) and implied_overall(cot, other) is None
+            assert read_scores(scores, other) is None and implied_overall(cot, other) is None
     mean = (2 * 2 + 1 * 0) / 3 if dimensions is THREE else (2 * 2 + 2 * 0 + 1 + 1 + 2 * 2) / 8
     assert overall_score(scores, dimensions) == pytest.approx(1 + 2 * mean)
     assert implied_overall(cot, dimensions) == overall_score(scores, dimensions)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from data import DIMENSIONS, DataError, Processor, parse_cot
+from data import DIMENSIONS, DataError, Processor, follows_format, parse_cot
 from model import DeScore
+from presets.strict import substance, thought
 from rl import Args, format_reward, length_reward, make_rewards, quality_reward
 from support.filter import implied_overall
 from support.formats import read_pairs
-from support.thought import follows_format, substance, thought
 
 quick = settings(max_examples=150, deadline=2000, suppress_health_check=list(HealthCheck))
 

@@ -142,7 +142,7 @@ def test_rewards_are_about_the_dimensions_at_hand(dimensions):
 def test_a_thought_is_never_longer_than_what_was_written():
     """Cleaning may make more of a text, such as the twelve letters of one sign; it is not paid."""
     processor = SimpleNamespace(dimensions=DEFAULT, encode=lambda text: 1250 * [0])
-    _, length = rl.make_rewards(rl.Args(), processor)["length"]
+    length = rl.make_rewards(rl.Args(), processor)["length"].function
     answer = json.dumps({"dimensional_scores": dict.fromkeys(DEFAULT, 2)})
     text = f"<think>it looks right</think><answer>{answer}</answer>"
     assert [length(text, n, {}) for n in (1000, 1250, 2000)] == [1 / 3, 0.5, 0.5]

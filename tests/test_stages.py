@@ -11,10 +11,9 @@ from launch import Started, run, run_ranks
 from safetensors.torch import load_file
 
 from coldstart import order
-from data import DIMENSIONS, DataError, read_pairs
+from data import DIMENSIONS, DataError, follows_format, read_pairs
 from model import DeScore
 from support.run import read_tests
-from support.thought import follows_format
 
 QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--no-gradient-checkpointing"]
 

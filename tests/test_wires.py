@@ -65,7 +65,7 @@ def test_each_step_draws_anew(world_dir, tmp_path):
 def test_the_length_reward_of_a_run_goes_by_its_settings():
     processor = SimpleNamespace(dimensions={"subject": 2}, encode=str.split)  # a token a word
     args = Args(length_low=10, length_high=30, length_excess=40)
-    _, length = make_rewards(args, processor)["length"]
+    length = make_rewards(args, processor)["length"].function
     answer, found = '<answer>{"dimensional_scores": {"subject": 2}}</answer>', []
     for n in (10, 20, 30, 40, 50, 60):
         think = " ".join("bcdfghkl"[i // 8] + "amnopqrt"[i % 8] for i in range(n))  # no word twice

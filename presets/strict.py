@@ -1,18 +1,16 @@
-"""What a CoT says before its answer: whether it keeps the format (R_f), and how much it says (R_l).
+"""An R that is harder to cheat than the paper's: R_f asks for three words of thought, and R_l counts
+what says something. `--preset presets/strict.json` puts both in place.
 
-A policy that is paid by the token would write blanks, rules and copies as gladly as thoughts; what
-says nothing is not counted.
+A policy that is paid by the token would write blanks, rules and copies as gladly as thoughts.
 """
 
 import html
 import re
 import unicodedata
-from functools import lru_cache
 
-from data import DIMENSIONS, overall_score, parse_cot
+import rl
+from data import DIMENSIONS, TAGS, follows_format, overall_score, parse_cot
 
-BLOCKS = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-TAG = re.compile(r"</?(?:think|answer)>")
 WORD = re.compile(r"[^\W\d_]+")  # a run of letters
 MARKUP = re.compile("<[/!a-zA-Z][^<>]*>")
 # Without a glyph, though not of category C: fillers, joiners, variation selectors, blank braille.
@@ -24,34 +22,38 @@ REPEATED = re.compile(r"(\S{1,9}?|\b\w.{1,199}?)\1{2,}")
 SENTENCE = re.compile(r"[^\n.!?。]*[\n.!?。]*")
 
 
-def thought(text: str, dimensions: dict[str, int] = DIMENSIONS) -> str:
+def format_reward(text: str, n_tokens: int, gold: dict, processor) -> float:
+    """R_f = 1 if a CoT keeps the format and its think block says something (`thought`), else 0."""
+    return float(thought(text, processor.dimensions, processor.tags) != "")
+
+
+def length_reward(text: str, n_tokens: int, gold: dict, processor, args) -> float:
+    """R_l over the tokens of what the think block says, at most those of the CoT; 0 where the
+    format is not kept."""
+    said = thought(text, processor.dimensions, processor.tags)
+    count = min(len(processor.encode(said)), n_tokens)
+    return rl.length_reward(count, args.length_low, args.length_high, args.length_excess)
+
+
+def thought(text: str, dimensions: dict[str, int] = DIMENSIONS, tags: tuple[str, str] = TAGS) -> str:
     """What a CoT says in its <think> block (`substance`), "" where it does not keep the format.
 
-    Kept is: one <think> block of three words or more, not just the answer's, then one <answer>
-    block that `parse_cot` accepts and that holds nothing else; only white space around them, no
-    further tag. An overall_score, which goes from 1 to 5, may be 1 off what the sub-scores imply."""
-    return found(text, tuple(dimensions.items()))
-
-
-@lru_cache(4096)  # a rollout is asked twice, for R_f and for R_l
-def found(text: str, items: tuple) -> str:
-    """`thought` for the items of the dimensions."""
-    dimensions = dict(items)
-    match = BLOCKS.fullmatch(text) if len(TAG.findall(text)) == 4 else None
-    cot = parse_cot(text, dimensions) if match else None
-    if cot is None or len(cot) > 2:
+    Kept is what `data.follows_format` asks for, and more: three words or more in the block, not
+    just the answer's; nothing but the scores in the answer; an overall_score, which goes from 1
+    to 5, at most 1 off what the sub-scores imply."""
+    if not follows_format(text, dimensions, tags):
+        return ""
+    cot = parse_cot(text, dimensions, tags)
+    if len(cot) > 2:
         return ""
     implied = overall_score(cot["dimensional_scores"], dimensions)
     if implied and cot["overall_score"] and abs(cot["overall_score"] - implied) > 1:
         return ""
-    said = substance(match[1])
-    words, answer = (set(WORD.findall(block.casefold())) for block in (said, match[2]))
-    return said if len(words) >= 3 and words - answer else ""
-
-
-def follows_format(text: str, dimensions: dict[str, int] = DIMENSIONS) -> bool:
-    """Whether a CoT keeps the format exactly, as `thought` says."""
-    return thought(text, dimensions) != ""
+    _, block, _, answer, _ = re.split(rf"</?(?:{'|'.join(tags)})>", text)
+    said = substance(block)
+    words = set(WORD.findall(said.casefold()))
+    answer_words = set(WORD.findall(answer.casefold()))
+    return said if len(words) >= 3 and words - answer_words else ""
 
 
 def substance(text: str) -> str:
