@@ -183,6 +183,9 @@ class Run:
         if self.args.shard and self.args.lora_rank:
             raise DataError("--shard full splits a model of which all trains: it needs "
                             "--lora-rank 0; adapters are small and need no splitting")
+        if self.args.shard and self.ranks.world == 1 and not dist.is_initialized():
+            raise DataError("--shard full needs torchrun, which starts the ranks to split over: "
+                            "torchrun --nproc_per_node N …; or --shard none")
         if self.args.shard:
             shard(model)
         model.max_tokens = self.args.max_tokens

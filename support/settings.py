@@ -162,7 +162,10 @@ def preset_flags(path: Path, Args: type, stage: str, above: tuple[Path, ...] = (
         if name not in known:
             raise DataError(f"{path}: there is no setting {key!r}")
         if name == "preset":
-            flags = preset_flags(path.parent / str(value), Args, stage, above) + flags
+            base = path.parent / str(value)
+            if not base.is_file():
+                raise DataError(f"{path}: {key!r} is {value!r}: no such file")
+            flags = preset_flags(base, Args, stage, above) + flags
             continue
         values = value if isinstance(value, list) else ["none" if value is None else value]
         with explained(f"{path}: {key!r} is {value!r}"[:300], ValueError):

@@ -1,6 +1,5 @@
 """Every equation against an independent formula, in float64."""
 
-import json
 import math
 
 import numpy as np
@@ -247,7 +246,8 @@ def test_format_reward(text, kept):
     assert format_reward(text.replace("{}", ANSWER)) == float(kept)
 
 
-@pytest.mark.parametrize("value", ["3", "-1", "true", "[2]", "NaN", "null", '"2"', '"n/a"', "1.5"])
+@pytest.mark.parametrize("value",
+                         ["3", "-1", "true", "[2]", "NaN", "null", '"3"', '"2.0"', '" 2"', '"n/a"', "1.5"])
 def test_format_reward_checks_each_sub_score(value):
     answer = ANSWER.replace('"subject": 2', f'"subject": {value}')
     assert format_reward(f"<think>it looks right</think><answer>{answer}</answer>") == 0
@@ -259,31 +259,14 @@ def test_format_reward_checks_the_overall_score(value):
     assert format_reward(f"<think>it looks right</think><answer>{answer}</answer>") == 0
 
 
-@pytest.mark.parametrize(("value", "kept"),
-                         [(2.34, 1), (3, 1), (4.33, 1), (2.33, 0), (4.34, 0), (1, 0), (5, 0)])
-def test_an_overall_score_may_be_a_step_off_the_sub_scores(value, kept):
-    """Which imply 1 + 2 · (2 · 2 + 2 · 1 + 0 + 1) / 6 = 3.33."""
-    text = "<think>it looks right</think><answer>" + ANSWER.replace("3.4", str(value)) + "</answer>"
-    assert format_reward(text) == kept and quality_reward(text, GOLD) == 3 / 5
-
-
-def test_where_nothing_is_asked_any_overall_score_goes():
-    answer = json.dumps({"dimensional_scores": dict.fromkeys(GOLD, "N/A"), "overall_score": 5})
-    assert format_reward(f"<think>it looks right</think><answer>{answer}</answer>") == 1
-
-
-@pytest.mark.parametrize("more", ['"note": "x"', '"note": NaN', '"overall": 3.4', '"": 0'])
-def test_format_reward_wants_the_scores_and_nothing_else(more):
-    text = "<think>it looks right</think><answer>" + ANSWER[:-1] + f", {more}}}</answer>"
-    assert format_reward(text) == 0 and quality_reward(text, GOLD) == 3 / 5
-
-
-@pytest.mark.parametrize(("think", "kept"), [
-    ("it looks right", 1), ("style: asked solid, seen solid", 1), ("它看起来，很对，是的", 1),
-    ("looks right", 0), ("it-looks", 0), ("1 2 3 4", 0), ("so so so so so", 0), (ANSWER, 0),
-    ("Subject: 1, Style: 2, Camera: N/A", 0), ("subject and style", 1)])
-def test_format_reward_wants_three_words_that_do_not_only_repeat_the_answer(think, kept):
-    assert format_reward(f"<think>{think}</think><answer>{ANSWER}</answer>") == kept
+@pytest.mark.parametrize("answer", [
+    ANSWER.replace("3.4", "1"), ANSWER.replace("3.4", "5"), ANSWER.replace(', "overall_score": 3.4', ""),
+    ANSWER.replace('"subject": 2', '"subject": "2"'), ANSWER.replace('"style": 1', '"style": 1.0'),
+    ANSWER[:-1] + ', "why": "it moves"}'])
+def test_the_format_asks_for_no_more_than_the_paper_does(answer):
+    """One word of thought is enough, the overall score is free, and numbers may be quoted."""
+    text = f"<think>so</think><answer>{answer}</answer>"
+    assert format_reward(text) == 1 and quality_reward(text, GOLD) == 3 / 5
 
 
 def test_overall_score_weighs_primary_dimensions_twice():

@@ -23,7 +23,7 @@ import rl
 from coldstart import order
 from data import DataError, read_pairs
 from model import DeScore
-from support import annotate, check, command, release
+from support import annotate, check, command
 from support.settings import load_function, parse_args
 
 FIVE = [ROOT / f"{name}.py" for name in ("data", "model", "coldstart", "rl", "infer")]
@@ -126,38 +126,41 @@ def test_both_stages_train_on_dimensions_of_ones_own(dimensions, world_dir, tmp_
 
 @pytest.mark.parametrize("dimensions", [DEFAULT, SIX, THREE])
 def test_rewards_are_about_the_dimensions_at_hand(dimensions):
-    processor = SimpleNamespace(dimensions=dimensions, encode=lambda text: 1250 * [0])
+    processor = SimpleNamespace(dimensions=dimensions, tags=("think", "answer"))
     rewards = rl.make_rewards(rl.Args(), processor)
     gold = dict(zip(dimensions, (2, 0, "N/A", 1, 2, 1)))
     scores = gold | {next(iter(dimensions)): 1}  # one of them is wrong
     text = f"<think>it looks right</think><answer>{json.dumps({'dimensional_scores': scores})}</answer>"
-    weights = {name: weight for name, (weight, _) in rewards.items()}
-    assert weights == {"format": 0.1, "quality": 0.7, "length": 0.2}
-    found = {name: function(text, 1300, gold) for name, (_, function) in rewards.items()}
+    assert {name: part.weight for name, part in rewards.items()} == {
+        "format": 0.1, "quality": 0.7, "length": 0.2}
+    found = {name: part.function(text, 1250, gold) for name, part in rewards.items()}
     assert found == {"format": 1.0, "quality": (len(dimensions) - 1) / len(dimensions), "length": 0.5}
     text = text.replace('"text rendering"', '"texture"').replace('"camera"', '"lens"')
-    assert all(rewards[name][1](text, 1250, gold) == 0 for name in ("format", "quality"))
+    assert all(rewards[name].function(text, 1250, gold) == 0 for name in ("format", "quality"))
 
 
-def test_a_thought_is_never_longer_than_what_was_written():
+def test_a_strict_thought_is_never_longer_than_what_was_written():
     """Cleaning may make more of a text, such as the twelve letters of one sign; it is not paid."""
-    processor = SimpleNamespace(dimensions=DEFAULT, encode=lambda text: 1250 * [0])
-    length = rl.make_rewards(rl.Args(), processor)["length"].function
+    processor = SimpleNamespace(dimensions=DEFAULT, tags=("think", "answer"),
+                                encode=lambda text: 1250 * [0])
+    args = rl.Args(reward=["presets/strict.py:length_reward=0.2"])
+    length = rl.make_rewards(args, processor)["length"].function
     answer = json.dumps({"dimensional_scores": dict.fromkeys(DEFAULT, 2)})
     text = f"<think>it looks right</think><answer>{answer}</answer>"
     assert [length(text, n, {}) for n in (1000, 1250, 2000)] == [1 / 3, 0.5, 0.5]
 
 
 def test_two_rewards_of_one_name_are_refused():
-    given = "support/release.py:format_reward=1"
+    asked = "presets/release.py:format_reward=1"
     with pytest.raises(DataError, match="another has this name"):
-        rl.make_rewards(rl.Args(reward=[given, given]), SimpleNamespace(dimensions=DEFAULT))
+        rl.make_rewards(rl.Args(reward=[asked, asked]), SimpleNamespace(dimensions=DEFAULT, tags=("a", "b")))
 
 
 @pytest.mark.parametrize("value", [1e308, -1e30, float("nan"), float("inf")])
 def test_a_reward_that_overflows_is_refused(value):
     with pytest.raises(DataError, match="the reward 'odd' gave"):
-        rl.reward_all({"odd": (0.5, lambda text, n, gold: value)}, ["a"], torch.ones(1, 1), [{}])
+        odd = rl.Reward(0.5, lambda text, n, gold: value, "my.py:odd")
+        rl.reward_all({"odd": odd}, ["a"], torch.ones(1, 1), [{}])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -395,7 +398,7 @@ def test_a_reward_that_is_wrong_is_named_with_its_error(name, message, tmp_path)
     given = f"{tmp_path}/hostile.py:{name}=1"
     with pytest.raises(DataError) as found:
         _, _, function = load_function(given)
-        rl.reward_all({name: (1.0, function)}, ["text"], torch.ones(1, 1), [{}])
+        rl.reward_all({name: rl.Reward(1.0, function, given)}, ["text"], torch.ones(1, 1), [{}])
     assert str(found.value).startswith(f"{given}: ") and message in str(found.value)
 
 
@@ -410,41 +413,7 @@ def test_a_reward_whose_file_fails_is_named(content, tmp_path):
 @pytest.mark.parametrize("weight", ["nan", "inf", "-inf", "", "1,5"])
 def test_a_reward_has_a_finite_weight(weight):
     with pytest.raises(DataError, match="not FILE:FUNCTION=WEIGHT"):
-        load_function(f"support/release.py:format_reward={weight}")
-
-
-@pytest.mark.parametrize(("length", "expected"),
-                         [(0, 0), (499, 0), (500, 0.2), (999, 0.2), (1000, 0.4), (1499, 0.4), (1500, 0.6),
-                          (1999, 0.6), (2000, 1), (9999, 1)])
-def test_the_releases_length_reward_goes_by_characters_in_steps(length, expected):
-    assert release.length_reward("é" * length, 7, {}) == expected
-
-
-@pytest.mark.parametrize(("text", "expected"), [
-    ('<think>x</think><answer>{"dimensional_scores": {"subject": 9}}</answer>', 1),
-    ('{"dimensional_scores": 5, "more": [1]}', 1), ('so: {"dimensional_scores": {}} done', 1),
-    ('<answer>```json\n{"dimensional_scores": {"a": {"b": 1}}}\n```</answer>', 1),
-    ('<answer>{"dimensional_scores": {}}', 1), ('<answer>{"scores": {}}</answer>', 0), ("no answer", 0),
-    ('<answer>{"dimensional_scores": </answer>', 0), ('["dimensional_scores"]', 0), ("", 0), ("}{", 0)])
-def test_the_releases_format_reward_takes_any_json_with_scores(text, expected):
-    assert release.format_reward(text, 7, {}) == expected
-
-
-def test_the_releases_settings_are_a_preset(world_dir, tmp_path):
-    preset = json.loads((ROOT / "support/release.json").read_text())
-    own = ["support/release.py:format_reward=0.1", "support/release.py:length_reward=0.2"]
-    assert preset == {"loss_mean": "token", "dual_clip": 3.0, "clip_high": 0.3, "min_pixels": 3136,
-                      "reward": own}
-    run("rl.py", *arguments(world_dir, tmp_path / "out", "--preset", "support/release.json",
-                            "--clip-low", 0.25, "--dual-clip", 4))
-    used = json.loads((tmp_path / "out/model/descore.json").read_text())["args"]
-    wanted = preset | {"dual_clip": 4, "clip_low": 0.25, "min_pixels": 4096}  # flags go before the preset
-    assert {name: used[name] for name in wanted} == wanted
-    step_of(tmp_path / "out")
-    for video in check_rollouts(tmp_path / "out", {"format": 0.1, "quality": 0.7, "length": 0.2}):
-        for one in video["rollouts"]:
-            assert one["reward_length"] == release.length_reward(one["cot"], 0, {})
-            assert one["reward_format"] == release.format_reward(one["cot"], 0, {})
+        load_function(f"presets/release.py:format_reward={weight}")
 
 
 NESTED = '{"steps": ' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -453,7 +422,9 @@ NESTED = '{"steps": ' + "[" * 100_000 + "]" * 100_000 + "}"
 @pytest.mark.parametrize("stage", ["coldstart", "rl"])
 @pytest.mark.parametrize(("content", "message"), [
     (NESTED, "not JSON"), ('{"out": {"a": 1}}', "neither a text nor a number"),
-    ('{"help": true}', "there is no setting 'help'"), ('{"preset": "x"}', "there is no setting 'preset'"),
+    ('{"help": true}', "there is no setting 'help'"), ('{"preset": "x"}', "'x': no such file"),
+    ('{"preset": "preset.json"}', "builds on itself"), ('{"rl": 1, "coldstart": 1}', "is no stage with its"),
+    ('{"rl": {}, "coldstart": {}, "lr": 1}', "'lr' is no stage with its settings"),
     ('{"no_resume": true}', "there is no setting 'no_resume'"), ('{"": 1}', "there is no setting ''"),
     ('{"batch_size": 0}', "'batch_size' is 0 (argument --batch_size"), ('{"lr": "fast"}', "'lr' is 'fast' ("),
     ('{"batch-size": 2.5}', "'batch-size' is 2.5 ("), ('{"lr": NaN}', "'lr' is nan ("),
@@ -465,11 +436,10 @@ NESTED = '{"steps": ' + "[" * 100_000 + "]" * 100_000 + "}"
 def test_a_bad_value_in_a_preset_is_named_with_its_file(content, message, stage, tmp_path, monkeypatch):
     preset = tmp_path / "preset.json"
     preset.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for flags, toy in ((["--preset", preset, "--train", "x"], ROOT / f"toy/{stage}.json"), ([], preset)):
-        monkeypatch.setattr("sys.argv", ["x", *map(str, flags)])
-        with pytest.raises(DataError) as found:
-            parse_args({"coldstart": coldstart, "rl": rl}[stage].Args, toy)
-        assert str(found.value).startswith(f"{preset}: ") and message in str(found.value)
+    monkeypatch.setattr("sys.argv", ["x", "--preset", str(preset), "--train", "x"])
+    with pytest.raises(DataError) as found:
+        parse_args({"coldstart": coldstart, "rl": rl}[stage].Args, stage)
+    assert str(found.value).startswith(f"{preset}: ") and message in str(found.value)
 
 
 # What is odd for a flag that wants a number.
@@ -532,7 +502,7 @@ def refuse(message):
 def test_bounds_of_the_length_go_together(flags, monkeypatch):
     monkeypatch.setattr("sys.argv", ["rl.py", *map(str, flags)])  # over 23 and 83
     with pytest.raises(DataError, match="do not go together .R_l needs low < high"):
-        parse_args(rl.Args, ROOT / "toy/rl.json")
+        parse_args(rl.Args, "rl")
 
 
 def test_a_flag_that_makes_no_sense_is_said_in_a_line():

@@ -62,9 +62,18 @@ def test_each_step_draws_anew(world_dir, tmp_path):
     assert before != after
 
 
-def test_the_length_reward_of_a_run_goes_by_its_settings():
-    processor = SimpleNamespace(dimensions={"subject": 2}, encode=str.split)  # a token a word
+def test_the_length_reward_of_a_run_goes_by_its_settings_and_all_tokens():
+    processor = SimpleNamespace(dimensions={"subject": 2}, tags=("think", "answer"))
     args = Args(length_low=10, length_high=30, length_excess=40)
+    length = make_rewards(args, processor)["length"].function
+    assert [length("whatever it says", n, {}) for n in (10, 20, 30, 40, 50, 60)] == [0, 0.5, 1, 1, 0.5, 0]
+
+
+def test_the_strict_length_reward_goes_by_the_settings_and_what_the_thought_says():
+    processor = SimpleNamespace(dimensions={"subject": 2}, tags=("think", "answer"),
+                                encode=str.split)  # a token a word
+    args = Args(length_low=10, length_high=30, length_excess=40,
+                reward=["presets/strict.py:length_reward=0.2"])
     length = make_rewards(args, processor)["length"].function
     answer, found = '<answer>{"dimensional_scores": {"subject": 2}}</answer>', []
     for n in (10, 20, 30, 40, 50, 60):
