@@ -89,6 +89,9 @@ EXPERIMENTS = {
     "drift": ["λ = 0", "λ = 0.0005", "λ = 0.005", "λ = 0.05", "λ = 0.5"],
     "thoughts": ["λ = 0.005"],
     "beyond": ["p = 0.5", "expected mask", "λ = 0.005", "all pairs"],
+    # All that depends on R. A name with "strict, " before it is a line from before R was the paper's.
+    "reward": ["λ = 0.005", "λ = 0.005, unfiltered", "all pairs", "λ = 0", "λ = 0.05", "λ = 0.0005",
+               "λ = 0.5"],
     "pairs": [name for name in RUNS if name.endswith("00 pairs")]}
 NO_COT = ("supervised, no CoT", "pairwise, no CoT")
 # Discriminative ones of which nothing is asked with a CoT.
@@ -256,6 +259,22 @@ class Bench:
             seconds[k] = round((time.time() - started) / len(batch), 4)
         self.add("thoughts", name, found=found, seconds=seconds)
 
+    def rewards(self, name: str) -> None:
+        """Of each part of R of the rollouts that a run kept, in its first and its last four steps: the
+        mean, and the mean of the standard deviations within the groups."""
+        if self.known("rewards", name):
+            return
+        groups: dict[str, list] = {"first": [], "last": []}
+        for video in read_lines(self.train(name) / "rollouts.jsonl"):
+            if video["step"] <= 4 or video["step"] > 12:
+                groups["first" if video["step"] <= 4 else "last"].append(video["rollouts"])
+        figures = {}
+        for when, of_videos in groups.items():
+            for part in ("reward", "reward_format", "reward_quality", "reward_length"):
+                values = np.array([[rollout[part] for rollout in rollouts] for rollouts in of_videos])
+                figures[f"{when}/{part}"] = [round(values.mean(), 4), round(values.std(1, ddof=1).mean(), 4)]
+        self.add("rewards", name, groups=len(groups["last"]), figures=figures)
+
     def variances(self, name: str, batches: int = 24, size: int = 8) -> None:
         """The variance of an L_BT gradient over batches of pairs: by a coin and by its expectation, over
         matched rollouts and over all of them, as Σ |g − mean g|² / (batches − 1)."""
@@ -400,8 +419,11 @@ def measure(bench: Bench, experiments: list[str]) -> None:
         names = EXPERIMENTS[experiment]
         for name in names[:5] if bench.quick else names:
             bench.evaluate(name)
-        if experiment == "thoughts":
+        if experiment in ("thoughts", "reward"):
             bench.many_thoughts("λ = 0.005")
+        if experiment == "reward":
+            for name in names:
+                bench.rewards(name)
         if experiment == "beyond":
             bench.variances("p = 0.5")
 

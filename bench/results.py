@@ -311,6 +311,28 @@ def beyond(lines: Lines) -> None:
     table("Variance of the gradient of L_BT over batches", ["ratio"], rows)
 
 
+def reward(lines: Lines) -> None:
+    """The paper's R beside the strict one, under which the same runs were made before."""
+    names = ["λ = 0.005", "λ = 0.005, unfiltered", "all pairs", "λ = 0", "λ = 0.0005", "λ = 0.05", "λ = 0.5"]
+    against = []
+    for name in names:
+        for way, says in (("score", ""), ("reading", ", reading its CoT")):
+            against.append(((f"{name}{says}: the paper's R", name, way),
+                            ("the strict R", f"strict, {name}", way)))
+    differences("The paper's R against the strict one", lines, against)
+    rows = []
+    for name in names:
+        of_seeds = [line["figures"] for _, line in sorted(lines.of("rewards", name).items())]
+        for when in ("first", "last"):
+            cells = []
+            for part in ("reward_format", "reward_quality", "reward_length"):
+                found = [figures[f"{when}/{part}"] for figures in of_seeds]
+                cells.append("; ".join(f"{mean:.3f} ({std:.3f})" for mean, std in found) or "–")
+            rows.append([f"{name}, {when} four steps", *cells])
+    table("Parts of R, each seed: the mean (and the standard deviation within a group)",
+          ["R_f", "R_q", "R_l"], rows)
+
+
 def thoughts(lines: Lines, folder: Path) -> None:
     found = lines.of("thoughts", "λ = 0.005")
     if not found:
@@ -355,4 +377,5 @@ def show(records: list[dict], folder: Path) -> None:
     masking(lines, folder)
     thinking(lines, folder)
     beyond(lines)
+    reward(lines)
     thoughts(lines, folder)
