@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import DIMENSIONS, Pair, Pairs, VideoSettings
+from data import DIMENSIONS, TAGS, Pair, Pairs, VideoSettings
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 HOSTILE = ("<img src=x onerror=alert(1)></script><script>alert(1)</script>"
@@ -24,7 +24,7 @@ def write_lines(path, records):
 def a_model(name="runs/rl", info=None, dimensions=DIMENSIONS):
     settings = VideoSettings(min_pixels=4096, max_pixels=40_000)
     return SimpleNamespace(name=name, info=info or {}, processor=SimpleNamespace(
-        dimensions=dimensions, settings=settings))
+        dimensions=dimensions, tags=TAGS, settings=settings))
 
 
 def a_cot(scores, words="asked for, and seen"):

@@ -473,7 +473,7 @@ def parsers(monkeypatch):
 def test_every_number_of_a_command_line_has_a_range(monkeypatch):
     found = parsers(monkeypatch)
     counts = {name: len(numbers) for name, (_, numbers) in found.items()}
-    assert counts == {"coldstart": 24, "rl": 36, "infer": 6, "support.annotate": 10, "support.check": 3}
+    assert counts == {"coldstart": 24, "rl": 38, "infer": 6, "support.annotate": 10, "support.check": 3}
     refused = 0
     for parser, numbers in found.values():
         parser.error = refuse
@@ -498,9 +498,9 @@ def refuse(message):
 
 
 @pytest.mark.parametrize("flags", [["--length-low", 60, "--length-high", 60], ["--length-high", 10],
-                                   ["--length-excess", 82], ["--length-low", 83]])
+                                   ["--length-excess", 213], ["--length-low", 214]])
 def test_bounds_of_the_length_go_together(flags, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["rl.py", *map(str, flags)])  # over 23 and 83
+    monkeypatch.setattr("sys.argv", ["rl.py", *map(str, flags)])  # over 54 and 214
     with pytest.raises(DataError, match="do not go together .R_l needs low < high"):
         parse_args(rl.Args, "rl")
 
