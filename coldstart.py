@@ -45,7 +45,7 @@ class Args(RunArgs):
     train_merger: bool = setting(True, "train the vision tower's mergers")
     train_vision: bool = setting(False, "train the rest of the vision tower")
     max_pixels: Count = setting(448 * 448, "pixels a frame, at most")
-    max_prompt: Whole = setting(6144, "longest prompt in tokens")
+    max_prompt: Whole = setting(6144, "longest prompt in tokens; 0: any")
     max_tokens: Count = setting(24_576, "tokens at a time; a pair at least")
 
 
@@ -104,7 +104,8 @@ def main() -> None:
     model.set_trainable(args.lora_rank, args.train_merger, args.train_vision)
     own = [name for name in model.trainable() if name.startswith(OWN)]
     rest = [name for name in model.trainable() if name not in own]
-    groups = [{"params": own, "lr": args.head_lr or args.lr}, {"params": rest, "lr": args.lr}]
+    head_lr = args.lr if args.head_lr is None else args.head_lr
+    groups = [{"params": own, "lr": head_lr}, {"params": rest, "lr": args.lr}]
     optimizer = run.prepare(model, groups, args.weight_decay)
     rates = [group["lr"] for group in groups]
     pairs = run.read_train("cot", "CoTs (see support.annotate)", ties=False)  # no winner

@@ -65,6 +65,7 @@ class DeScore(nn.Module):
         self.info: dict = {}  # what else descore.json says: training, score_mean, score_std
         self.dtype = backbone.dtype  # of frozen weights; what trains is float32
         self.quant, self.changed = None, set()  # of weights beside the adapter
+        self.backbone_sha256: str | None = None  # what was at `source` (support/digests.py)
         self.has_head = False  # whether query and head are trained, or going to be
         self.max_tokens = 16_384  # of rows that go through `group` together; one row at least
         self._reference: list[DeScore] = []  # in a list: not a part of this model

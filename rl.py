@@ -85,7 +85,7 @@ class Args(RunArgs):
     lora_rank: Whole = setting(64, "adapters, as in stage 1; 0: the whole model")
     train_merger: bool = setting(False, "train the mergers too; π_ref shares them")
     max_pixels: Count = setting(307_200, "pixels a frame, at most")
-    max_prompt: Whole = setting(6200, "longest prompt in tokens")
+    max_prompt: Whole = setting(6200, "longest prompt in tokens; 0: any")
     max_tokens: Count = setting(16_384, "tokens in a forward; a row at least")
     save_every: Whole = setting(5, "steps between checkpoints; 0: at the end only")
 

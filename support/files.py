@@ -39,8 +39,9 @@ def read_lines(path: Path) -> list[dict]:
 
 
 # What descore.json says, by type; anything else in it is kept as it is.
-KINDS = {"backbone": str, "video": dict, "instruction": (str, type(None)), "dimensions": dict,
-         "tags": list, "files": dict, "score_quantiles": list, "scoring_layout": str, "scoring_video": dict}
+KINDS = {"backbone": str, "backbone_sha256": str, "video": dict, "instruction": (str, type(None)),
+         "dimensions": dict, "tags": list, "files": dict, "score_quantiles": list,
+         "scoring_layout": str, "scoring_video": dict}
 
 
 def read_info(directory: Path) -> dict:
@@ -92,8 +93,8 @@ def local_folder(source: str | Path) -> Path:
 
 
 def default_model() -> str:
-    """What the stages left behind: the model of stage 2, or else that of stage 1."""
-    for run in ("runs/rl", "runs/coldstart"):
+    """What the stages left behind: the model of stage 2, or else that of stage 1, or else the demo's."""
+    for run in ("runs/rl", "runs/coldstart", "runs/demo/rl", "runs/demo/coldstart"):
         if Path(run, "model").is_dir():
             return run
     raise DataError("no model in runs/: run `torchrun coldstart.py` and `torchrun rl.py` "
@@ -102,11 +103,8 @@ def default_model() -> str:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while some := file.read(1 << 24):
-            found.update(some)
-    return found.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_out(out: Path, pairs: Path) -> None:

@@ -1,11 +1,13 @@
 """The processes that torchrun started, and what they tell each other."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from data import DataError
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,20 @@ class Ranks:
         Each rank gets them all, and waits for the others' next list."""
         while found := self.gather(next(lists, [])):
             yield from found
+
+    def ask_first(self, work: Callable):
+        """What `work` returns on the first rank, which alone does it; all ranks get it. Raises
+        DataError on all of them if it cannot be done."""
+        answers = []
+        if self.first:
+            try:
+                answers = [work()]
+            except (DataError, OSError) as error:
+                answers = [DataError(str(error))]
+        (answer,) = self.gather(answers)
+        if isinstance(answer, DataError):
+            raise answer
+        return answer
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Each number added up over all ranks."""

@@ -27,12 +27,13 @@ from tqdm import tqdm
 from data import Batch, DataError, Pair, Pairs, both, explained, keys_of
 from infer import evaluate
 from model import OWN, DeScore
+from support import digests
 from support.batches import deal, read_ahead
 from support.checkpoint import Checkpoints
-from support.files import amend, read_lines, remove, settle, sync, write_whole
+from support.files import amend, digest, read_lines, remove, settle, sync, write_whole
 from support.formats import read_pairs
 from support.ranks import Ranks
-from support.settings import FREE, FREE_IN, ROOT, parse_args
+from support.settings import FREE, FREE_IN, ROOT, function_file, parse_args
 from support.shard import local, shard
 from support.trackers import tracker
 
@@ -129,6 +130,8 @@ class Run:
             raise DataError("--train needs --model: a Qwen3-VL, directory or hub id")
         self.out, self.means = Path(self.args.out), Means()
         self.stop_asked, self.warned, self.left_out = False, False, 0
+        self.pairs: list[Pair] = []  # of --train, as they were read
+        self.digests: dict[str, str] = {}  # of what the run depends on, by name
         self.scores: list[float] = []  # of the test set measured last
         self.kept: list[tuple[int, dict]] = []  # what the step leaves in rollouts.jsonl
         self.reward: dict[str, float] = {}  # the parts of R and their weights
@@ -210,6 +213,7 @@ class Run:
         `field`, such as "cot", for both its videos; else DataError says that it has no `what`."""
         args, dimensions = self.args, self.model.processor.dimensions
         pairs = read_pairs(args.train, args.label, args.root, dimensions)
+        self.pairs = pairs
         self.skipped = Skipped(self.out / "skipped.jsonl", pairs, args.max_skipped,
                                write=self.ranks.first)
         if self.ranks.first:
@@ -281,14 +285,17 @@ class Run:
     def take_up(self) -> int:
         """Restore the newest checkpoint, if any. Returns the step it was made after, else 0."""
         self.checkpoints.attach(self.model, self.optimizer)
+        self.digests = self.ranks.ask_first(self.make_digests)
         state = None
-        if self.args.resume:
+        if self.args.resume != "false":
             free = FREE | FREE_IN.get(self.stage, set())
             settings = {k: v for k, v in asdict(self.args).items() if k not in free}
             state = self.checkpoints.newest(settings)
             if not state and (self.out / "model").is_dir():
                 raise DataError(f"{self.out}: holds a model and no checkpoint to go on from; give "
                                 "another --out, or --resume false to begin anew")
+            if state:
+                self.check_digests(state)
         elif self.ranks.first:
             remove(self.checkpoints.folder)
             self.checkpoints.folder.mkdir()
@@ -302,6 +309,33 @@ class Run:
         if state:
             self.skipped.restore(state["skipped"])
         return state["step"] if state else 0
+
+    def make_digests(self) -> dict[str, str]:
+        """What the run depends on beside its settings, by the names that messages give it."""
+        args = self.args
+        found = {f"{digests.PAIRS} ({args.train})": digests.of_pairs(self.pairs),
+                 f"the model it began from ({args.model})": digests.of_model(self.model, args.model)}
+        for given in getattr(args, "reward", []):
+            path = function_file(given.rpartition(":")[0])
+            found[f"the reward file {path}"] = digest(path)
+        return found | digests.of_code(ROOT)
+
+    def check_digests(self, state: dict) -> None:
+        """Raises DataError, naming it, if what the run depends on is not what it was when the
+        checkpoint with this state.json was made; with --resume insist it is only said."""
+        step, before = state["step"], state.get("digests")
+        if before is None:
+            message = (f"the checkpoint of step {step} does not say with what code, pairs and model it was "
+                       "made; whether they are the same is not known")
+        elif names := digests.changed(before, self.digests):
+            message = digests.say(names, step)
+            if self.args.resume != "insist":
+                raise DataError(f"{self.out}: {message}. --resume insist goes on all the same, "
+                                "--resume false starts anew")
+        else:
+            return
+        if self.ranks.first:
+            print(f"warning: {self.out}: {message}", file=sys.stderr)
 
     def say_what_it_is(self, last: int) -> None:
         """Write settings.json for those who look at the run."""
@@ -438,7 +472,8 @@ class Run:
         (stop,) = self.ranks.sum([float(self.stop_asked)])
         due = self.args.save_every and step % self.args.save_every == 0
         if stop or step == last or due:
-            state = {"args": asdict(self.args), "skipped": self.skipped.records}
+            state = {"args": asdict(self.args), "digests": self.digests,
+                     "skipped": self.skipped.records}
             if self.ranks.first:
                 for path in self.logs:
                     with explained(f"{path}: could not be written", OSError):

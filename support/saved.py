@@ -4,6 +4,7 @@ weights, and the tokenizer (README, "A saved model"). Functions of a DeScore, `m
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 from data import DIMENSIONS, TAGS, DataError, Processor, VideoSettings, explained, make_instruction
 from support import release
 from support.command import PeftModel, get_peft_model_state_dict
-from support.files import digest, local_folder, put_in_place, read_info
+from support.digests import of_backbone
+from support.files import digest, local_folder, put_in_place, read_info, read_json
 from support.shard import whole
 
 MOST_LAYERS = 1000  # a config.json with more is damaged, and making them would fill the memory
@@ -29,7 +31,9 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
          video: dict | None, quant: str | None):
     """`DeScore.load`; cls is DeScore."""
     directory = local_folder(source)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None:  # 0 is a device
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     # Whatever a damaged file makes other packages raise.
     with silence(), explained(f"{directory}: no model can be loaded from it", Exception):
@@ -37,12 +41,16 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
         check_files(directory, info.pop("files", {}))
         is_adapter = "backbone" in info  # which names its backbone; full weights are one
         backbone = info.pop("backbone", str(directory if os.path.isdir(source) else source))
+        known_backbone = info.pop("backbone_sha256", None)
         if is_adapter and (directory / backbone).is_dir():
             backbone = os.path.normpath(directory / backbone)
         with explained(f"{directory}: video settings that make no sense", TypeError):
             settings = VideoSettings(**info.pop("video", {}) | (video or {}))
             replace(settings, **info.get("scoring_video", {}))
         qwen, tokenizer = load_backbone(backbone, dtype, device, quant)
+        backbone_sha256 = of_backbone(backbone)
+        if is_adapter and known_backbone != backbone_sha256:
+            blame_backbone(directory, backbone, known_backbone)
         vision = qwen.config.vision_config
         settings = replace(settings, patch_size=vision.patch_size,
                            temporal_patch_size=vision.temporal_patch_size,
@@ -52,6 +60,7 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
         instruction = info.pop("instruction", make_instruction(dimensions, tags))
         model = cls(qwen, Processor(tokenizer, settings, instruction, dimensions, tags), backbone)
         model.name, model.dtype, model.quant, model.info = str(source), dtype, quant, info
+        model.backbone_sha256 = backbone_sha256
         load_rest(model, directory, is_adapter)
         if quant:  # its weights are on the device, and stay as they are
             model.query.data, model.head = model.query.data.to(device), model.head.to(device)
@@ -137,6 +146,18 @@ def check_files(directory: Path, sums: dict[str, str]) -> None:
                             "take it from files in descore.json")
 
 
+def blame_backbone(directory: Path, backbone: str, known: str | None) -> None:
+    """Raises DataError for an adapter that knows another backbone than the one it is loaded on; one
+    that was saved before adapters knew theirs is warned of."""
+    if known is None:
+        print(f"warning: {directory}: does not say what its backbone was like, so that nobody knows "
+              f"whether {backbone} is still the same", file=sys.stderr)
+        return
+    was = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+    raise DataError(f"{directory}: its adapter was trained on another backbone ({was}) than {backbone} "
+                    "is now: config.json or weights differ")
+
+
 def load_adapter(model, directory: Path) -> None:
     path = directory / "adapter_model.safetensors"
     for file in (directory / "adapter_config.json", path):
@@ -219,6 +240,8 @@ def save(model, directory: Path, write: bool) -> None:
     if adapted:
         local = os.path.isdir(model.source)
         info["backbone"] = os.path.relpath(model.source, directory.resolve()) if local else model.source
+        if model.backbone_sha256:
+            info["backbone_sha256"] = model.backbone_sha256
         # Mergers, say, that train or have trained in an earlier stage. LoRA's are in the adapter.
         for name, parameter in model.named_parameters():
             trains = parameter.requires_grad and ".lora_" not in name

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -52,7 +53,8 @@ class RunArgs:
     shard: Literal["full"] | None = setting(None, "split all that trains over ranks (FSDP2)")
     save_every: Whole = setting(50, "steps between checkpoints; 0: at the end only")
     keep: Count = setting(2, "checkpoints kept")
-    resume: bool = setting(True, "go on from the newest checkpoint in --out")
+    resume: Literal["true", "false", "insist"] = setting(
+        "true", "go on from the newest checkpoint in --out; insist: though code or data have changed")
     workers: Whole = setting(2, "processes that decode videos ahead")
     think_tokens: Count = setting(THINK_TOKENS, "tokens thought at a time, of prompts and their "
                                 "longest CoTs; one pair at least", aliases=["--eval-tokens"])
@@ -171,10 +173,20 @@ def preset_flags(path: Path, Args: type, stage: str, above: tuple[Path, ...] = (
         with explained(f"{path}: {key!r} is {value!r}"[:300], ValueError):
             if not all(isinstance(one, (str, int, float)) for one in values):
                 raise ValueError("neither a text nor a number")
-            setting_flags = [f"--{name}", *map(str, values)] if values else []
+            setting_flags = [f"--{name}", *map(as_word, values)] if values else []
             parser.parse_args(setting_flags)
         flags += setting_flags
     return flags
+
+
+def as_word(value: str | float) -> str:
+    """A value of a JSON file as the command line has it."""
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def function_file(file: str) -> Path:
+    """The file that FILE in FILE:FUNCTION=WEIGHT stands for: one that is there, else the project's own."""
+    return Path(file) if Path(file).is_file() else ROOT / file
 
 
 def load_function(asked: str, **offered) -> tuple[str, float, Callable]:
@@ -186,7 +198,7 @@ def load_function(asked: str, **offered) -> tuple[str, float, Callable]:
         file, name = where.rsplit(":", 1)
         if not math.isfinite(weight := float(weight)):
             raise ValueError("a weight is a finite number")
-    path = Path(file) if Path(file).is_file() else ROOT / file
+    path = function_file(file)
     if not path.is_file() or path.suffix != ".py":
         raise DataError(f"{asked}: {file} is no Python file")
     # Whatever a file of the user's own may do while it runs.

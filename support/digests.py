@@ -1,0 +1,138 @@
+"""What files, pairs, models and code are, by SHA-256 of their content: two with one digest are the same.
+
+A run keeps the digests of all that it depends on beside its settings, and does not go on with anything
+else; an adapter knows its backbone by one."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from data import DataError, Pair
+from support import release
+from support.files import digest, local_folder, read_json
+
+# What is smaller is read again each time, which is as quick as looking up what it was.
+REMEMBERED_FROM = 2**26  # bytes
+# What a saved model has beside its backbone's weights.
+ON_TOP = ("descore.safetensors", "adapter_config.json", "adapter_model.safetensors",
+          "lora_adapter/adapter_config.json", "lora_adapter/adapter_model.safetensors")
+# Files of the project that may change while a run rests, for they decide nothing that it computes.
+ONLY_WRITE = {
+    "support/report.py",  # makes pages of a run's log and of judged videos
+    "support/trackers.py",  # passes figures on to TensorBoard or Weights & Biases
+    "support/client.py",  # asks a served model; a run serves none
+    "support/journal.py",  # keeps judgements of infer.py and support.annotate; a run keeps none
+    "support/memory.py",  # holds videos of whoever trains a generator; a run reads files
+}
+# What no entry, half of one, a folder that nobody may write to, or no home at all make of looking up.
+NOTHING_KEPT = (AttributeError, LookupError, OSError, RuntimeError, ValueError)
+PAIRS = "the training pairs"
+
+
+def of_json(value) -> str:
+    """SHA-256 of what JSON can hold, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def of_pairs(pairs: list[Pair]) -> str:
+    """SHA-256 of pairs as they were read: their order, videos by name, labels, CoTs and sub-scores."""
+    return of_json([asdict(pair) for pair in pairs])
+
+
+# ------------------------------
+# Weights
+
+
+def of_backbone(source: str | Path) -> str:
+    """A fingerprint of a backbone, a directory or hub id: of its config.json and of the files that its
+    weights are in. It does not depend on how these are loaded, nor on what else lies beside them."""
+    directory = local_folder(source)
+    weights = [directory / "model.safetensors"]
+    if not weights[0].is_file():
+        shards = read_json(directory / "model.safetensors.index.json").get("weight_map")
+        if not isinstance(shards, dict):
+            raise DataError(f"{directory}: its index of weight files names none")
+        weights = [directory / name for name in sorted(set(shards.values()))]
+    return of_files(directory, [directory / "config.json", *weights])
+
+
+def of_model(model, source: str | Path) -> str:
+    """A fingerprint of a model as it was loaded from `source`: of its backbone, of the adapter, query
+    and head on top of it, and of how it reads and asks."""
+    directory, processor = local_folder(source), model.processor
+    on_top = [directory / name for name in ON_TOP]
+    on_top = [path for path in [*on_top, release.head_file(directory)] if path.is_file()]
+    return of_json([
+        model.backbone_sha256, of_files(directory, on_top), processor.instruction,
+        processor.dimensions, processor.tokenizer.backend_tokenizer.to_str()])
+
+
+def of_files(directory: Path, paths: Iterable[Path]) -> str:
+    return of_json({os.path.relpath(path, directory): remembered(path) for path in paths})
+
+
+def remembered(path: Path) -> str:
+    """`files.digest`. That of a large file is kept in the user's cache folder, under its path, and
+    holds for as long as the file has the size and the time of its last change that it had."""
+    status = path.stat()
+    if status.st_size < REMEMBERED_FROM:
+        return digest(path)
+    about = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    with contextlib.suppress(*NOTHING_KEPT):
+        entry = json.loads(entry_of(about["path"]).read_text(encoding="utf-8"))
+        if about.items() <= entry.items():
+            return entry["sha256"]
+    sha256 = digest(path)
+    with contextlib.suppress(*NOTHING_KEPT):
+        write_entry(entry_of(about["path"]), about | {"sha256": sha256})
+    return sha256
+
+
+def entry_of(path: str) -> Path:
+    """Where a file's digest is kept; the folder is the XDG Base Directory Specification's."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "descore" / f"{of_json(path)}.json"
+
+
+def write_entry(place: Path, entry: dict) -> None:
+    """Write what other processes may be reading or writing: each of them finds a whole entry."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as file:
+        json.dump(entry, file)
+    os.replace(file.name, place)
+
+
+# ------------------------------
+# A run
+
+
+def of_code(root: Path) -> dict[str, str]:
+    """SHA-256 of each file of the project in `root` that is imported by now, by its path there; not of
+    tests, nor of what `ONLY_WRITE` names."""
+    found = {}
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or os.devnull).resolve()
+        if root in path.parents and "site-packages" not in path.parts:
+            name = path.relative_to(root).as_posix()
+            if name not in ONLY_WRITE and not name.startswith("tests/"):
+                found[name] = digest(path)
+    return found
+
+
+def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The names whose digests differ. What stands on one side alone is no difference: it can only
+    have come or gone through a change of something else."""
+    return sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+
+
+def say(names: list[str], step: int) -> str:
+    """That these have changed since a step, in words."""
+    have = [f"{name} {'have' if name.startswith(PAIRS) else 'has'} changed" for name in names]
+    return f"{', '.join(have)} since step {step}"
