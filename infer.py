@@ -32,7 +32,7 @@ from model import DeScore
 from support import memory, release, tables
 from support.batches import THINK_TOKENS, draw_seed, packed, prompt_lengths, read_ahead, sort_out
 from support.command import Count, NotNegative, Whole, run_command
-from support.files import default_model
+from support.files import MODELS, default_model
 from support.formats import read_pairs
 from support.journal import Journal, made_by
 from support.ranks import ALONE, Ranks
@@ -332,7 +332,7 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="VIDEO … PROMPT", help="videos, then their prompt")
-    add("--model", help="a saved model or a run's folder [runs/rl, else runs/coldstart]")
+    add("--model", help=f"a saved model or a run's folder [{MODELS}]")
     add("--pairs", help="a pair file of any known format to evaluate on instead")
     add("--label", help="with --pairs: the preference's column [TA, else Overall]")
     add("--root", help="with --pairs: the folder that its paths are relative to [its own]")

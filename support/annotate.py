@@ -242,7 +242,7 @@ def main() -> None:
         write = partial(infer.judge, model, max_new_tokens=args.max_new_tokens, seed=args.seed,
                         temperature=args.temperature, think_tokens=args.think_tokens, finite=False)
         dimensions, tags = model.processor.dimensions, model.processor.tags
-        made_by = journal.made_by(model, args)
+        made_by = journal.made_by(model, args, scores=False)
     sys.exit(annotate(args.pairs, args.out, write, made_by, args.scores, dimensions, tags))
 
 

@@ -92,9 +92,13 @@ def local_folder(source: str | Path) -> Path:
     return directory
 
 
+LEFT_BEHIND = ("runs/rl", "runs/coldstart", "runs/demo/rl", "runs/demo/coldstart")
+MODELS = ", else ".join(LEFT_BEHIND)  # for the help of commands
+
+
 def default_model() -> str:
     """What the stages left behind: the model of stage 2, or else that of stage 1, or else the demo's."""
-    for run in ("runs/rl", "runs/coldstart", "runs/demo/rl", "runs/demo/coldstart"):
+    for run in LEFT_BEHIND:
         if Path(run, "model").is_dir():
             return run
     raise DataError("no model in runs/: run `torchrun coldstart.py` and `torchrun rl.py` "

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from data import DataError, Key, explained
+from model import OWN
+from support.files import digest
 
 # What stands in a record, by type, and what must, by --cot: on, off, or CoTs alone.
 KINDS = {"video": str, "prompt": str, "cot": str, "truncated": bool, "score": float,
@@ -26,7 +28,10 @@ DECIDING = ("api", "api_model", "cot", "samples", "temperature", "seed", "max_ne
 
 class Journal:
     """Records of (video, prompt) keys in a file of JSON lines, which is only appended to, so that a
-    command that was cut off goes on behind them. Its first line says what made the others."""
+    command that was cut off goes on behind them. Its first line says what made the others.
+
+    A line also says what its video was ("file": size, mtime_ns, sha256), for videos are known by name. A
+    record whose video has changed since is not taken up. `records` are without it."""
 
     def __init__(self, path: Path, made_by: dict, keys: list[Key]):
         """made_by: what decides the records. Raises DataError, naming the row, if the file holds
@@ -34,6 +39,10 @@ class Journal:
         self.path, self.keys, self.fields = path, set(keys), NEEDED[made_by.get("cot")]
         self.made_by = json.loads(json.dumps(made_by))  # as it will be read
         self.records: dict[Key, dict] = {}
+        self.stamps = {video: stamp(video) for video, _ in keys}  # before any of them is read
+        self.sums: dict[str, str] = {}  # of videos by name
+        self.of_others: set[Key] = set()  # judged when their names stood for other videos
+        self.unchecked = 0  # records that do not say what their videos were
         first = json.dumps({"made_by": self.made_by}) + "\n"
         with explained(f"{path}: cannot be written", OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +63,7 @@ class Journal:
             os.truncate(path, len(content) - len(half))
         if not lines:
             self.append(first)
+        self.report()
         if self.records:
             print(f"{path}: going on after {len(self.records)} of {len(keys)} videos",
                   file=sys.stderr)
@@ -76,13 +86,49 @@ class Journal:
         if key not in self.keys:
             raise DataError(f"{self.path}: holds judgements of other videos; remove it or choose "
                             "another file")
-        self.records[key] = record
+        was = record.pop("file", None)
+        if was is None:
+            self.unchecked += self.stamps[key[0]] is not None
+        if was is None or self.is_still(key[0], was):
+            self.records[key] = record
+        else:
+            self.of_others.add(key)
+
+    def is_still(self, video: str, was: dict) -> bool:
+        """Whether a file is what it was: of the same size and time, or else of the same content. One that
+        is gone is no other."""
+        size, mtime_ns, sha256 = was["size"], was["mtime_ns"], was["sha256"]
+        if self.stamps[video] in (None, {"size": size, "mtime_ns": mtime_ns}):
+            return True
+        return sha256 is not None and self.sum_of(video) == sha256
+
+    def sum_of(self, video: str) -> str | None:
+        """SHA-256 of a file; None if it is no longer what it was when this command began, for then
+        nobody knows which of the two was judged."""
+        if stamp(video) != self.stamps[video]:
+            return None
+        if video not in self.sums:
+            self.sums[video] = digest(Path(video))
+        return self.sums[video]
+
+    def report(self) -> None:
+        """Say of which videos the records are not, or may not be, what is there now."""
+        if self.unchecked:
+            print(f"warning: {self.path}: {self.unchecked} judgements do not say what their videos were; "
+                  "they are kept, though a video may have changed since", file=sys.stderr)
+        changed = [video for video, prompt in self.of_others if (video, prompt) not in self.records]
+        if changed:
+            print(f"{self.path}: {len(changed)} videos have changed since they were judged, and are judged "
+                  f"anew (the first: {min(changed)})", file=sys.stderr)
 
     def add(self, record: dict) -> None:
         """Add what was found of a key. One that could not be read is left for another time."""
         if "error" in record:
             return
-        self.records[record["video"], record["prompt"]] = record
+        video = record["video"]
+        self.records[video, record["prompt"]] = record
+        if self.stamps[video] is not None:
+            record = record | {"file": self.stamps[video] | {"sha256": self.sum_of(video)}}
         self.append(json.dumps(record, allow_nan=False) + "\n")
 
     def append(self, line: str) -> None:
@@ -90,6 +136,15 @@ class Journal:
         # Opened for each line: what could not be written is not tried again at the end.
         with explained(message, OSError), self.path.open("a", encoding="utf-8") as file:
             file.write(line)
+
+
+def stamp(video: str) -> dict[str, int] | None:
+    """The size and the time of the last change of a file; None where there is none."""
+    try:
+        status = os.stat(video)
+    except (OSError, ValueError):
+        return None
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def fits(value, kind: type) -> bool:
@@ -101,30 +156,34 @@ def deciding(args: Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name in DECIDING}
 
 
-def made_by(model, args: Namespace) -> dict:
-    """What makes the records of a model: its weights, what it is shown, how it thinks and scores."""
+def made_by(model, args: Namespace, scores: bool = True) -> dict:
+    """What makes the records of a model: its weights, what it is shown, how it thinks and, unless it only
+    thinks, how it `scores`."""
     processor = model.processor
     return deciding(args) | {
-        "weights": fingerprint(model), "dtype": str(model.dtype), "instruction": processor.instruction,
-        "video": asdict(processor.settings), "layout": model.info.get("scoring_layout", "ours"),
-        "scoring_video": model.info.get("scoring_video")}
+        "weights": fingerprint(model, scores), "dtype": str(model.dtype),
+        "instruction": processor.instruction, "video": asdict(processor.settings),
+        "layout": model.info.get("scoring_layout", "ours"), "scoring_video": model.info.get("scoring_video")}
 
 
-def fingerprint(model) -> str:
+def fingerprint(model, scores: bool = True) -> str:
     """A name for the weights that a model has, wherever they came from: SHA-256 over sums of their
     bits, each by an odd number of its place, which are exact and quick on any device, and over
-    what else makes it: settings and tokenizer."""
-    digest = hashlib.sha256()
+    what else makes it: settings and tokenizer. Without what `scores`, query and head, which are drawn
+    at random for a bare backbone, it is one for what thinks."""
+    found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if name.startswith(OWN) and not scores:
+            continue
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         total = 0
         for part in tensor.contiguous().view(bits).flatten().split(2**24):
             odd = torch.arange(1, 2 * len(part), 2, device=part.device) * ODD
             total = (total * ODD + (part.long() * odd).sum().item()) % 2**64
-        digest.update(f"{name} {tuple(tensor.shape)} {total}\n".encode())
-    digest.update(model.qwen.config.to_json_string().encode())
+        found.update(f"{name} {tuple(tensor.shape)} {total}\n".encode())
+    found.update(model.qwen.config.to_json_string().encode())
     for adapter in getattr(model.backbone, "peft_config", {}).values():
         names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-        digest.update(str([getattr(adapter, name) for name in names]).encode())
-    digest.update(model.processor.tokenizer.backend_tokenizer.to_str().encode())
-    return digest.hexdigest()
+        found.update(str([getattr(adapter, name) for name in names]).encode())
+    found.update(model.processor.tokenizer.backend_tokenizer.to_str().encode())
+    return found.hexdigest()

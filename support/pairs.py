@@ -36,7 +36,7 @@ from model import DeScore
 from support import tables
 from support.batches import THINK_TOKENS
 from support.command import Count, NotNegative, Whole, run_command
-from support.files import check_out, default_model
+from support.files import MODELS, check_out, default_model
 from support.formats import write_pairs
 from support.ranks import Ranks
 
@@ -183,7 +183,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("videos", type=Path, help="prompts with their videos, JSON lines")
     add("pairs", type=Path, help="the pair file to write, JSON lines")
-    add("--model", help="a saved model or a run's folder [runs/rl, else runs/coldstart]")
+    add("--model", help=f"a saved model or a run's folder [{MODELS}]")
     add("--take", choices=("best-worst", "all"), default="best-worst",
         help="of a prompt's videos the best against the worst, or each two")
     add("--margin", type=NotNegative, default=0.0, help="how much further than this apart two "

@@ -35,7 +35,7 @@ from model import DeScore
 from support import release, tables
 from support.batches import THINK_TOKENS, chunks, draw_seed, packed, prompt_lengths
 from support.command import Count, NotNegative, Whole, run_command
-from support.files import default_model
+from support.files import MODELS, default_model
 from support.formats import read_pairs
 from support.ranks import ALONE, Ranks
 
@@ -362,7 +362,7 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("pairs", help="a pair file of any known format")
-    add("--model", help="a saved model or a run's folder [runs/rl, else runs/coldstart]")
+    add("--model", help=f"a saved model or a run's folder [{MODELS}]")
     add("--limit", type=Count, help="so many of the pairs, drawn at random [all]")
     add("--label", help="the preference's column [TA, else Overall]")
     add("--root", help="the folder that its paths are relative to [its own]")

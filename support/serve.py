@@ -36,7 +36,7 @@ from infer import Scorer
 from support.batches import THINK_TOKENS
 from support.client import as_reward, from_picture, grey_levels, paired, unusable
 from support.command import Count, NotNegative, Number, Positive, Whole, run_command
-from support.files import default_model
+from support.files import MODELS, default_model
 from support.frames import ERRORS, opened
 from support.memory import Clip
 from support.tables import as_json
@@ -335,7 +335,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a saved model or a run's folder [runs/rl, else runs/coldstart]")
+    add("--model", help=f"a saved model or a run's folder [{MODELS}]")
     add("--device", help="such as cuda:1 [cuda if there is one, else cpu]")
     add("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine may ask")
     add("--port", type=Whole, default=8000, help="0: one that is free")

@@ -2,7 +2,9 @@
 
     python toy/demo.py        # or `make demo`, which sets up first
 
-Runs the commands a user would run, reads the figures from the runs' metrics.jsonl and writes runs/demo.json.
+Runs the commands a user would run, in folders of its own, reads the figures from the runs' metrics.jsonl and
+writes runs/demo/figures.json. Killed and started again it goes on; a stage that cannot, because something it
+depends on has changed, says so and is run anew.
 """
 
 import json
@@ -17,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "bench")]
 import world
 from ceilings import right
 
+OUT = "runs/demo"
 TESTS = ("test_id", "test_ood", "test_trap")
 # What stands in a row of the table, and the figure that says it.
 FIGURES = {"score": "accuracy", "score without CoT": "accuracy_no_cot", "reading the CoT": "accuracy_reading",
@@ -24,12 +27,29 @@ FIGURES = {"score": "accuracy", "score without CoT": "accuracy_no_cot", "reading
 
 
 def run(*command: str | Path) -> float:
-    """Run one of the project's scripts, showing the command. Returns the seconds it took."""
+    """Run one of the project's scripts, showing the command and what it says. Returns the seconds it took.
+    Raises CalledProcessError, with the end of what it said, where it fails."""
     shown = " ".join(f'"{word}"' if " " in str(word) else str(word) for word in command)
     print(f"\n$ python {shown}", flush=True)
-    started = time.time()
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+    started, said = time.time(), b""
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE)
+    while part := process.stderr.read1():
+        sys.stderr.buffer.write(part)
+        sys.stderr.flush()
+        said = (said + part)[-2000:]
+    if code := process.wait():
+        raise subprocess.CalledProcessError(code, shown, stderr=said.decode(errors="replace"))
     return time.time() - started
+
+
+def run_stage(*command: str | Path) -> float:
+    """`run` a stage; where it has not gone on with what is no longer the same, begin it anew."""
+    try:
+        return run(*command)
+    except subprocess.CalledProcessError as error:
+        if "--resume false" not in error.stderr:
+            raise
+    return run(*command, "--resume", "false")
 
 
 def figures(run_folder: str) -> dict[str, dict[str, float]]:
@@ -68,16 +88,17 @@ def main() -> None:
     seconds = {}
     if not (ROOT / "runs/toy/train_cots.jsonl").is_file():
         seconds["data"] = run("toy/prepare.py", "runs/toy")
-    seconds["coldstart"] = run("coldstart.py")
-    seconds["rl"] = run("rl.py")
+    seconds["coldstart"] = run_stage("coldstart.py", "--out", f"{OUT}/coldstart")
+    seconds["rl"] = run_stage("rl.py", "--model", f"{OUT}/coldstart", "--out", f"{OUT}/rl")
     seconds["infer"] = 0.0
     for test in TESTS[:2]:  # a clip of each kind
         pair = json.loads((ROOT / f"runs/toy/{test}.jsonl").read_text().splitlines()[0])
-        seconds["infer"] += run("infer.py", f"runs/toy/{pair['video_a']}", pair["prompt"])
+        seconds["infer"] += run("infer.py", "--model", f"{OUT}/rl", f"runs/toy/{pair['video_a']}",
+                                pair["prompt"])
     truth, decided = rules(ROOT / "runs/toy")
-    stages = {"rules": truth, "stage 1": figures("runs/coldstart"), "stage 2": figures("runs/rl")}
+    stages = {"rules": truth, "stage 1": figures(f"{OUT}/coldstart"), "stage 2": figures(f"{OUT}/rl")}
     record = stages | {"decided": decided, "seconds": seconds}
-    (ROOT / "runs/demo.json").write_text(json.dumps(record, indent=1) + "\n")
+    (ROOT / OUT / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
     counts = ", ".join(f"{n} pairs ({test})" for test, n in decided.items())
     print(f"\nAgreement with the labels, of {counts}")
     print(f"\n{'':<30}" + "".join(f"{test:>16}" for test in TESTS))
@@ -86,7 +107,7 @@ def main() -> None:
     print("\ntest_id: the generators of the training pairs; test_ood: new ones, whose looks say nothing,\n"
           "and new combinations; test_trap: new ones, whose looks say the opposite of what they did")
     times = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-    print(f"seconds: {times}; figures in runs/demo.json")
+    print(f"seconds: {times}; figures in {OUT}/figures.json")
 
 
 if __name__ == "__main__":

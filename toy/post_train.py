@@ -1,7 +1,7 @@
 """A small generator of the embedded world, improved by the reward model alone: does it get better, or
 prettier?
 
-    python toy/post_train.py --model runs/rl         # or `make post-train`
+    python toy/post_train.py --model runs/demo/rl    # or `make post-train`
 
 The generator is a policy: for a prompt it decides what its clip shows (each attribute, each degree, a
 signature), and the renderer draws it. It begins as mediocre as the middling generator of the training pairs,
@@ -253,7 +253,7 @@ def draw(curves: dict, picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="runs/rl", help="a saved model or a run's folder")
+    parser.add_argument("--model", default="runs/demo/rl", help="a saved model or a run's folder")
     parser.add_argument("--out", type=Path, default=Path("runs/post_train"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
