@@ -119,7 +119,7 @@ def of_code(root: Path) -> dict[str, str]:
     found = {}
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or os.devnull).resolve()
-        if root in path.parents and "site-packages" not in path.parts:
+        if root in path.parents and "site-packages" not in path.parts and path.is_file():
             name = path.relative_to(root).as_posix()
             if name not in ONLY_WRITE and not name.startswith("tests/"):
                 found[name] = digest(path)

@@ -33,7 +33,8 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
     directory = local_folder(source)
     if device is None:  # 0 is a device
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    with explained(f"{device}: no such device", RuntimeError):
+        device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     # Whatever a damaged file makes other packages raise.
     with silence(), explained(f"{directory}: no model can be loaded from it", Exception):
