@@ -607,7 +607,7 @@ def test_a_log_is_cut_at_a_whole_line_and_never_grows(tmp_path, capsys):
 def test_the_logs_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
     going, done = object.__new__(Run), []
     going.out, going.ranks, going.stop_asked = tmp_path, ALONE, False
-    going.args, going.skipped = RunArgs(), SimpleNamespace(records=[])
+    going.args, going.skipped, going.digests = RunArgs(), SimpleNamespace(records=[]), {}
     going.logs = [tmp_path / "metrics.jsonl", tmp_path / "rollouts.jsonl"]
     for path in going.logs:
         path.write_text("{}\n")
