@@ -406,7 +406,7 @@ class DeScore(nn.Module):
         source: a directory, a run's folder or a hub id; dtype: of frozen weights [bfloat16 on a
         GPU, else float32]; video: other `VideoSettings` than those saved; quant: "4bit" for the
         frozen linear layers. Raises DataError, naming the file, where a weight is missing,
-        damaged or left over."""
+        damaged or left over, and where an adapter was trained on another backbone."""
         return saved.load(cls, source, dtype, device, video, quant)
 
     def save(self, directory: str | Path, write: bool = True, **info) -> None:
