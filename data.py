@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from support.frames import ERRORS, Video
+from support.frames import ERRORS, READERS, Video, import_decord
 
 # What a CoT judges, and how much each weighs in an overall score; above 1 is primary.
 # Instruction, format, rewards, tables follow from here; a saved model carries its own.
@@ -156,36 +156,47 @@ def smart_resize(height: int, width: int, frames: int, settings: VideoSettings) 
     return h, w
 
 
+def check_reader(reader: str) -> None:
+    """Raises DataError if there is no such reader of video files, or it is not installed."""
+    if reader not in READERS:
+        raise DataError(f"there is no reader {reader!r}, but {' and '.join(READERS)}")
+    if reader == "decord":
+        with explained("the reader decord needs: pip install decord2", ImportError, OSError):
+            import_decord()
+
+
 @contextmanager
-def open_video(video, settings: VideoSettings):
+def open_video(video, settings: VideoSettings, reader: str = "av"):
     """A video, the indices of the frames to sample, and the second of each. `video` is a file's
     path, or has total, fps, seconds and frames as `support.frames.Video` has them. Raises
     DataError, naming it, if it is missing or, within the block, no video can be read."""
     video = Path(video) if isinstance(video, str) else video
     with explained(f"{video}: not a video that can be read", OSError, *ERRORS):
         if isinstance(video, Path):
-            video = open_file(video)
+            video = open_file(video, reader)
         count = smart_nframes(video.total, video.fps, settings)
         indices = torch.linspace(0, video.total - 1, count).round().long().tolist()
         yield video, indices, [video.seconds[index] for index in indices]
 
 
-def open_file(path: Path) -> Video:
+def open_file(path: Path, reader: str = "av") -> Video:
     """A video file. Raises DataError, naming it, if it is missing or empty."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    return Video(path)
+    return Video(path, reader)
 
 
-def read_video(video, settings=VideoSettings()) -> tuple[Tensor, list[float]]:
+def read_video(video, settings=VideoSettings(), reader="av") -> tuple[Tensor, list[float]]:
     """The sampled frames of a video (`open_video`), at the size at which the model sees them.
 
+    reader: "decord" lets it decode the files of which it shows the same frames (support/frames.py).
     Returns frames (T, 3, H, W) uint8 with T even, and the second at which each stands. Raises
-    DataError, naming it, if no video can be read from it."""
+    DataError, naming it, if no video can be read from it, or if the reader is not installed."""
+    check_reader(reader)
     frames = []
-    with open_video(video, settings) as (opened, indices, seconds):
+    with open_video(video, settings, reader) as (opened, indices, seconds):
         for picture in opened.frames(indices):
             frame = torch.from_numpy(picture).permute(2, 0, 1)[None]
             size = smart_resize(*frame.shape[2:], len(indices), settings)
@@ -270,10 +281,12 @@ class Processor:
 
     def __init__(
             self, tokenizer, settings: VideoSettings = VideoSettings(),
-            instruction: str | None = INSTRUCTION, dimensions=DIMENSIONS, tags=TAGS):
+            instruction: str | None = INSTRUCTION, dimensions=DIMENSIONS, tags=TAGS, reader="av"):
         """instruction: a text with <video> and <prompt> in it; None where each prompt is itself a
-        whole instruction, the video at its <video>, else before it. tags: see `TAGS`."""
-        self.tokenizer, self.settings = tokenizer, settings
+        whole instruction, the video at its <video>, else before it. tags: see `TAGS`. reader: see
+        `read_video`; it changes nothing that is read, and is saved nowhere."""
+        check_reader(reader)
+        self.tokenizer, self.settings, self.reader = tokenizer, settings, reader
         self.dimensions, self.tags = dimensions, tuple(tags)
         self.set_instruction(instruction)
         self.opening = self.template_opening()
@@ -341,7 +354,7 @@ class Processor:
 
     def __call__(self, video, prompt: str) -> Sample:
         """Read a video (`open_video`) and put it into the instruction with its prompt."""
-        return self.sample(*read_video(video, self.settings), prompt)
+        return self.sample(*read_video(video, self.settings, self.reader), prompt)
 
     def sample(self, frames: Tensor, seconds: list[float], prompt: str) -> Sample:
         """Frames (T, 3, H, W) uint8 and the second of each, as `read_video` returns them, with

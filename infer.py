@@ -31,7 +31,7 @@ from data import (
 from model import DeScore
 from support import memory, release, tables
 from support.batches import THINK_TOKENS, draw_seed, packed, prompt_lengths, read_ahead, sort_out
-from support.command import Count, NotNegative, Whole, run_command
+from support.command import READER, Count, NotNegative, Whole, run_command
 from support.files import MODELS, default_model
 from support.formats import read_pairs
 from support.journal import Journal, made_by
@@ -158,9 +158,10 @@ class Scorer:
     """A model that any number of threads may ask. While the videos of one are thought about those
     of others gather, and go through the model together next."""
 
-    def __init__(self, model_dir: str | Path, device=None, *, window=0.01):
-        """window: seconds to wait for others who ask at the same time."""
-        self.model = DeScore.load(model_dir, device=device)
+    def __init__(self, model_dir: str | Path, device=None, *, window=0.01, reader="av"):
+        """window: seconds to wait for others who ask at the same time; reader: of video files
+        (`data.read_video`)."""
+        self.model = DeScore.load(model_dir, device=device, reader=reader)
         self.model.check_head()
         self.together = memory.Together(self.score, window)
 
@@ -349,6 +350,7 @@ def parse_args() -> argparse.Namespace:
     add("--think-tokens", "--max-tokens", type=Count, default=THINK_TOKENS,
         help="tokens thought at a time, of prompts and their longest CoTs")
     add("--workers", type=Whole, default=0, help="processes that decode videos ahead")
+    add("--reader", **READER)
     add("--json", action="store_true", help="print JSON instead of text")
     add("--report", type=page_path, metavar="PAGE.html", help="write a page to look at as well")
     args = parser.parse_args()
@@ -366,7 +368,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args, ranks = parse_args(), Ranks.start()
     args.model = args.model or default_model()
-    model = DeScore.load(args.model)
+    model = DeScore.load(args.model, reader=args.reader)
     if args.scoring_layout:
         model.info["scoring_layout"] = args.scoring_layout
     model.processor.use_instruction(args.instruction)

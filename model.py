@@ -400,14 +400,15 @@ class DeScore(nn.Module):
     def load(
             cls, source: str | Path, dtype: torch.dtype | None = None,
             device: torch.device | str | None = None, video: dict | None = None,
-            quant: str | None = None) -> "DeScore":
+            quant: str | None = None, reader: str = "av") -> "DeScore":
         """Load a saved DeScore, or a bare Qwen3-VL, which can think, and score once trained.
 
         source: a directory, a run's folder or a hub id; dtype: of frozen weights [bfloat16 on a
         GPU, else float32]; video: other `VideoSettings` than those saved; quant: "4bit" for the
-        frozen linear layers. Raises DataError, naming the file, where a weight is missing,
-        damaged or left over, and where an adapter was trained on another backbone."""
-        return saved.load(cls, source, dtype, device, video, quant)
+        frozen linear layers; reader: of video files (`data.read_video`). Raises DataError, naming
+        the file, where a weight is missing, damaged or left over, and where an adapter was trained
+        on another backbone."""
+        return saved.load(cls, source, dtype, device, video, quant, reader)
 
     def save(self, directory: str | Path, write: bool = True, **info) -> None:
         """Write the model to a directory, with `info` in its descore.json (`saved.save`)."""

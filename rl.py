@@ -339,7 +339,7 @@ def main() -> None:
     run = Run(Args, "rl", shown=("reward", "reward_quality", "kl", "bt_loss"))
     args = run.args
     torch.manual_seed(args.seed)
-    model = DeScore.load(args.model, video=args.video, quant=args.quant)
+    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader)
     model.processor.use_instruction(args.instruction)
     if run.ranks.first and not model.has_head:
         print("warning: [Reward] and head begin untrained, without stage 1")

@@ -34,6 +34,7 @@ from data import (
     DataError,
     Key,
     VideoSettings,
+    check_reader,
     keys_of,
     parse_cot,
     read_video,
@@ -41,7 +42,7 @@ from data import (
 from model import DeScore
 from support import journal, tables
 from support.batches import THINK_TOKENS
-from support.command import Count, NotNegative, Positive, Whole, run_command
+from support.command import READER, Count, NotNegative, Positive, Whole, run_command
 from support.files import check_out
 from support.formats import read_pairs, write_pairs
 
@@ -120,8 +121,10 @@ class Api:
     parallel: int = 8
     timeout: float = 120.0
     retries: int = 10
+    reader: str = "av"  # of video files
 
     def __post_init__(self):
+        check_reader(self.reader)
         if openai is None:
             raise DataError("--api needs openai: pip install -r support/requirements.txt")
         if self.parallel < 1 or self.retries < 0:
@@ -180,7 +183,7 @@ class Api:
         """The instruction, with each sampled frame behind its second where the video belongs."""
         before, after = (text.replace("<prompt>", prompt) for text in INSTRUCTION.split("<video>"))
         parts = [{"type": "text", "text": before}] if before else []
-        for frame, second in zip(*read_video(video, self.settings)):
+        for frame, second in zip(*read_video(video, self.settings, self.reader)):
             parts.append({"type": "text", "text": f"<{second:.1f} seconds>"})
             parts.append({"type": "image_url", "image_url": {"url": data_url(frame)}})
         return [*parts, {"type": "text", "text": after}]
@@ -226,6 +229,7 @@ def main() -> None:
     add("--fps", type=Positive, help="frames sampled a second [the model's own; --api: 2]")
     add("--min-pixels", type=Count, help="a frame, at least [the model's own; --api: 131,072]")
     add("--max-pixels", type=Count, help="a frame, at most [the model's own; --api: 307,200]")
+    add("--reader", **READER)
     args = parser.parse_args()
     if bool(args.model) == bool(args.api) or bool(args.api) != bool(args.api_model):
         raise DataError("annotate needs --model, or --api and --api-model")
@@ -234,11 +238,12 @@ def main() -> None:
     if args.api:
         settings = VideoSettings(**{"max_pixels": 307_200} | video)
         write = Api(args.api, args.api_model, settings, os.environ.get(args.api_key_env),
-                    args.max_new_tokens, args.temperature, args.parallel, args.timeout, args.retries)
+                    args.max_new_tokens, args.temperature, args.parallel, args.timeout,
+                    args.retries, args.reader)
         dimensions, tags = DIMENSIONS, TAGS
         made_by = journal.deciding(args) | {"instruction": INSTRUCTION, "video": asdict(settings)}
     else:
-        model = DeScore.load(args.model, video=video)
+        model = DeScore.load(args.model, video=video, reader=args.reader)
         write = partial(infer.judge, model, max_new_tokens=args.max_new_tokens, seed=args.seed,
                         temperature=args.temperature, think_tokens=args.think_tokens, finite=False)
         dimensions, tags = model.processor.dimensions, model.processor.tags

@@ -15,22 +15,23 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from data import DataError, Processor, VideoSettings, explained, read_video
-from support.command import Count, Positive, run_command
+from support.command import READER, Count, Positive, run_command
 from support.formats import read_pairs
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "toy/backbone"
 
 
 def check(path: Path, settings: VideoSettings, label: str | None = None, root: Path | None = None,
-          tokenizer: str | Path = EMBEDDED) -> bool:
+          tokenizer: str | Path = EMBEDDED, reader: str = "av") -> bool:
     """Read a pair file (`read_pairs`) and each video with its prompt, and print what they are.
 
-    tokenizer: directory or hub id of the one that counts tokens.
+    tokenizer: directory or hub id of the one that counts tokens; reader: of video files
+    (`data.read_video`).
     Returns False if any video is broken or missing. Raises DataError as `read_pairs` does, and if
     there is no such tokenizer."""
     with explained(f"{tokenizer}: no tokenizer that can be read", OSError, ValueError):
         counter = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    processor = Processor(counter, settings)
+    processor = Processor(counter, settings, reader=reader)
     pairs = read_pairs(path, label, root)
     print(pairs.summary())
     print("labels: " + listed(Counter(pair.preference for pair in pairs), " "))
@@ -41,7 +42,7 @@ def check(path: Path, settings: VideoSettings, label: str | None = None, root: P
     broken, sizes, figures = [], Counter(), []
     for video, prompt in tqdm(sorted(prompts.items()), "check", unit="video"):
         try:
-            frames, seconds = read_video(video, settings)
+            frames, seconds = read_video(video, settings, reader)
         except DataError as error:
             broken.append(str(error))
             continue
@@ -74,9 +75,10 @@ def main() -> None:
     add("--max-pixels", type=Count, default=448 * 448, help="a frame, at most")
     add("--model", default=EMBEDDED,
         help="whose tokenizer counts the tokens, directory or hub id [the embedded one]")
+    add("--reader", **READER)
     args = parser.parse_args()
     settings = VideoSettings(args.fps, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-    good = check(args.pairs, settings, args.label, args.root, args.model)
+    good = check(args.pairs, settings, args.label, args.root, args.model, args.reader)
     raise SystemExit(0 if good else 1)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from transformers.utils import logging as transformers_logging
 
 from data import DataError
+from support.frames import READERS
 
 
 @contextmanager
@@ -27,8 +28,8 @@ with quiet("bitsandbytes"):  # which peft imports, and which misses kernels not 
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.utils import get_peft_model_state_dict
 
-__all__ = ["LoraConfig", "PeftModel", "get_peft_model", "get_peft_model_state_dict", "number",
-           "run_command"]
+__all__ = ["READER", "LoraConfig", "PeftModel", "get_peft_model", "get_peft_model_state_dict",
+           "number", "run_command"]
 
 
 def number(kind: type, words: str, fits: Callable[[float], bool]) -> type:
@@ -55,6 +56,10 @@ Positive = number(float, "a number above 0", lambda x: x > 0)
 Factor = number(float, "a number of 1 or more", lambda x: x >= 1)
 Share = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 TopP = number(float, "a number above 0, at most 1", lambda x: 0 < x <= 1)
+
+# The flag of whatever opens video files.
+READER = {"choices": READERS, "default": "av", "help": "decord: it decodes the files of which it shows "
+          "the same frames, and does not notice a damaged frame"}
 
 
 def run_command(main: Callable[[], None]) -> None:

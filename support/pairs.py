@@ -35,7 +35,7 @@ from infer import judge_all
 from model import DeScore
 from support import tables
 from support.batches import THINK_TOKENS
-from support.command import Count, NotNegative, Whole, run_command
+from support.command import READER, Count, NotNegative, Whole, run_command
 from support.files import MODELS, check_out, default_model
 from support.formats import write_pairs
 from support.ranks import Ranks
@@ -199,6 +199,7 @@ def parse_args() -> argparse.Namespace:
     add("--think-tokens", type=Count, default=THINK_TOKENS,
         help="tokens thought at a time, of prompts and their longest CoTs")
     add("--workers", type=Whole, default=0, help="processes that decode videos ahead")
+    add("--reader", **READER)
     args = parser.parse_args()
     if args.temperature is None:
         args.temperature = 0.0 if args.samples == 1 else 1.0
@@ -211,7 +212,7 @@ def main() -> None:
     args, ranks = parse_args(), Ranks.start()
     check_out(args.pairs, args.videos)
     groups = read_groups(args.videos)
-    model = DeScore.load(args.model or default_model())
+    model = DeScore.load(args.model or default_model(), reader=args.reader)
     model.check_head()
     model.processor.use_instruction(args.instruction)
     keys = []

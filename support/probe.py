@@ -34,7 +34,7 @@ from infer import by_key
 from model import DeScore
 from support import release, tables
 from support.batches import THINK_TOKENS, chunks, draw_seed, packed, prompt_lengths
-from support.command import Count, NotNegative, Whole, run_command
+from support.command import READER, Count, NotNegative, Whole, run_command
 from support.files import MODELS, default_model
 from support.formats import read_pairs
 from support.ranks import ALONE, Ranks
@@ -153,9 +153,10 @@ def read(model: DeScore, key: Key) -> list[Clip]:
     that has a size of its own, as in the authors' layout. Raises DataError."""
     video, prompt = key
     settings, own_size = [model.processor.settings], model.info.get("scoring_video")
+    reader = model.processor.reader
     if is_release(model) and own_size:
         settings.append(replace(settings[0], **own_size))
-    return [Clip(*read_video(video, each), prompt) for each in settings]
+    return [Clip(*read_video(video, each, reader), prompt) for each in settings]
 
 
 def is_release(model: DeScore) -> bool:
@@ -375,13 +376,14 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=Whole, default=0, help="of what is drawn: pairs, other prompts, CoTs")
     add("--think-tokens", type=Count, default=THINK_TOKENS,
         help="tokens thought at a time, of prompts and their longest CoTs")
+    add("--reader", **READER)
     add("--json", action="store_true", help="print JSON instead of text")
     return parser.parse_args()
 
 
 def main() -> None:
     args, ranks = parse_args(), Ranks.start()
-    model = DeScore.load(args.model or default_model())
+    model = DeScore.load(args.model or default_model(), reader=args.reader)
     model.check_head()
     model.processor.use_instruction(args.instruction)
     dimensions, generator = model.processor.dimensions, random.Random(args.seed)

@@ -45,7 +45,7 @@ def watch(model, keys: list[tuple[str, str]], batch: Batch) -> tuple[Batch, list
     size = model.info.get("scoring_video")
     settings = replace(model.processor.settings, **size or {})
     if size:
-        frames = [read_video(video, settings) for video, _ in keys]
+        frames = [read_video(video, settings, model.processor.reader) for video, _ in keys]
         samples = [model.processor.sample(*read, prompt) for read, (_, prompt) in zip(frames, keys)]
         return model.encode(model.processor.collate(samples)), [seconds for _, seconds in frames]
     found = []

@@ -29,9 +29,20 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import DIMENSIONS, TAGS, DataError, Pair, VideoSettings, explained, is_number, parse_cot, read_video
+from data import (
+    DIMENSIONS,
+    TAGS,
+    DataError,
+    Pair,
+    VideoSettings,
+    check_reader,
+    explained,
+    is_number,
+    parse_cot,
+    read_video,
+)
 from support.batches import leave_signals
-from support.command import run_command
+from support.command import READER, run_command
 from support.files import read_json, read_lines, write_whole
 from support.tables import describe, plain
 
@@ -75,7 +86,7 @@ def as_text(value) -> str:
     return json.dumps(plain(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def film(videos: list[dict], settings: VideoSettings, workers: int = 0) -> list[dict]:
+def film(videos: list[dict], settings: VideoSettings, workers=0, reader="av") -> list[dict]:
     """A strip for each file that the `videos` of a page name: frames that the model saw, as small JPEG,
     with their seconds; the more videos, the smaller. Where a video cannot be read, what is wrong with
     it. The number of its strip is put into each of `videos`."""
@@ -84,16 +95,16 @@ def film(videos: list[dict], settings: VideoSettings, workers: int = 0) -> list[
         video["strip"] = numbers.setdefault(video["video"], len(numbers))
     files = list(numbers)
     count, height = (16, 160) if len(files) <= 12 else (8, 96) if len(files) <= 200 else (6, 64)
-    cut = partial(strip, settings=settings, count=count, height=height)
+    cut = partial(strip, settings=settings, count=count, height=height, reader=reader)
     strips = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=cut,
                         worker_init_fn=leave_signals)
     return list(tqdm(strips, "frames", len(files), unit="video", disable=len(files) < 100))
 
 
-def strip(video: str, settings: VideoSettings, count: int, height: int) -> dict:
+def strip(video: str, settings: VideoSettings, count: int, height: int, reader="av") -> dict:
     """At most `count` of the frames that the model sees of a video, as high as that at most."""
     try:
-        frames, seconds = read_video(video, settings)
+        frames, seconds = read_video(video, settings, reader)
     except DataError as error:
         return {"error": str(error)}
     total, (h, w) = len(frames), frames.shape[2:]
@@ -132,7 +143,7 @@ def write_page(path: Path, model, judged: dict, pairs: list[Pair] | None = None,
         if score is not None and scale:
             found["below"] = bisect.bisect_left(scale, score) / len(scale)
         videos.append(found)
-    strips = film(videos, model.processor.settings, workers)
+    strips = film(videos, model.processor.settings, workers, model.processor.reader)
     page = {"kind": "judged", "title": f"{len(keys)} videos, judged by {model.name}",
             "dimensions": list(model.processor.dimensions), "videos": videos,
             "scale": histogram(scale) | {"of": scale_of} if scale else None}
@@ -323,10 +334,10 @@ def thoughts(run: RunFolder) -> tuple[list[dict], list[dict]]:
     return list(videos.values()), found
 
 
-def run_page(run: RunFolder, workers: int = 0) -> tuple[str, dict, list[dict]]:
+def run_page(run: RunFolder, workers=0, reader="av") -> tuple[str, dict, list[dict]]:
     """The title of a run's page, what it shows, and its strips."""
     videos, found = thoughts(run)
-    strips = film(videos, run.settings, workers)
+    strips = film(videos, run.settings, workers, reader)
     drawn = []
     for panel, of in run.panels():
         series = [{"name": name, "points": points} for name, points in of.items()]
@@ -377,13 +388,15 @@ def main() -> None:
     add("--out", type=page_path, help="the page [report.html in the run's folder]")
     add("--png", type=Path, metavar="DIR", help="write its curves as PNG there, and no page")
     add("--workers", type=int, default=0, help="processes that decode videos")
+    add("--reader", **READER)
     args = parser.parse_args()
+    check_reader(args.reader)
     run = RunFolder(args.run)
     if args.png:
         print("\n".join(map(str, write_pngs(run, args.png))) or f"{args.run}: nothing is logged yet")
         return
     out = args.out or args.run / "report.html"
-    write(out, *run_page(run, args.workers))
+    write(out, *run_page(run, args.workers, args.reader))
     print(out)
 
 

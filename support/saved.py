@@ -17,7 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from data import DIMENSIONS, TAGS, DataError, Processor, VideoSettings, explained, make_instruction
+from data import (
+    DIMENSIONS,
+    TAGS,
+    DataError,
+    Processor,
+    VideoSettings,
+    check_reader,
+    explained,
+    make_instruction,
+)
 from support import release
 from support.command import PeftModel, get_peft_model_state_dict
 from support.digests import of_backbone
@@ -28,8 +37,9 @@ MOST_LAYERS = 1000  # a config.json with more is damaged, and making them would 
 
 
 def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.device | str | None,
-         video: dict | None, quant: str | None):
+         video: dict | None, quant: str | None, reader: str):
     """`DeScore.load`; cls is DeScore."""
+    check_reader(reader)
     directory = local_folder(source)
     if device is None:  # 0 is a device
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +69,8 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
         dimensions = info.pop("dimensions", DIMENSIONS)
         tags = info.pop("tags", TAGS)
         instruction = info.pop("instruction", make_instruction(dimensions, tags))
-        model = cls(qwen, Processor(tokenizer, settings, instruction, dimensions, tags), backbone)
+        processor = Processor(tokenizer, settings, instruction, dimensions, tags, reader)
+        model = cls(qwen, processor, backbone)
         model.name, model.dtype, model.quant, model.info = str(source), dtype, quant, info
         model.backbone_sha256 = backbone_sha256
         load_rest(model, directory, is_adapter)

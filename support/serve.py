@@ -35,7 +35,7 @@ from data import DataError, explained, open_file
 from infer import Scorer
 from support.batches import THINK_TOKENS
 from support.client import as_reward, from_picture, grey_levels, paired, unusable
-from support.command import Count, NotNegative, Number, Positive, Whole, run_command
+from support.command import READER, Count, NotNegative, Number, Positive, Whole, run_command
 from support.files import MODELS, default_model
 from support.frames import ERRORS, opened
 from support.memory import Clip
@@ -341,6 +341,7 @@ def parse_args() -> argparse.Namespace:
     add("--port", type=Whole, default=8000, help="0: one that is free")
     add("--fps", type=Positive, help="frames a second of frames that come without")
     add("--videos", type=Path, help="a folder below which files may be named by their path")
+    add("--reader", **READER)
     add("--cot", choices=("on", "off"), default="on", help="off: score without thinking")
     add("--samples", type=Count, default=1, help="CoTs a video, their scores averaged")
     add("--max-new-tokens", type=Count, default=4096, help="longest CoT")
@@ -367,7 +368,8 @@ def main() -> None:
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     listening = socket.create_server((args.host, args.port), family=family)
     model = args.model or default_model()
-    score = partial(Scorer(model, args.device, window=args.window), think=args.cot == "on",
+    scorer = Scorer(model, args.device, window=args.window, reader=args.reader)
+    score = partial(scorer, think=args.cot == "on",
                     samples=args.samples, max_new_tokens=args.max_new_tokens,
                     temperature=args.temperature, seed=args.seed, think_tokens=args.think_tokens)
     app = make_app(Service(score, args), model)

@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from data import DataError, explained
 from support.batches import THINK_TOKENS
-from support.command import Count, NotNegative, Positive, Share, Whole
+from support.command import READER, Count, NotNegative, Positive, Share, Whole
 from support.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +56,7 @@ class RunArgs:
     resume: Literal["true", "false", "insist"] = setting(
         "true", "go on from the newest checkpoint in --out; insist: though code or data have changed")
     workers: Whole = setting(2, "processes that decode videos ahead")
+    reader: Literal["av", "decord"] = setting("av", READER["help"])
     think_tokens: Count = setting(THINK_TOKENS, "tokens thought at a time, of prompts and their "
                                 "longest CoTs; one pair at least", aliases=["--eval-tokens"])
     max_new_tokens: Count = setting(4096, "longest CoT")
@@ -78,7 +79,7 @@ class RunArgs:
 
 # Settings that may differ from one start of a run to the next: they do not change what is
 # trained.
-FREE = {"out", "preset", "resume", "save_every", "keep", "workers", "max_skipped",
+FREE = {"out", "preset", "resume", "save_every", "keep", "workers", "reader", "max_skipped",
         "keep_rollouts", "log", "test", "eval_before", "eval_every", "eval_temperature"}
 STAGES = {"coldstart", "rl"}
 FREE_IN = {"coldstart": {"think_tokens", "max_new_tokens"}}  # which thinks in evaluation alone
