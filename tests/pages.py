@@ -24,7 +24,7 @@ def write_lines(path, records):
 def a_model(name="runs/rl", info=None, dimensions=DIMENSIONS):
     settings = VideoSettings(min_pixels=4096, max_pixels=40_000)
     return SimpleNamespace(name=name, info=info or {}, processor=SimpleNamespace(
-        dimensions=dimensions, tags=TAGS, settings=settings))
+        dimensions=dimensions, tags=TAGS, settings=settings, reader="av"))
 
 
 def a_cot(scores, words="asked for, and seen"):
