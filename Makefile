@@ -1,5 +1,7 @@
 # make demo: set up, then render, cold start, reinforcement learning, inference on the embedded default
 # make test: set up, then run the tests
+# make test-all: the slow ones too
+# make test-oldest: the tests with the oldest packages that requirements.txt allows, in .venv-oldest
 # make post-train: after make demo, improve a small generator by the reward alone
 PYTHON ?= python3
 
@@ -10,16 +12,29 @@ test: .venv/test
 	.venv/bin/ruff check
 	.venv/bin/python -m pytest
 
+test-all: .venv/test
+	.venv/bin/ruff check
+	.venv/bin/python -m pytest -m ""
+
+test-oldest: .venv-oldest/test
+	.venv-oldest/bin/python -m pytest
+
 post-train: .venv/test
 	.venv/bin/python toy/post_train.py --picture runs/post_train/curves.png
 
-.venv/demo: requirements.txt
+.venv/demo: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q -r requirements.txt
+	.venv/bin/pip install -q -c constraints.txt -r requirements.txt
 	touch $@
 
 .venv/test: requirements-dev.txt support/requirements.txt .venv/demo
-	.venv/bin/pip install -q -r requirements-dev.txt
+	.venv/bin/pip install -q -c constraints.txt -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test post-train
+.venv-oldest/test: requirements.txt requirements-dev.txt support/requirements.txt
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/>=/==/' requirements.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test test-all test-oldest post-train

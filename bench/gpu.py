@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import speed
 
 from support.command import run_command
+from support.run import checkpoint_activations
 
 
 def clock(work, device: str, repeats: int) -> float:
@@ -68,7 +69,7 @@ def measure(quant: bool, args) -> None:
     if quant:
         quantise(model)
     model.set_trainable(64)
-    model.qwen.activation_checkpointing_enable()
+    checkpoint_activations(model.qwen)
     batch = model.encode(speed.make_batch(model, 1, args.video_tokens))
     P = batch.input_ids.shape[1]
     speed.never_ends(model)

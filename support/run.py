@@ -182,7 +182,7 @@ class Run:
         """Make the model ready to train: checkpointing of activations, shards, AdamW over
         groups of its parameters ({"params": names, "lr": rate})."""
         if self.args.gradient_checkpointing:
-            model.qwen.activation_checkpointing_enable()
+            checkpoint_activations(model.qwen)
         if self.args.shard and self.args.lora_rank:
             raise DataError("--shard full splits a model of which all trains: it needs "
                             "--lora-rank 0; adapters are small and need no splitting")
@@ -511,6 +511,13 @@ class Run:
             append(self.out / f"{name}.jsonl", [finite(record)])
             if name == "metrics":
                 self.tracker.send(record)
+
+
+def checkpoint_activations(qwen) -> None:
+    """Keep little for the backward, which computes the rest again."""
+    # Its name in transformers 5.19 is the second.
+    enable = getattr(qwen, "activation_checkpointing_enable", None) or qwen.gradient_checkpointing_enable
+    enable()
 
 
 def quantiles(scores: list[float]) -> list[float]:
