@@ -554,7 +554,7 @@ MUTANTS = [
     ("support/serve.py", "ThreadPoolExecutor(args.queue)", "ThreadPoolExecutor(1)", SERVE + " -k together"),
     ("support/serve.py", "if packets > 2 * args.max_frames:", "if False:", SERVE + " -k decoded"),
     ("support/serve.py", "(b\",\", b\"[\", b\"{\")", "(b\"[\", b\"{\")", SERVE + " -k small_values"),
-    ("support/client.py", "except TimeoutError:", "except ZeroDivisionError:", SERVE + " -k may_help"),
+    ("support/client.py", "except socket.timeout:", "except ZeroDivisionError:", SERVE + " -k may_help"),
     ("support/batches.py", ", generator=torch.Generator()", "", MEMORY + " -k random"),
     ("support/adapters.py", "if record[\"error\"] is not None and unusable is None:", "if False:",
      ADAPTERS + " -k unusable"),

@@ -5,14 +5,16 @@ how many frames a second the generator makes. A reward is the standardised score
 itself of a model that has no scale. A video that cannot be scored is a ValueError that says why,
 for NaN would spoil what a group is compared with; where `unusable` is a number, it is that.
 
-To use them where this project is not, copy this file and client.py side by side. torch is all
-they need.
+To use them where this project is not, copy this file and client.py side by side. They need Python
+3.8 or later, numpy and torch.
 """
+
+from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -120,7 +122,7 @@ class VideoXFun:
         return torch.tensor(found, dtype=torch.float32, device=batch_frames.device)
 
 
-served = cache(Client)  # one for each address
+served = lru_cache(maxsize=None)(Client)  # one for each address
 
 
 async def compute_score_descore(
@@ -132,6 +134,7 @@ async def compute_score_descore(
 
     solution_image: uint8, or float in [0, 1], (T, 3, H, W); ground_truth: the prompt."""
     fps = (extra_info or {}).get("fps") if fps is None else fps
-    (found,), (record,) = await asyncio.to_thread(
-        rewards, score or served(server_url), solution_image, [ground_truth], fps=fps, layout="TCHW")
+    ask = partial(rewards, score or served(server_url), solution_image, [ground_truth], fps=fps,
+                  layout="TCHW")
+    (found,), (record,) = await asyncio.get_running_loop().run_in_executor(None, ask)
     return {"score": found, "descore_raw": record["score"]}

@@ -3,14 +3,17 @@
     score = Client("http://127.0.0.1:8000")
     records = score(frames, prompts, fps=16)    # as infer.Scorer answers: a dict a video
 
-This file needs the standard library and numpy alone, so that it can be copied into a trainer.
+This file needs Python 3.8 or later and numpy alone, so that it can be copied into a trainer.
 """
+
+from __future__ import annotations
 
 import base64
 import http.client
 import json
 import math
 import os
+import socket
 import struct
 import time
 import urllib.error
@@ -196,7 +199,7 @@ class Client:
             frames = [base64.b64encode(png(grey_levels(frame))).decode() for frame in video]
             found = self.post("/compute", {"prompt": [prompt], "video": [frames], "fps": fps})
         (record,) = found["records"]
-        return record | {"score": math.nan if record["score"] is None else record["score"]}
+        return {**record, "score": math.nan if record["score"] is None else record["score"]}
 
     def post(self, path: str, body: dict) -> dict:
         """The server's answer. Raises RuntimeError if there is none, or it refuses."""
@@ -213,7 +216,7 @@ class Client:
                 reason = f"HTTP {error.code}: {said}"
                 if error.code != 503:
                     break
-            except TimeoutError:  # whoever is slow would only have more to do
+            except socket.timeout:  # TimeoutError since 3.10; whoever is slow would only have more to do
                 reason = f"no answer within {self.timeout:g} seconds"
                 break
             except (OSError, http.client.HTTPException) as error:  # cannot be reached, or went away

@@ -581,6 +581,27 @@ def test_the_client_is_one_file_that_needs_numpy_alone(tmp_path, url, clip, expe
             Client(bad)
 
 
+# What Python 3.8 does not have, of what one might write here.
+LATER = {"to_thread", "cache", "pairwise", "removeprefix", "removesuffix", "TimeoutError", "strict", "timeout_at"}
+
+
+@pytest.mark.parametrize("name", ["client.py", "adapters.py"])
+def test_what_is_copied_into_a_trainer_asks_for_python_3_8_alone(name):
+    tree = ast.parse((ROOT / "support" / name).read_text(), feature_version=(3, 8))
+    assert re.search(r"Python\s3\.8 or later", ast.get_docstring(tree))
+    nodes = list(ast.walk(tree))
+    assert any(isinstance(node, ast.ImportFrom) and node.module == "__future__"
+               and node.names[0].name == "annotations" for node in nodes)
+    words, hints = set(), set()  # hints are never evaluated
+    for node in nodes:
+        words |= {getattr(node, field, None) for field in ("id", "attr", "arg", "name")}
+        for hint in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            hints |= set(ast.walk(hint)) if isinstance(hint, ast.AST) else set()
+    assert not words & LATER
+    unions = [node for node in nodes if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)]
+    assert not set(unions) - hints  # of types, or of dicts
+
+
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (64, 33)])
 def test_the_clients_png_files_lose_nothing(size):
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
