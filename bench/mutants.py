@@ -31,6 +31,8 @@ EXPECTED = "tests/test_steps.py -k expectation"
 ALL_PAIRS = "tests/test_steps.py -k winner_meet"
 MASKED = "tests/test_steps.py -k masked"
 REWARDS, STRICT = "tests/test_rewards.py", "tests/test_strict.py"
+READER = "tests/test_reader.py"
+READER_ALL = READER + " -m slow"
 PAIRS, PROBE = "tests/test_pairs.py", "tests/test_probe.py"
 DIGESTS = "tests/test_digests.py"
 NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
@@ -238,6 +240,36 @@ MUTANTS = [
     ("data.py", "split_special_tokens=True", "split_special_tokens=False", DATA),
     ("data.py", "video.seconds[index] for", "index / video.fps for", FRAMES),
     ("support/frames.py", "for packet in packets if not packet.is_discard", "for packet in packets", FRAMES),
+    # -- the other reader
+    ("support/frames.py", " or len(stamps) < len(packets)", "", READER),
+    ("support/frames.py", "if stamps is None or", "if stamps and", READER),
+    ("support/frames.py", 'EXACT = ("yuv420p",', 'EXACT = ("yuv420p10le", "yuv420p",', READER),
+    ("support/frames.py", "context.width % 2 == context.height % 2 == 0", "True", READER),
+    ("support/frames.py", "keyframes[0] and sum(keyframes) == 1", "keyframes[0]", READER),
+    ("support/frames.py", "return exact and keyframes[0]", "return False and keyframes[0]", READER),
+    ("support/frames.py", '"DISPLAYMATRIX" in first.side_data or ', "", READER),
+    ("support/frames.py", "if picture.shape != shape:", "if False:", READER),
+    ("support/frames.py", "with suppress(Exception):", "with suppress(ValueError):", READER),
+    ("support/frames.py", "indices = indices[1:]", "pass", READER),
+    ("support/frames.py", "yield from [picture] * times", "yield picture", READER),
+    ("support/frames.py", 'reader == "decord" and suits', "suits", READER),
+    ("data.py", "open_file(video, reader)", "open_file(video)", READER),
+    ("data.py", "open_video(video, settings, reader)", "open_video(video, settings)", READER),
+    ("data.py", "self.settings, self.reader), prompt)", "self.settings), prompt)", READER),
+    ("data.py", "if reader not in READERS:", "if False:", READER),
+    ("data.py", "pip install decord2\", ImportError, OSError", "pip install decord2\", OSError", READER),
+    ("support/saved.py", "instruction, dimensions, reader)", "instruction, dimensions)", READER),
+    ("support/check.py", "read_video(video, settings, reader)", "read_video(video, settings)", READER),
+    ("support/report.py", "height=height, reader=reader)", "height=height)", READER),
+    ("infer.py", "DeScore.load(args.model, reader=args.reader)", "DeScore.load(args.model)", READER),
+    ("infer.py", "device=device, reader=reader)", "device=device)", READER),
+    ("support/annotate.py", "video=video, reader=args.reader)", "video=video)", READER_ALL),
+    ("support/pairs.py", "default_model(), reader=args.reader)", "default_model())", READER_ALL),
+    ("support/probe.py", "default_model(), reader=args.reader)", "default_model())", READER_ALL),
+    ("support/probe.py", "read_video(video, each, reader)", "read_video(video, each)", READER_ALL),
+    ("coldstart.py", ", reader=args.reader)", ")", READER_ALL),
+    ("rl.py", ", reader=args.reader)", ")", READER_ALL),
+    ("support/settings.py", '"workers", "reader", ', '"workers", ', RUNS + " -k signal_ends"),
     ("support/frames.py", " or stamps[0] > min(stamps)", "", FRAMES),
     ("support/frames.py", "samples >= len(stream.index_entries)", "True", FRAMES),
     ("support/frames.py", "<= end + 1.5 /", "<= end + 1e9 /", FRAMES),
@@ -554,6 +586,11 @@ MUTANTS = [
     ("support/serve.py", "ThreadPoolExecutor(args.queue)", "ThreadPoolExecutor(1)", SERVE + " -k together"),
     ("support/serve.py", "if packets > 2 * args.max_frames:", "if False:", SERVE + " -k decoded"),
     ("support/serve.py", "(b\",\", b\"[\", b\"{\")", "(b\"[\", b\"{\")", SERVE + " -k small_values"),
+    ("support/client.py", "{**record, ", "record | {", SERVE + " -k 3_8"),
+    ("support/client.py", "from __future__ import annotations\n", "", SERVE + " -k 3_8"),
+    ("support/client.py", "except socket.timeout:", "except TimeoutError:", SERVE + " -k 3_8"),
+    ("support/adapters.py", "lru_cache(maxsize=None)(Client)", "__import__('functools').cache(Client)",
+     SERVE + " -k 3_8"),
     ("support/client.py", "except socket.timeout:", "except ZeroDivisionError:", SERVE + " -k may_help"),
     ("support/batches.py", ", generator=torch.Generator()", "", MEMORY + " -k random"),
     ("support/adapters.py", "if record[\"error\"] is not None and unusable is None:", "if False:",
@@ -625,7 +662,7 @@ def planted(folder: Path, mutant: tuple[str, str, str, str]) -> str:
     path.write_text(text.replace(old, new), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider"]
     words = tests.split(" -k ")
-    command += [words[0], *(["-k", words[1]] if len(words) > 1 else [])]
+    command += [*words[0].split(), *(["-k", words[1]] if len(words) > 1 else [])]
     try:
         done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:

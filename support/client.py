@@ -216,7 +216,8 @@ class Client:
                 reason = f"HTTP {error.code}: {said}"
                 if error.code != 503:
                     break
-            except socket.timeout:  # TimeoutError since 3.10; whoever is slow would only have more to do
+            # TimeoutError since Python 3.10. Whoever is slow would only have more to do.
+            except socket.timeout:  # noqa: UP041
                 reason = f"no answer within {self.timeout:g} seconds"
                 break
             except (OSError, http.client.HTTPException) as error:  # cannot be reached, or went away

@@ -582,7 +582,7 @@ def test_the_client_is_one_file_that_needs_numpy_alone(tmp_path, url, clip, expe
 
 
 # What Python 3.8 does not have, of what one might write here.
-LATER = {"to_thread", "cache", "pairwise", "removeprefix", "removesuffix", "TimeoutError", "strict", "timeout_at"}
+LATER = {"to_thread", "cache", "pairwise", "removeprefix", "removesuffix", "TimeoutError", "strict"}
 
 
 @pytest.mark.parametrize("name", ["client.py", "adapters.py"])
