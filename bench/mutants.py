@@ -307,7 +307,7 @@ MUTANTS = [
     ("support/tables.py", "not bad.intersection(pair.videos())", "True", JUDGING + " -k evaluation"),
     ("support/tables.py", "json.dumps(plain(found)", "json.dumps(found", JUDGING + " -k base"),
     ("support/annotate.py", "if not code:", "if True:", JUDGING + " -k alone"),
-    ("support/annotate.py", 'load(args.model, video=video)', 'load(args.model)', JUDGING + " -k looks"),
+    ("support/annotate.py", 'load(args.model, video=video, ', 'load(args.model, ', JUDGING + " -k looks"),
     ("support/formats.py", "beside.unlink(missing_ok=True)", "pass", JUDGING + " -k whole"),
     ("support/annotate.py", "if not kept:", "if False:", WIRES),
     ("infer.py", "draw_seed(seed, number)", "draw_seed(seed)", MODEL),
