@@ -258,7 +258,7 @@ MUTANTS = [
     ("data.py", "self.settings, self.reader), prompt)", "self.settings), prompt)", READER),
     ("data.py", "if reader not in READERS:", "if False:", READER),
     ("data.py", "pip install decord2\", ImportError, OSError", "pip install decord2\", OSError", READER),
-    ("support/saved.py", "instruction, dimensions, reader)", "instruction, dimensions)", READER),
+    ("support/saved.py", "instruction, dimensions, tags, reader)", "instruction, dimensions)", READER),
     ("support/check.py", "read_video(video, settings, reader)", "read_video(video, settings)", READER),
     ("support/report.py", "height=height, reader=reader)", "height=height)", READER),
     ("infer.py", "DeScore.load(args.model, reader=args.reader)", "DeScore.load(args.model)", READER),
