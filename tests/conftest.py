@@ -3,7 +3,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run in two processes side by side
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in two processes side by side
 
 import pytest
 import torch
@@ -16,6 +16,14 @@ from launch import run
 from model import DeScore
 
 TOY_VIDEO = ["--min-pixels", "4096", "--max-pixels", "4096"]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say at the end under which settings the tests ran, for rounding depends on them."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "not set")
+    terminalreporter.write_line(f"threads {torch.get_num_threads()}, capability {capability}, "
+                                f"ONEDNN_MAX_CPU_ISA {onednn}")
 
 
 @pytest.fixture(scope="session")
