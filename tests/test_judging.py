@@ -285,7 +285,7 @@ def test_ranks_share_a_file_of_pairs_and_find_what_one_finds(world_dir, scorer, 
         found, whole = json.loads(first.stdout), json.loads(alone.stdout)
         for name in ("intervals", "generators"):
             assert found.pop(name) == whole.pop(name)
-        assert found == pytest.approx(whole)
+        assert found == pytest.approx(whole, rel=1e-5)
     expected, *found = ({(r["video"], r["prompt"]): r["cot"] for r in lines_of(path)[1:]}
                         for path in (tmp_path / "alone", *outs))
     assert len(expected) == 7 and found == [expected] * 2 and len(set(expected.values())) > 1

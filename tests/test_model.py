@@ -347,7 +347,7 @@ def test_the_reference_is_the_policy_as_it_was(model, keys):
     after, _ = model.group(make_batch(model, keys[:2]), tokens, mask)
     for temperature, expected in before.items():
         reference = model.reference_logps(make_batch(model, keys[:2]), tokens, mask, temperature)
-        torch.testing.assert_close(reference, expected.detach(), rtol=0, atol=1e-5)  # float32 of about 20
+        torch.testing.assert_close(reference, expected.detach(), rtol=0, atol=5e-5)  # float32 of about 20
     assert (after - before[1.0]).abs().max() > 1e-3
     assert set(model.trainable()) == trains and not any("reference" in name for name in trains)
 
@@ -361,7 +361,7 @@ def test_the_reference_of_a_whole_model_is_a_copy(model, keys):
     model.qwen.lm_head.weight.data.mul_(1.1)
     for temperature, expected in before.items():
         reference = model.reference_logps(make_batch(model, keys[:1]), tokens, mask, temperature)
-        torch.testing.assert_close(reference, expected.detach(), rtol=0, atol=2e-5)  # float64 against float32
+        torch.testing.assert_close(reference, expected.detach(), rtol=0, atol=1e-4)  # float64 against float32
     assert (model.group(make_batch(model, keys[:1]), tokens, mask)[0] - before[1.0]).abs().max() > 1e-3
     assert not any(p.requires_grad for p in model.reference.parameters())
     assert not any(name.startswith("_reference") for name, _ in model.named_parameters())

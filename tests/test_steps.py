@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
+from data import DIMENSIONS
 from model import DeScore
 
 RANK, EMBEDDING = 4, "language_model.embed_tokens.weight"
@@ -231,7 +232,7 @@ def test_one_choice_of_pairs_and_masks_explains_each_step_of_stage_1(stage1):
     _, steps, _ = stage1
     seen, masks = [], []
     for _, (off, some, masked), next_off, _ in steps:
-        assert off < 1e-5 and next_off > 1e-4
+        assert off < 1e-4 and next_off > 1e-3
         seen += some
         masks += masked
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))  # each pair once an epoch
@@ -283,15 +284,17 @@ def test_the_expectation_over_the_mask_is_both_losses_weighed(plain, pairs, star
 # ------------------------------------------------------------------------------------------------------------
 # Stage 2
 
-G, LR2, MAX_NORM2, BETA, BT_WEIGHT, CLIP = 3, 1e-3, 3.0, 0.1, 0.5, (0.05, 0.1)
+G, LR2, MAX_NORM2, BETA, BT_WEIGHT, CLIP = 3, 5e-4, 6.0, 0.1, 0.5, (0.05, 0.1)
 WEIGHTS = {"format": 0.2, "quality": 0.5, "length": 0.3}
 LENGTH = (60, 95)
+LIMIT = 111  # tokens of a CoT
 # Notes what each rollout read and wrote, and under which log-probabilities.
 RECORDER = """
-import torch, rl
+import json, torch, rl
 from model import DeScore
 
 think, calls = DeScore.think, []
+{prelude}
 
 def recorded(self, batch, *args, **kwargs):
     found = think(self, batch, *args, **kwargs)
@@ -301,8 +304,49 @@ def recorded(self, batch, *args, **kwargs):
 
 DeScore.think = recorded
 rl.main()
-torch.save(calls, "{}")
+torch.save(calls, "{calls}")
 """
+# Instead of numbers that decide what is drawn, the sampling gets the tokens of a script, video by video: what
+# is drawn at a number depends on the last digit of a probability, and so on the machine.
+RECITED = """
+import model
+
+sample, script = DeScore.sample, iter(json.load(open("{script}")))
+
+def recited(self, cache, hidden, position, uniform, temperature, top_p):
+    tokens = torch.full(uniform.shape, self.eos)
+    for row in tokens.flatten(0, 1):
+        cot = next(script)[: len(row)]
+        row[: len(cot)] = torch.tensor(cot)
+    return sample(self, cache, hidden, position, tokens, temperature, top_p)
+
+DeScore.sample = recited
+model.draw = lambda logits, token, top_p: token
+"""
+
+
+def written(scores, words="asked red circle, seen red circle", end="}}\n</answer>"):
+    """A CoT in the words of the embedded backbone."""
+    lines = "\n".join(f"{name}: {words}, so {score}" for name, score in scores.items())
+    answer = json.dumps({"dimensional_scores": scores}, separators=(",", ":")).removesuffix("}}")
+    return f"<think>\n{lines}\n</think>\n<answer>\n{answer}{end}"
+
+
+def script(videos, encode, end):
+    """The tokens of three CoTs for each video of a run: of another reward each, or all of the same."""
+    cots = []
+    for number in range(videos):
+        values = [0, 1, 2, "N/A", 2, 1, 2][number % 7 :] + [2, 0, "N/A", 1, 1]
+        one, other = (dict(zip(DIMENSIONS, some)) for some in (values, reversed(values[:5])))
+        good = written(one)
+        group = [
+            [good, written(other, "red, seen red"), written(one, end="}")],
+            [written(other, "seen"), good, written(one, "asked red circle, seen red circle, not asked, seen")],
+            [good, good, good],
+            [written(one, "seen red", end=""), written(one, "asked, seen moves left"), good],
+        ][number % 4]
+        cots += [[*encode(text), end] for text in group]
+    return cots
 
 
 def said(thought):
@@ -418,11 +462,13 @@ def stage2(plain, pairs, start, tmp_path_factory):
     """The run, and what should have come of it: of each step its record, its videos, and what should have
     been logged."""
     out = tmp_path_factory.mktemp("rl")
-    (out / "recorder.py").write_text(RECORDER.format(out / "calls.pt"))
+    (out / "script.json").write_text(json.dumps(script(36, plain.encode, plain.end)))
+    prelude = RECITED.format(script=out / "script.json")
+    (out / "recorder.py").write_text(RECORDER.format(prelude=prelude, calls=out / "calls.pt"))
     (out / "pairs.jsonl").write_text("".join(pairs[0].read_text().splitlines(keepends=True)[:6]))
     run(out / "recorder.py", "--model", start, "--train", out / "pairs.jsonl", "--out", out, *COMMON,
         "--steps", 3, "--updates", 2, "--batch-size", 6, "--group-size", G, "--think-tokens", 2000,
-        "--max-new-tokens", 111, "--lr", LR2, "--weight-decay", DECAY, "--max-grad-norm", MAX_NORM2,
+        "--max-new-tokens", LIMIT, "--lr", LR2, "--weight-decay", DECAY, "--max-grad-norm", MAX_NORM2,
         "--beta", BETA, "--bt-weight", BT_WEIGHT, "--clip-low", CLIP[0], "--clip-high", CLIP[1],
         "--length-low", LENGTH[0], "--length-high", LENGTH[1],
         *(part for name, w in WEIGHTS.items() for part in (f"--w-{name}", w)))
@@ -484,7 +530,7 @@ def test_stage_2_moves_every_weight_as_adamw_would(stage2, start, plain):
 
 
 def test_all_rollouts_of_a_winner_meet_all_of_its_loser(plain, pairs, start, tmp_path):
-    (tmp_path / "recorder.py").write_text(RECORDER.format(tmp_path / "calls.pt"))
+    (tmp_path / "recorder.py").write_text(RECORDER.format(prelude="", calls=tmp_path / "calls.pt"))
     (tmp_path / "pairs.jsonl").write_text("".join(pairs[0].read_text().splitlines(keepends=True)[:4]))
     run(tmp_path / "recorder.py", "--model", start, "--train", tmp_path / "pairs.jsonl", "--out", tmp_path,
         *COMMON, "--steps", 1, "--updates", 1, "--batch-size", 4, "--group-size", G, "--max-new-tokens", 40,
