@@ -220,8 +220,11 @@ def test_stage_2_trains_on_what_transformers_own_generate_wrote(world_dir, tmp_p
 
 SPY = """
 import inspect, json, sys
+import recited
 import rl
 from model import DeScore
+
+recited.install()
 
 seen = {"grpo": [], "bt": [], "think": [], "group": [], "reference": []}
 

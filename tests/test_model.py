@@ -216,7 +216,17 @@ def test_a_video_thinks_the_same_in_any_company(model, keys):
     torch.testing.assert_close(together.scores[1], alone.scores[0], **EXACT)
 
 
-def test_letting_finished_rollouts_go_changes_nothing(model, keys, monkeypatch):
+@pytest.fixture
+def drawn_by_number(model, monkeypatch):
+    """What is drawn depends on the number alone, not on the last digit of a probability: of fifty tokens one
+    is the end, the others any."""
+    def draw(logits, number, top_p):
+        return torch.where(number < 0.02, model.processor.eos_id, (number * 500).long())
+
+    monkeypatch.setattr("model.draw", draw)
+
+
+def test_letting_finished_rollouts_go_changes_nothing(model, keys, drawn_by_number, monkeypatch):
     sizes, real = [], descore.let_go
 
     def watched(cache, rows, hidden, live):
@@ -247,7 +257,7 @@ def test_letting_finished_rollouts_go_changes_nothing(model, keys, monkeypatch):
             torch.testing.assert_close(together.scores[b], other.scores[0], **EXACT)
 
 
-def test_some_run_into_the_limit_while_others_have_gone(model, keys):
+def test_some_run_into_the_limit_while_others_have_gone(model, keys, drawn_by_number):
     """[Reward] follows the last token of what never ended, and only there."""
     thoughts = model.think(make_batch(model, keys), 12, 110, temperature=2.0, seeds=[5, 6, 7])
     truncated = model.truncated(thoughts)

@@ -35,13 +35,14 @@ LORA, FULL = ("--lora-rank", 4), ("--lora-rank", 0, "--lr", 1e-4)
 
 
 def command(stage, world_dir, out, *extra):
-    """A short run of a stage: coldstart takes 3 steps of 4 pairs, rl 3 steps of 3 pairs, a pair at a time."""
+    """A short run of a stage: coldstart takes 3 steps of 4 pairs, rl 3 steps of 3 pairs, a pair at a time.
+    Rollouts recite, for what processes draw would depend on their number."""
     model = ["--model", ROOT / "toy/backbone", "--out", out]
     if stage == "coldstart":
         return ["coldstart.py", *model, "--train", world_dir / "train_cots.jsonl", "--epochs", 1,
                 "--batch-size", 4, "--max-tokens", 1, *QUICK, *extra]
-    return ["rl.py", *model, "--train", world_dir / "train.jsonl", "--steps", 3, "--batch-size", 3,
-            "--group-size", 2, "--updates", 1, "--think-tokens", 700, *QUICK, *extra]
+    return [ROOT / "tests/recited.py", *model, "--train", world_dir / "train.jsonl", "--steps", 3,
+            "--batch-size", 3, "--group-size", 2, "--updates", 1, "--think-tokens", 700, *QUICK, *extra]
 
 
 def torchrun(processes, *arguments):

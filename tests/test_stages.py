@@ -42,6 +42,7 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+RECITED = (ROOT / "tests/recited.py",)  # rl.py, on any number of processes with the same rollouts
 STAGE2 = ("--steps", 2, "--updates", 2, "--length-low", 60, "--length-high", 120)
 
 
@@ -55,7 +56,7 @@ def stage1(world_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stage2(world_dir, stage1, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "rl"
-    rl(world_dir, stage1, out, *STAGE2, "--test", world_dir / "test_id.jsonl")
+    rl(world_dir, stage1, out, *STAGE2, "--test", world_dir / "test_id.jsonl", launch=RECITED)
     return out
 
 
@@ -124,7 +125,7 @@ def test_two_processes_train_stage_1_like_one(world_dir, stage1, tmp_path):
 
 
 def test_two_processes_train_stage_2_like_one(world_dir, stage1, stage2, tmp_path):
-    rl(world_dir, stage1, tmp_path, *STAGE2, launch=torchrun("rl.py", 2))
+    rl(world_dir, stage1, tmp_path, *STAGE2, launch=torchrun(*RECITED, 2))
     assert_same_training(stage2, tmp_path)
 
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from data import DIMENSIONS
 from model import DeScore
 
 RANK, EMBEDDING = 4, "language_model.embed_tokens.weight"
@@ -284,17 +283,16 @@ def test_the_expectation_over_the_mask_is_both_losses_weighed(plain, pairs, star
 # ------------------------------------------------------------------------------------------------------------
 # Stage 2
 
-G, LR2, MAX_NORM2, BETA, BT_WEIGHT, CLIP = 3, 5e-4, 6.0, 0.1, 0.5, (0.05, 0.1)
+G, LR2, MAX_NORM2, BETA, BT_WEIGHT, CLIP = 3, 5e-4, 8.5, 0.1, 0.5, (0.25, 0.35)
 WEIGHTS = {"format": 0.2, "quality": 0.5, "length": 0.3}
 LENGTH = (60, 95)
-LIMIT = 111  # tokens of a CoT
 # Notes what each rollout read and wrote, and under which log-probabilities.
 RECORDER = """
-import json, torch, rl
+import recited, rl, torch
 from model import DeScore
 
+recited.install()
 think, calls = DeScore.think, []
-{prelude}
 
 def recorded(self, batch, *args, **kwargs):
     found = think(self, batch, *args, **kwargs)
@@ -304,49 +302,8 @@ def recorded(self, batch, *args, **kwargs):
 
 DeScore.think = recorded
 rl.main()
-torch.save(calls, "{calls}")
+torch.save(calls, "{}")
 """
-# Instead of numbers that decide what is drawn, the sampling gets the tokens of a script, video by video: what
-# is drawn at a number depends on the last digit of a probability, and so on the machine.
-RECITED = """
-import model
-
-sample, script = DeScore.sample, iter(json.load(open("{script}")))
-
-def recited(self, cache, hidden, position, uniform, temperature, top_p):
-    tokens = torch.full(uniform.shape, self.eos)
-    for row in tokens.flatten(0, 1):
-        cot = next(script)[: len(row)]
-        row[: len(cot)] = torch.tensor(cot)
-    return sample(self, cache, hidden, position, tokens, temperature, top_p)
-
-DeScore.sample = recited
-model.draw = lambda logits, token, top_p: token
-"""
-
-
-def written(scores, words="asked red circle, seen red circle", end="}}\n</answer>"):
-    """A CoT in the words of the embedded backbone."""
-    lines = "\n".join(f"{name}: {words}, so {score}" for name, score in scores.items())
-    answer = json.dumps({"dimensional_scores": scores}, separators=(",", ":")).removesuffix("}}")
-    return f"<think>\n{lines}\n</think>\n<answer>\n{answer}{end}"
-
-
-def script(videos, encode, end):
-    """The tokens of three CoTs for each video of a run: of another reward each, or all of the same."""
-    cots = []
-    for number in range(videos):
-        values = [0, 1, 2, "N/A", 2, 1, 2][number % 7 :] + [2, 0, "N/A", 1, 1]
-        one, other = (dict(zip(DIMENSIONS, some)) for some in (values, reversed(values[:5])))
-        good = written(one)
-        group = [
-            [good, written(other, "red, seen red"), written(one, end="}")],
-            [written(other, "seen"), good, written(one, "asked red circle, seen red circle, not asked, seen")],
-            [good, good, good],
-            [written(one, "seen red", end=""), written(one, "asked, seen moves left"), good],
-        ][number % 4]
-        cots += [[*encode(text), end] for text in group]
-    return cots
 
 
 def said(thought):
@@ -402,7 +359,7 @@ def watched(plain, weights, rows, call):
             old, _ = plain(weights, [(samples[side], cot) for cot in cots])
         off = (torch.cat(old) - noted[mask]).abs().max().item()
         yield {"pair": i, "side": side, "cots": cots, "old": old, "off": off, "next_off": max(apart),
-               "kl": [], "clipped": []}
+               "kl": [], "clipped": [], "to_bound": []}
 
 
 def judged(plain, video, row):
@@ -437,6 +394,9 @@ def update(plain, weights, reference, rows, videos):
             objective = torch.minimum(ratio * A, ratio.clamp(low, high) * A) - BETA * kl
             loss -= objective.mean() / (len(videos) * G)
             video["kl"].append(kl.detach())
+            if A:
+                bound = low if A < 0 else high
+                video["to_bound"].append((ratio - bound).abs().min().item())
             video["clipped"].append(torch.stack([(A < 0) & (ratio < low), (A > 0) & (ratio > high)]))
         figures["grpo_loss"] += loss.item()
         if rows[i]["preference"] != "tie":
@@ -462,13 +422,11 @@ def stage2(plain, pairs, start, tmp_path_factory):
     """The run, and what should have come of it: of each step its record, its videos, and what should have
     been logged."""
     out = tmp_path_factory.mktemp("rl")
-    (out / "script.json").write_text(json.dumps(script(36, plain.encode, plain.end)))
-    prelude = RECITED.format(script=out / "script.json")
-    (out / "recorder.py").write_text(RECORDER.format(prelude=prelude, calls=out / "calls.pt"))
+    (out / "recorder.py").write_text(RECORDER.format(out / "calls.pt"))
     (out / "pairs.jsonl").write_text("".join(pairs[0].read_text().splitlines(keepends=True)[:6]))
     run(out / "recorder.py", "--model", start, "--train", out / "pairs.jsonl", "--out", out, *COMMON,
         "--steps", 3, "--updates", 2, "--batch-size", 6, "--group-size", G, "--think-tokens", 2000,
-        "--max-new-tokens", LIMIT, "--lr", LR2, "--weight-decay", DECAY, "--max-grad-norm", MAX_NORM2,
+        "--max-new-tokens", 111, "--lr", LR2, "--weight-decay", DECAY, "--max-grad-norm", MAX_NORM2,
         "--beta", BETA, "--bt-weight", BT_WEIGHT, "--clip-low", CLIP[0], "--clip-high", CLIP[1],
         "--length-low", LENGTH[0], "--length-high", LENGTH[1],
         *(part for name, w in WEIGHTS.items() for part in (f"--w-{name}", w)))
@@ -495,7 +453,7 @@ def test_stage_2_thinks_about_each_video_of_a_step_with_the_weights_before_it(st
     _, steps, _, unexplained = stage2
     assert not unexplained and [record["step"] for record, *_ in steps] == [1, 2, 3]
     for _, videos, *_ in steps:
-        assert all(video["off"] < 5e-4 and video["next_off"] > 1e-2 for video in videos)
+        assert all(video["off"] < 2e-3 and video["next_off"] > 0.1 for video in videos)
         seen = [(video["pair"], video["side"]) for video in videos]
         assert sorted(seen) == list(itertools.product(range(6), (0, 1)))
         assert len({video["pair"] for video in videos[:6]}) == 3  # both videos of a pair in one update
@@ -504,10 +462,7 @@ def test_stage_2_thinks_about_each_video_of_a_step_with_the_weights_before_it(st
 def test_stage_2_logs_what_the_equations_give(stage2):
     _, steps, *_ = stage2
     for record, _, expected, _ in steps:
-        # A CoT of average reward has an advantage of 0 but for rounding, which says what is clipped.
-        near = {key: pytest.approx(value, rel=5e-5, abs=1e-3 if key == "clip_fraction" else 1e-5)
-                for key, value in expected.items()}
-        assert {key: record[key] for key in near} == near
+        assert {key: record[key] for key in expected} == pytest.approx(expected, rel=2e-4, abs=5e-5)
 
 
 def test_the_run_of_stage_2_shows_all_that_there_is_to_see(stage2):
@@ -519,7 +474,11 @@ def test_the_run_of_stage_2_shows_all_that_there_is_to_see(stage2):
     assert any(updates[1]["clip_fraction"] > 0 for *_, updates in steps)
     videos = [video for _, videos, *_ in steps for video in videos]
     assert set(Counter(video["call"] for video in videos).values()) == {2, 4}  # forwards of unequal weight
-    assert (torch.cat([c for v in videos for c in v["clipped"]], 1).sum(1) > 0).all()  # at both bounds
+    assert (torch.cat([c for v in videos for c in v["clipped"]], 1).sum(1) > 5).all()  # at both bounds
+    # Nothing is so near a bound, or the mean of its group, that rounding decides what is clipped.
+    assert min(near for video in videos for near in video["to_bound"]) > 1e-4
+    advantages = torch.cat([video["advantages"] for video in videos])
+    assert advantages[advantages != 0].abs().min() > 1e-2
     assert len({update["grad_norm"] > MAX_NORM2 for *_, updates in steps for update in updates}) == 2
     assert len({bool(video["advantages"].any()) for video in videos}) == 2
 
@@ -530,7 +489,7 @@ def test_stage_2_moves_every_weight_as_adamw_would(stage2, start, plain):
 
 
 def test_all_rollouts_of_a_winner_meet_all_of_its_loser(plain, pairs, start, tmp_path):
-    (tmp_path / "recorder.py").write_text(RECORDER.format(prelude="", calls=tmp_path / "calls.pt"))
+    (tmp_path / "recorder.py").write_text(RECORDER.format(tmp_path / "calls.pt"))
     (tmp_path / "pairs.jsonl").write_text("".join(pairs[0].read_text().splitlines(keepends=True)[:4]))
     run(tmp_path / "recorder.py", "--model", start, "--train", tmp_path / "pairs.jsonl", "--out", tmp_path,
         *COMMON, "--steps", 1, "--updates", 1, "--batch-size", 4, "--group-size", G, "--max-new-tokens", 40,
