@@ -660,7 +660,7 @@ def planted(folder: Path, mutant: tuple[str, str, str, str]) -> str:
     path = folder / file
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(old, new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-m", "", "-p", "no:cacheprovider"]
     words = tests.split(" -k ")
     command += [*words[0].split(), *(["-k", words[1]] if len(words) > 1 else [])]
     try:

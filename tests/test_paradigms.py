@@ -141,6 +141,7 @@ def test_a_generative_way_learns_its_cots_and_its_scores_by_a_mean_each(think, m
     assert record["loss"] == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_paradigm_trains_and_what_it_makes_is_judged(world_dir, tmp_path):
     common = ["--lora-rank", 2, "--lr", 1e-3, "--workers", 0, *TOY_VIDEO, "--eval-before", "false"]
     first = ["--train", world_dir / "train_cots.jsonl", "--model", ROOT / "toy/backbone", "--epochs", 1,

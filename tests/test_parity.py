@@ -55,10 +55,10 @@ def test_inputs_are_those_of_qwen3_vl(name, encoder):
     batch = encoder.encode(replace(processor.collate([sample]), features=features))
     assert batch.position_ids[:, 0].tolist() == golden[f"{name}/position_ids"].tolist()
     pixels = sample.patches.float() / 127.5 - 1
-    # Both resize with the same kernel and round to the same grey levels: 1/255 of a level, in normalised
-    # units.
-    difference = abs(sample_of(pixels) - golden[f"{name}/pixels"])
-    assert (difference < 2 / 255 / 255).all()
+    # Both resize with the same kernel and round to the same grey levels, but for a value halfway between two,
+    # which a processor may round either way: seen once in 4,000. A bilinear kernel is off in 1,100 of them.
+    levels = abs(sample_of(pixels) - golden[f"{name}/pixels"]) * 255 / 2
+    assert (levels < 1.001).all() and (levels > 0.001).mean() < 0.005
     assert abs(pixels.double().mean().item() - golden[f"{name}/mean"]) < 1e-6
 
 

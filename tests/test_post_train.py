@@ -103,6 +103,7 @@ def test_each_clip_is_scored_for_its_own_prompt(monkeypatch):
     assert len(seen) == 6 and all(shape in prompt for prompt, shape in seen)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_shown_and_not_repeated(monkeypatch, tmp_path, capsys):
     """The command, with the truth for a reward; runs of other weights or steps are no part of its table."""
     loaded, trained = [], []

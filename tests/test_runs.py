@@ -31,6 +31,7 @@ from support.run import Means, Run, append, cut
 from support.settings import RunArgs
 
 QUICK = [*TOY_VIDEO, "--workers", 0, "--max-new-tokens", 40, "--lr", 1e-3]
+REWARD = ["--reward", f"{ROOT / 'tests/recited.py'}:colons=1"]
 LORA, FULL = ("--lora-rank", 4), ("--lora-rank", 0, "--lr", 1e-4)
 
 
@@ -42,7 +43,8 @@ def command(stage, world_dir, out, *extra):
         return ["coldstart.py", *model, "--train", world_dir / "train_cots.jsonl", "--epochs", 1,
                 "--batch-size", 4, "--max-tokens", 1, *QUICK, *extra]
     return [ROOT / "tests/recited.py", *model, "--train", world_dir / "train.jsonl", "--steps", 3,
-            "--batch-size", 3, "--group-size", 2, "--updates", 1, "--think-tokens", 700, *QUICK, *extra]
+            "--batch-size", 3, "--group-size", 2, "--updates", 1, "--think-tokens", 700, *REWARD, *QUICK,
+            *extra]
 
 
 def torchrun(processes, *arguments):
@@ -229,7 +231,8 @@ def test_processes_train_like_one(stage, processes, extra, world_dir, whole, tmp
 
 
 @pytest.mark.parametrize(("stage", "extra"),
-                         [("coldstart", ()), ("rl", ()), ("rl", ("--train-merger", "true"))])
+                         [("coldstart", ()), ("rl", ()),
+                          pytest.param("rl", ("--train-merger", "true"), marks=pytest.mark.slow)])
 def test_sharded_training_is_the_same(stage, extra, world_dir, whole, tmp_path):
     """Three pairs for two ranks: one is idle for a turn in each step of stage 2. The test set is odd too."""
     extra = (*FULL, *extra, "--test", world_dir / "test_id.jsonl")
@@ -277,7 +280,7 @@ ranks.stop()
     assert done.returncode == 0 and done.stdout.count("together [4.0]") == 2, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("stage", ["coldstart", "rl"])
+@pytest.mark.parametrize("stage", ["coldstart", pytest.param("rl", marks=pytest.mark.slow)])
 def test_4_bit_weights_and_8_bit_moments(stage, world_dir, whole, tmp_path):
     small = (*LORA, "--quant", "4bit", "--optim", "adamw8bit", "--save-every", 1)
     run(*command(stage, world_dir, tmp_path / "a", *small))
@@ -295,7 +298,7 @@ def test_4_bit_weights_and_8_bit_moments(stage, world_dir, whole, tmp_path):
 def test_evaluation_does_not_depend_on_the_number_of_processes(world_dir, whole, tmp_path):
     pairs = read_pairs(world_dir / "test_id.jsonl")
     assert len({key for pair in pairs for key in pair.videos()}) == 8  # 3 + 3 + 2
-    test = ("--test", world_dir / "test_id.jsonl", "--eval-tokens", 400)
+    test = ("--test", world_dir / "test_id.jsonl", "--eval-tokens", 120)
     run_ranks(3, *command("coldstart", world_dir, tmp_path, *LORA, *test))
     one, three = (next(record for record in metrics(out) if "test_id/quality" in record)
                   for out in (whole("coldstart", *LORA, *test), tmp_path))

@@ -87,7 +87,8 @@ def test_stage_2_logs_every_part_of_its_loss(stage2):
 
 
 def test_stage_2_may_train_the_mergers(world_dir, stage1, tmp_path):
-    rl(world_dir, stage1, tmp_path, "--steps", 1, "--updates", 2, "--train-merger", "true")
+    rl(world_dir, stage1, tmp_path, "--steps", 1, "--updates", 2, "--train-merger", "true", "--batch-size", 2,
+       "--group-size", 2, "--max-new-tokens", 30)
     before, after = (DeScore.load(run).qwen.model.visual.state_dict() for run in (stage1, tmp_path))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "merger" in name}
@@ -119,11 +120,13 @@ def assert_same_training(one, two):
         assert figures[0] == pytest.approx(figures[1], rel=tolerance, abs=tolerance), key
 
 
+@pytest.mark.slow
 def test_two_processes_train_stage_1_like_one(world_dir, stage1, tmp_path):
     coldstart(world_dir, tmp_path, launch=torchrun("coldstart.py", 2))
     assert_same_training(stage1, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_train_stage_2_like_one(world_dir, stage1, stage2, tmp_path):
     rl(world_dir, stage1, tmp_path, *STAGE2, launch=torchrun(*RECITED, 2))
     assert_same_training(stage2, tmp_path)

@@ -152,6 +152,7 @@ def test_how_far_the_truth_a_reading_and_looks_go(split, signature):
     assert 0.75 < mean["again"] < 0.9
 
 
+@pytest.mark.slow
 def test_the_backbone_looks_and_leaves_something_to_learn(tmp_path):
     """It keeps the format, its sub-scores are often right, and shown another video it is right less often."""
     run(ROOT / "toy/world.py", tmp_path, "--pairs", 0, "--test-pairs", 20, "--seed", 5)
