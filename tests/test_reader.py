@@ -76,6 +76,14 @@ def test_what_decord_would_show_otherwise_is_read_by_av(tmp_path, name, encoder,
     same_by_both(tmp_path / name)
 
 
+def test_what_an_edit_list_hides_is_left_to_av(tmp_path):
+    """decord would show it, here the first six frames."""
+    make_frames.write(tmp_path / "whole.mp4", "libx264", {"g": "1000"})
+    make_frames.remux(tmp_path / "whole.mp4", tmp_path / "edit.mp4", make_frames.skip)
+    _, theirs = same_by_both(tmp_path / "edit.mp4")
+    assert (theirs.total, theirs.by_decord) == (18, False)
+
+
 def test_where_decord_gives_up_av_goes_on(monkeypatch):
     import decord
     count, read = [], decord.VideoReader.next
