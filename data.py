@@ -520,7 +520,11 @@ def overall_score(scores: dict, dimensions=DIMENSIONS) -> float | None:
 
 def implied_overall(text: str, dimensions=DIMENSIONS, tags=TAGS) -> float | None:
     """What a CoT says of its video, 1 to 5: its overall_score, else its weighted sub-scores."""
-    cot = parse_cot(text, dimensions, tags)
+    return overall_of(parse_cot(text, dimensions, tags), dimensions)
+
+
+def overall_of(cot: dict | None, dimensions=DIMENSIONS) -> float | None:
+    """The same of a CoT that has been read; None where it could not be."""
     if cot is None or cot["overall_score"] is not None:
         return cot and cot["overall_score"]
     return overall_score(cot["dimensional_scores"], dimensions)

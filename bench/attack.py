@@ -26,10 +26,9 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from damage import FATAL, damage
 
-from data import DIMENSIONS, DataError, agreement, follows_format, parse_cot, read_video
+from data import DIMENSIONS, DataError, agreement, follows_format, implied_overall, parse_cot, read_video
 from model import DeScore
 from support.checkpoint import Checkpoints
-from support.filter import implied_overall
 from support.formats import read_pairs
 from support.ranks import ALONE
 

@@ -36,7 +36,6 @@ from data import (
     VideoSettings,
     check_reader,
     keys_of,
-    parse_cot,
     read_video,
 )
 from model import DeScore
@@ -44,6 +43,7 @@ from support import journal, tables
 from support.batches import THINK_TOKENS
 from support.command import READER, Count, NotNegative, Positive, Whole, run_command
 from support.files import check_out
+from support.forgiving import read_annotation
 from support.formats import read_pairs, write_pairs
 
 try:
@@ -81,7 +81,7 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
     kept = []
     for pair in could_be_read:
         pair.cot_a, pair.cot_b = (judged[key]["cot"] for key in pair.videos())
-        found = [parse_cot(cot, dimensions, tags) for cot in (pair.cot_a, pair.cot_b)]
+        found = [read_annotation(cot, dimensions, tags) for cot in (pair.cot_a, pair.cot_b)]
         if scores and None not in found:
             pair.scores_a, pair.scores_b = (cot["dimensional_scores"] for cot in found)
         too_long = max(len(pair.cot_a.encode()), len(pair.cot_b.encode())) > TEXT_LIMIT

@@ -9,9 +9,10 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from data import DIMENSIONS, TAGS, Pair, both, implied_overall, overall_score
+from data import DIMENSIONS, TAGS, Pair, both, overall_of, overall_score
 from support.command import run_command
 from support.files import check_out, local_folder, read_info
+from support.forgiving import read_annotation
 from support.formats import read_pairs, write_pairs
 
 
@@ -24,7 +25,7 @@ def consistent(pair: Pair, dimensions: dict[str, int] = DIMENSIONS,
     elif None in cots:
         return "no CoT"
     else:
-        a, b = (implied_overall(cot, dimensions, tags) for cot in cots)
+        a, b = (overall_of(read_annotation(cot, dimensions, tags), dimensions) for cot in cots)
     if a is None or b is None:
         return "an annotation that says nothing"
     implied = (a > b) - (a < b)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from data import DIMENSIONS, DataError, Pair, Pairs, collect, explained, json_records, read_text
+from support.forgiving import Unclear, by_plain_name, plain_scores, read_objects
 
 SIDES = {"A": "A", "B": "B", "same": "tie", "tie": "tie", "invalid": None}
 VOTES = {"leftvote": "A", "rightvote": "B", "tievote": "tie", "bothbad_vote": "tie"}
@@ -49,8 +50,10 @@ def read_pairs(path: str | Path, label: str | None = None, root: str | Path | No
             records = csv_records(text, columns, path, label)
         else:
             records = json_records(text, path)
-        asked = ((row, with_prompt(record, prompt, f"{path}, row {row}")) for row, record in records)
-        return collect(path, asked, root, dimensions or DIMENSIONS)
+        dimensions = dimensions or DIMENSIONS
+        plain = ((row, with_plain_scores(record, dimensions)) for row, record in records)
+        asked = ((row, with_prompt(record, prompt, f"{path}, row {row}")) for row, record in plain)
+        return collect(path, asked, root, dimensions)
     except csv.Error as error:
         raise DataError(f"{path}: not a CSV file that can be read ({error})") from error
 
@@ -174,8 +177,8 @@ def read_answer(text: str, where: str) -> dict:
     answer, result = {}, block
     if "{" in block:  # whatever stands around it
         error = f"{where}: the answer has no gsb_result that can be read: {text[:80]!r}"
-        with explained(error, ValueError, LookupError, TypeError, RecursionError):
-            answer = json.loads(block[block.index("{") : block.rindex("}") + 1])
+        with explained(error, ValueError, LookupError, TypeError):
+            (answer,) = map(by_plain_name, read_objects(block))
             result = answer["gsb_result"]
             if not isinstance(result, str):
                 raise TypeError("not a text")
@@ -186,21 +189,20 @@ def read_answer(text: str, where: str) -> dict:
     found = {"preference": RESULTS.get(result, "tie")}
     for key, name in (("scores_a", "video_1_scores"), ("scores_b", "video_2_scores")):
         if name in answer:
-            found[key] = plain_scores(answer[name])
+            found[key] = answer[name]
     return found
 
 
-def plain_scores(scores):
-    """Sub-scores as we write them: the release calls the subject "object", as the paper does, and
-    may quote numbers. What are no sub-scores `make_pair` will refuse."""
-    if not isinstance(scores, dict):
-        return scores
+def with_plain_scores(record: dict, dimensions: dict[str, int]) -> dict:
+    """The record with its reference sub-scores as we write them (support/forgiving.py). What are
+    none `make_pair` refuses."""
     plain = {}
-    for name, value in scores.items():
-        name = "subject" if name == "object" else name
-        value = value.strip().upper() if isinstance(value, str) else value
-        plain[name] = int(value) if value in ("0", "1", "2") else value
-    return plain
+    for key in ("scores_a", "scores_b"):
+        try:
+            plain[key] = plain_scores(record.get(key), dimensions)
+        except Unclear:
+            continue
+    return record | plain
 
 
 def relative(video: str, folder: Path) -> str:

@@ -30,13 +30,14 @@ from itertools import combinations
 from pathlib import Path
 from statistics import NormalDist
 
-from data import TAGS, TEXT_LIMIT, DataError, Key, Pair, checked, json_records, parse_cot, read_text
+from data import TAGS, TEXT_LIMIT, DataError, Key, Pair, checked, json_records, read_text
 from infer import judge_all
 from model import DeScore
 from support import tables
 from support.batches import THINK_TOKENS
 from support.command import READER, Count, NotNegative, Whole, run_command
 from support.files import MODELS, check_out, default_model
+from support.forgiving import read_annotation
 from support.formats import write_pairs
 from support.ranks import Ranks
 
@@ -151,7 +152,7 @@ def use_of(pair: ScoredPair, margin: float, scores: bool, dimensions: dict,
     if max(len(pair.cot_a.encode()), len(pair.cot_b.encode())) > TEXT_LIMIT:
         return "with a CoT longer than pair files may hold"
     if scores:
-        found = [parse_cot(cot, dimensions, tags) for cot in (pair.cot_a, pair.cot_b)]
+        found = [read_annotation(cot, dimensions, tags) for cot in (pair.cot_a, pair.cot_b)]
         if None in found:
             return "with a CoT that has no sub-scores"
         pair.scores_a, pair.scores_b = (cot["dimensional_scores"] for cot in found)

@@ -34,6 +34,7 @@ from data import (
     VideoSettings,
     both,
     follows_format,
+    implied_overall,
     keys_of,
     make_instruction,
     overall_score,
@@ -47,7 +48,7 @@ from data import (
 )
 from support import annotate, formats
 from support.batches import alike, packed, prompt_lengths, read_ahead
-from support.filter import consistent, implied_overall
+from support.filter import consistent
 from support.formats import write_pairs
 
 BACKBONE = ROOT / "toy/backbone"

@@ -9,10 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from data import DIMENSIONS, DataError, follows_format, parse_cot
+from data import DIMENSIONS, DataError, follows_format, implied_overall, parse_cot
 from model import DeScore
 from rl import format_reward, length_reward, quality_reward
-from support.filter import implied_overall
 from support.formats import read_pairs
 
 quick = settings(max_examples=150, deadline=2000, suppress_health_check=list(HealthCheck))
