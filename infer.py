@@ -28,10 +28,10 @@ from data import (
     keys_of,
     parse_cot,
 )
-from model import DeScore
+from model import DeScore, check_penalty
 from support import memory, release, tables
 from support.batches import THINK_TOKENS, draw_seed, packed, prompt_lengths, read_ahead, sort_out
-from support.command import READER, Count, NotNegative, Whole, run_command
+from support.command import READER, Count, NotNegative, Positive, Whole, run_command
 from support.files import MODELS, default_model
 from support.formats import read_pairs
 from support.journal import Journal, made_by
@@ -44,11 +44,13 @@ def judge(
         model: DeScore, keys: list[Key], max_new_tokens=4096, temperature=0.0,
         seed=0, think_tokens=THINK_TOKENS, done: Collection[Key] = (), samples=1,
         think=True, without_cot=False, workers=0, finite=True, ranks: Ranks = ALONE,
-        numbers: list[int] | None = None) -> Iterator[dict]:
+        numbers: list[int] | None = None,
+        repetition_penalty: float | None = None) -> Iterator[dict]:
     """Think about and score many (video, prompt) keys but those that are `done`. Keys of like
     length go together, the longest first, as many as make think_tokens with the CoTs they may
     write. Ranks that are given share the work, and all get what each of them finds. What is
     sampled for a key depends on its number alone, by default its place in `keys`.
+    repetition_penalty: by default `release.repetition_penalty`.
 
     Yields a dict a key: video, prompt, cot, truncated, score; with more `samples` than one, score
     is the mean over so many CoTs, score_std their spread, and cot the first. `without_cot` adds
@@ -56,6 +58,8 @@ def judge(
     prompt, error. DataError where a score is not finite, if it is to be `finite`."""
     if finite:
         model.check_head()
+    if repetition_penalty is None:
+        repetition_penalty = release.repetition_penalty(model, temperature)
     numbered = ranks.share(list(zip(numbers or range(len(keys)), keys)))
     lengths = prompt_lengths(model.processor, [key for _, key in numbered])
     sizes = [lengths[key] + samples * max_new_tokens * think for _, key in numbered]
@@ -70,7 +74,8 @@ def judge(
         read = read_ahead(model.processor, to_read, workers)
         for group, (batch, errors) in zip(groups, read):
             records = judge_batch(model, group, batch, errors, seed, max_new_tokens,
-                                  temperature, samples, think, without_cot or not think)
+                                  temperature, samples, think, without_cot or not think,
+                                  repetition_penalty)
             if finite:
                 tables.check_finite(model, records)
             yield [record for key, record in by_key(records).items() if key not in done]
@@ -81,7 +86,7 @@ def judge(
 @torch.no_grad()
 def judge_batch(
         model, group, batch, errors, seed, max_new_tokens, temperature, samples, think,
-        without_cot) -> list[dict]:
+        without_cot, repetition_penalty) -> list[dict]:
     """`judge` for the numbered keys of one batch, of which some could not be read."""
     rows, unread = sort_out(group, errors)
     if not rows:
@@ -94,8 +99,10 @@ def judge_batch(
     none, no_cot = [None] * len(keys), None
     watched = release.watch(model, keys, batch) if is_release else None
     if think:
+        # What stands for `think` need know no penalty.
+        penalty = {} if repetition_penalty == 1 else {"repetition_penalty": repetition_penalty}
         thoughts = model.think(batch, samples, max_new_tokens, temperature, seeds=seeds,
-                               without_cot=without_cot and not is_release)
+                               without_cot=without_cot and not is_release, **penalty)
         scores, no_cot = thoughts.scores, thoughts.scores_no_cot
         truncated = model.truncated(thoughts)
         cots = []
@@ -314,12 +321,14 @@ def judge_all(
     """Judge each key once. With --out, judgements are appended to a file; a run that was cut
     off goes on there."""
     journal = None
+    if args.repetition_penalty is None:
+        args.repetition_penalty = release.repetition_penalty(model, args.temperature)
     if args.out and ranks.first:
         journal = Journal(args.out, made_by(model, args), keys)
     judged = by_key(ranks.gather([*journal.records.values()] if journal else []))
     new = judge(model, keys, args.max_new_tokens, args.temperature, args.seed, args.think_tokens,
                 {*judged}, args.samples, args.cot == "on", bool(args.pairs), args.workers,
-                ranks=ranks)
+                ranks=ranks, repetition_penalty=args.repetition_penalty)
     for record in tqdm(new, "judge", len(keys), initial=len(judged), unit="video",
                        disable=not ranks.first or len(keys) < 2):
         judged |= by_key([record])
@@ -346,6 +355,8 @@ def parse_args() -> argparse.Namespace:
         "[the model's own]")
     add("--max-new-tokens", type=Count, default=4096, help="longest CoT")
     add("--temperature", type=NotNegative, help="0: the likeliest token [0; with --samples 1]")
+    add("--repetition-penalty", type=Positive, help="at temperature 0: above 1, what the prompt or "
+        "the CoT holds becomes less likely [1; 1.05 in the release's layout]")
     add("--seed", type=Whole, default=0, help="of the sampling at a temperature above 0")
     add("--think-tokens", "--max-tokens", type=Count, default=THINK_TOKENS,
         help="tokens thought at a time, of prompts and their longest CoTs")
@@ -362,6 +373,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("--out keeps the judgements of --pairs")
     if args.temperature is None:
         args.temperature = 0.0 if args.samples == 1 else 1.0
+    check_penalty(args.repetition_penalty or 1.0, args.temperature)
     return args
 
 

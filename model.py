@@ -152,12 +152,16 @@ class DeScore(nn.Module):
     def think(
             self, batch: Batch, n: int = 1, max_new_tokens: int = 4096,
             temperature: float = 1.0, top_p: float = 1.0,
-            seeds: list[int] | None = None, without_cot: bool = False) -> Thoughts:
+            seeds: list[int] | None = None, without_cot: bool = False,
+            repetition_penalty: float = 1.0) -> Thoughts:
         """Write n CoTs for each of the batch's B videos and score each where it ends (Section
         "Inference"); one that reaches max_new_tokens is scored as it stands.
 
         `seeds`, one a video, by default from torch's own generator, decide what is drawn for it
-        in any company. `without_cot` also scores the videos themselves, on the same prefill."""
+        in any company. `without_cot` also scores the videos themselves, on the same prefill.
+        `repetition_penalty`, above 1, makes what the prompt or the CoT holds less likely to be
+        chosen at temperature 0 (`penalised`); logps stay those of the policy, without it."""
+        check_penalty(repetition_penalty, temperature)
         was_training = self.training
         self.eval()
         batch = self.encode(batch)
@@ -174,7 +178,11 @@ class DeScore(nn.Module):
             behind = self.decode_step(cache, position * 0, everywhere, position)
             scores_no_cot = self.read_score(behind[:, 0])
             cache.step = 0  # the first token of the CoTs takes its place
-        thoughts = self.sample(cache, hidden, position, uniform, temperature, top_p)
+        held = None
+        if repetition_penalty != 1:
+            held = tokens_held(batch, n, self.qwen.config.text_config.vocab_size)
+        thoughts = self.sample(cache, hidden, position, uniform, temperature, top_p, held,
+                               repetition_penalty)
         self.train(was_training)
         return thoughts._replace(scores_no_cot=scores_no_cot)
 
@@ -192,9 +200,11 @@ class DeScore(nn.Module):
         cache.prefilled = None
         return cache, ends[:, None].expand(-1, n, -1)
 
-    def sample(self, cache: GroupCache, hidden, position, uniform, temperature, top_p) -> Thoughts:
+    def sample(self, cache: GroupCache, hidden, position, uniform, temperature, top_p,
+               held: Tensor | None = None, repetition_penalty: float = 1.0) -> Thoughts:
         """The sampling loop. hidden (B, n, H), position (B, n) of the first token to come,
-        uniform (B, n, C) numbers in [0, 1) that decide what is drawn."""
+        uniform (B, n, C) numbers in [0, 1) that decide what is drawn. held (B · n, V) bool: which
+        tokens the prompt holds, where there is a repetition penalty; those chosen are added."""
         (B, n, C), eos, device = uniform.shape, self.eos, self.device
         tokens = torch.full((B * n, C), eos, device=device)
         logps, scores = torch.zeros(B * n, C, device=device), torch.zeros(B * n, device=device)
@@ -204,9 +214,13 @@ class DeScore(nn.Module):
         for step in range(C):
             over = done[rows]
             logits = self.logits(hidden) / (temperature or 1.0)
-            token = logits.argmax(-1)
             if temperature:
                 token = draw(logits, uniform[rows, step], top_p)
+            elif held is None:
+                token = logits.argmax(-1)
+            else:
+                token = penalised(logits, held[rows], repetition_penalty).argmax(-1)
+                held[rows, token] = True
             token = token.masked_fill(over, eos)
             logp = logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)
             tokens[rows, step], logps[rows, step] = token, logp.masked_fill(over, 0)
@@ -414,6 +428,31 @@ class DeScore(nn.Module):
         """Write the model to a directory, with `info` in its descore.json (`saved.save`)."""
         self.info |= info
         saved.save(self, Path(directory), write)
+
+
+def check_penalty(repetition_penalty: float, temperature: float) -> None:
+    """DataError for a repetition penalty that cannot be used at this temperature."""
+    if not repetition_penalty > 0:
+        raise DataError(f"a repetition penalty of {repetition_penalty} is not above 0")
+    if repetition_penalty != 1 and temperature:
+        raise DataError(f"a repetition penalty of {repetition_penalty} is for temperature 0, not "
+                        f"{temperature}: what is sampled would not be the policy's")
+
+
+def tokens_held(batch: Batch, n: int, vocabulary: int) -> Tensor:
+    """Which tokens each prompt holds, those of its video too, for n CoTs each: (B · n, V) bool."""
+    held = torch.zeros(len(batch), vocabulary, dtype=torch.bool, device=batch.input_ids.device)
+    row, place = batch.mask.nonzero(as_tuple=True)  # no padding
+    held[row, batch.input_ids[row, place]] = True
+    return held.repeat_interleave(n, 0)
+
+
+def penalised(logits: Tensor, held: Tensor, penalty: float) -> Tensor:
+    """Logits (..., V) with those of the tokens that are `held` (..., V) divided by the penalty
+    where they are above 0, else multiplied by it; each once, however often a token stands there
+    (the definition of vLLM)."""
+    lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(held, lowered, logits)
 
 
 def draw(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:

@@ -39,7 +39,7 @@ from data import (
     read_video,
 )
 from model import DeScore
-from support import journal, tables
+from support import journal, release, tables
 from support.batches import THINK_TOKENS
 from support.command import READER, Count, NotNegative, Positive, Whole, run_command
 from support.files import check_out
@@ -244,8 +244,10 @@ def main() -> None:
         made_by = journal.deciding(args) | {"instruction": INSTRUCTION, "video": asdict(settings)}
     else:
         model = DeScore.load(args.model, video=video, reader=args.reader)
+        args.repetition_penalty = release.repetition_penalty(model, args.temperature)
         write = partial(infer.judge, model, max_new_tokens=args.max_new_tokens, seed=args.seed,
-                        temperature=args.temperature, think_tokens=args.think_tokens, finite=False)
+                        temperature=args.temperature, think_tokens=args.think_tokens, finite=False,
+                        repetition_penalty=args.repetition_penalty)
         dimensions, tags = model.processor.dimensions, model.processor.tags
         made_by = journal.made_by(model, args, scores=False)
     sys.exit(annotate(args.pairs, args.out, write, made_by, args.scores, dimensions, tags))

@@ -23,7 +23,10 @@ NEEDED = {"on": list(KINDS), "off": ["video", "prompt", "score_no_cot"],
           None: ["video", "prompt", "cot"]}
 ODD = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ over the golden ratio; its bits are well mixed
 # The settings of infer and annotate that decide a record, beside the model's weights.
-DECIDING = ("api", "api_model", "cot", "samples", "temperature", "seed", "max_new_tokens")
+DECIDING = ("api", "api_model", "cot", "samples", "temperature", "seed", "max_new_tokens",
+            "repetition_penalty", "together")
+# Of these, what changes nothing is not written: files from before there was such a setting go on.
+NEUTRAL = {"repetition_penalty": 1.0, "together": False}
 
 
 class Journal:
@@ -153,7 +156,8 @@ def fits(value, kind: type) -> bool:
 
 def deciding(args: Namespace) -> dict:
     """The settings of a command that decide its records."""
-    return {name: value for name, value in vars(args).items() if name in DECIDING}
+    return {name: value for name, value in vars(args).items()
+            if name in DECIDING and not (name in NEUTRAL and value == NEUTRAL[name])}
 
 
 def made_by(model, args: Namespace, scores: bool = True) -> dict:

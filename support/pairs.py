@@ -32,10 +32,10 @@ from statistics import NormalDist
 
 from data import TAGS, TEXT_LIMIT, DataError, Key, Pair, checked, json_records, read_text
 from infer import judge_all
-from model import DeScore
+from model import DeScore, check_penalty
 from support import tables
 from support.batches import THINK_TOKENS
-from support.command import READER, Count, NotNegative, Whole, run_command
+from support.command import READER, Count, NotNegative, Positive, Whole, run_command
 from support.files import MODELS, check_out, default_model
 from support.forgiving import read_annotation
 from support.formats import write_pairs
@@ -196,6 +196,7 @@ def parse_args() -> argparse.Namespace:
         "problem: each prompt is a whole one")
     add("--max-new-tokens", type=Count, default=4096, help="longest CoT")
     add("--temperature", type=NotNegative, help="0: the likeliest token [0; with --samples 1]")
+    add("--repetition-penalty", type=Positive, help="as infer.py has it")
     add("--seed", type=Whole, default=0, help="of the sampling at a temperature above 0")
     add("--think-tokens", type=Count, default=THINK_TOKENS,
         help="tokens thought at a time, of prompts and their longest CoTs")
@@ -204,6 +205,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.temperature is None:
         args.temperature = 0.0 if args.samples == 1 else 1.0
+    check_penalty(args.repetition_penalty or 1.0, args.temperature)
     args.out = args.pairs.with_name(args.pairs.name + ".judged")  # where judge_all keeps its own
     args.cot = "on"
     return args

@@ -184,7 +184,8 @@ def think(model: DeScore, clips: list[list[Clip]], seeds: list[int], samples: in
           temperature: float, max_new_tokens: int) -> tuple[list[str], Tensor]:
     """The first CoT about each video, and the scores (B, samples) behind all."""
     batches = encode(model, clips)
-    thoughts = model.think(batches[0], samples, max_new_tokens, temperature, seeds=seeds)
+    thoughts = model.think(batches[0], samples, max_new_tokens, temperature, seeds=seeds,
+                           repetition_penalty=release.repetition_penalty(model, temperature))
     cots = []
     for tokens, mask in zip(thoughts.tokens, thoughts.mask):
         cots.append([model.processor.decode(t[m]) for t, m in zip(tokens, mask)])

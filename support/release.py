@@ -1,5 +1,5 @@
 """What the authors' release of DeScore does otherwise: its checkpoints, and the layout in which it
-scores. (Its rewards and settings: presets/release.py, presets/release.json.)"""
+thinks and scores. (Its rewards and settings: presets/release.py, presets/release.json.)"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,16 @@ from data import Batch, DataError, Sample, explained, open_video, read_video
 
 HEADS = ("rm_head.weight", "base_model.model.rm_head.weight", "weight")  # names in rm_head.pth
 SCORING_VIDEO = {"min_pixels": 3136, "max_pixels": 200_704}  # thinking is at qwen-vl-utils' defaults
+
+
+REPETITION_PENALTY = 1.05  # of its greedy thinking
+
+
+def repetition_penalty(model, temperature: float) -> float:
+    """How much a model thinks away from what it has read and said, unless told otherwise: 1, not at
+    all, but for one in the release's layout that thinks greedily."""
+    is_release = model.info.get("scoring_layout") == "release"
+    return REPETITION_PENALTY if is_release and not temperature else 1.0
 
 
 def head_file(directory: Path) -> Path:

@@ -97,7 +97,8 @@ UNCLEAR = {
     "no text": scored(style=""), "a dash": scored(camera="-"),
 
     "a list": scored(style=[0]), "NaN": scored(camera=float("nan")),
-    "a reason alone": scored(style={"reason": "0"}), "a score within a score": scored(style={"score": {"score": 0}}),
+    "a reason alone": scored(style={"reason": "0"}),
+    "a score within a score": scored(style={"score": {"score": 0}}),
     "Arabic digits": scored(subject="٢"), "overall 0": scored(overall=0), "overall 6": scored(overall="6"),
     "overall of five": scored(overall="4/5"), "overall true": scored(overall=True),
 }

@@ -476,7 +476,7 @@ def parsers(monkeypatch):
 def test_every_number_of_a_command_line_has_a_range(monkeypatch):
     found = parsers(monkeypatch)
     counts = {name: len(numbers) for name, (_, numbers) in found.items()}
-    assert counts == {"coldstart": 24, "rl": 38, "infer": 6, "support.annotate": 10, "support.check": 3}
+    assert counts == {"coldstart": 24, "rl": 38, "infer": 7, "support.annotate": 10, "support.check": 3}
     refused = 0
     for parser, numbers in found.values():
         parser.error = refuse

@@ -19,6 +19,7 @@ from data import DIMENSIONS, TEXT_LIMIT, DataError, Pair, Processor, read_pairs
 from infer import by_key, evaluate, judge, report
 from model import DeScore
 from support import annotate as annotating
+from support import pairs as pairs_command
 from support import tables
 from support.command import run_command
 from support.formats import read_pairs as read_any
@@ -155,6 +156,7 @@ def test_a_file_for_judgements_needs_pairs(monkeypatch, capsys):
 @pytest.mark.parametrize(("extra", "named"), [
     (["--seed", "1"], {"seed"}), (["--temperature", "0.5"], {"temperature"}), (["--cot", "off"], {"cot"}),
     (["--samples", "2", "--temperature", "0"], {"samples"}), (["--max-new-tokens", "6"], {"max_new_tokens"}),
+    (["--repetition-penalty", "1.2"], {"repetition_penalty"}),
     (["--model", "other"], set()), (["--workers", "2", "--think-tokens", "7", "--json"], set())])
 def test_what_decides_a_judgement_is_written_down(model, extra, named, monkeypatch):
     made = []
@@ -166,6 +168,19 @@ def test_what_decides_a_judgement_is_written_down(model, extra, named, monkeypat
     assert {name for name in made[1] if made[1][name] != release[name]} == {"layout"}
     assert {name for name in made[1] if made[1][name] != asks[name]} == {"instruction"}
     assert {name for name in made[1] if made[1][name] != small[name]} == {"video"}
+
+
+def test_files_from_before_there_was_a_penalty_go_on(model, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["infer.py", "--pairs", "p", "--repetition-penalty", "1"])
+    assert "repetition_penalty" not in made_by(model, infer.parse_args())
+
+
+@pytest.mark.parametrize("command", [infer, pairs_command])
+@pytest.mark.parametrize("extra", [["--temperature", "0.7"], ["--samples", "2"]])
+def test_a_penalty_is_for_greedy_thinking(command, extra, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "a.mp4", "p", "--repetition-penalty", "1.1", *extra])
+    with pytest.raises(DataError, match=r"a repetition penalty of 1\.1 is for temperature 0, not"):
+        command.parse_args()
 
 
 def changes(model):

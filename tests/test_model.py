@@ -8,11 +8,12 @@ import bitsandbytes
 import pytest
 import torch
 from conftest import ROOT
+from transformers import RepetitionPenaltyLogitsProcessor
 
 import model as descore
 from data import DIMENSIONS, DataError, read_video
 from infer import by_key, judge
-from model import DeScore
+from model import DeScore, penalised, tokens_held
 
 # float64 but for RMSNorm, which transformers computes in float32, as log-probabilities down to −21 are kept:
 # 3e-6 at most were seen. What is wrong is off by 1e-3 and more, as some tests show.
@@ -63,10 +64,11 @@ def plain(model, sample, ids, temperature=1.0):
     return logps, hidden[-1] @ model.head.weight[0]
 
 
-def as_transformers_asks(model, key):
-    """A video and its prompt as the arguments of Qwen3VLForConditionalGeneration itself."""
+def as_transformers_asks(model, key, chosen=()):
+    """A video, its prompt and the tokens behind it as the arguments of Qwen3VLForConditionalGeneration
+    itself."""
     sample = model.processor(*key)
-    ids = sample.input_ids[None]
+    ids = torch.cat([sample.input_ids, torch.tensor(chosen, dtype=torch.long)])[None]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": (ids == model.processor.special["<|video_pad|>"]).int() * 2,
             "pixel_values_videos": (sample.patches / 127.5 - 1).double(),
@@ -552,3 +554,55 @@ def test_the_score_without_a_cot_rides_on_the_same_prefill(model, keys):
     assert plainly.scores_no_cot is None
     assert all(torch.equal(one, other) for one, other in zip(plainly[:4], thoughts[:4]))
     torch.testing.assert_close(thoughts.scores_no_cot, model.score(batch, [None] * 3), rtol=1e-6, atol=1e-6)
+
+
+def test_the_repetition_penalty_is_that_of_a_plain_greedy_loop(model, keys):
+    """Over what the prompt holds, its video's tokens too, and the CoT: transformers' own definition, which
+    is vLLM's, on one whole forward a token."""
+    eos, penalty, length = model.processor.eos_id, 1.3, 14
+    batch = make_batch(model, keys)
+    thoughts = model.think(batch, 2, length, temperature=0, repetition_penalty=penalty)
+    punish = RepetitionPenaltyLogitsProcessor(penalty)
+    for b, key in enumerate(keys):
+        chosen = []
+        while len(chosen) < length and eos not in chosen:
+            asked = as_transformers_asks(model, key, chosen)
+            logits = model.qwen(**asked).logits[:, -1]
+            chosen.append(punish(asked["input_ids"], logits).argmax(-1).item())
+        for g in range(2):
+            assert thoughts.tokens[b, g][thoughts.mask[b, g]].tolist() == chosen
+        held = tokens_held(batch, 1, model.qwen.config.text_config.vocab_size)[b].nonzero()[:, 0].tolist()
+        assert set(held) == set(model.processor(*key).input_ids.tolist()) >= {model.processor.video_id}
+    logps, scores = model.group(batch, thoughts.tokens, thoughts.mask)
+    torch.testing.assert_close(thoughts.logps, logps, **EXACT)  # the policy's own
+    torch.testing.assert_close(thoughts.scores, scores, **EXACT)
+    plainly = model.think(batch, 2, length, temperature=0)
+    assert not torch.equal(plainly.tokens, thoughts.tokens)
+
+
+def test_a_penalty_lowers_each_token_that_is_held_once():
+    logits = torch.tensor([[2.0, -2.0, 0.0, 4.0, -1.0]])
+    held = torch.tensor([[True, True, True, False, False]])
+    expected = torch.tensor([[2 / 1.25, -2 * 1.25, 0.0, 4.0, -1.0]])
+    torch.testing.assert_close(penalised(logits, held, 1.25), expected, rtol=0, atol=0)
+
+
+def test_a_model_of_the_release_thinks_with_its_penalty_when_it_thinks_greedily(model, keys, monkeypatch):
+    penalties, think = [], DeScore.think
+
+    def watched(self, *args, repetition_penalty=1.0, **options):
+        penalties.append(repetition_penalty)
+        return think(self, *args, repetition_penalty=repetition_penalty, **options)
+
+    monkeypatch.setattr(DeScore, "think", watched)
+    for layout, options, expected in (
+            ("ours", {}, 1.0), ("release", {}, 1.05), ("release", {"temperature": 1.0}, 1.0),
+            ("release", {"repetition_penalty": 1.0}, 1.0), ("ours", {"repetition_penalty": 1.2}, 1.2)):
+        model.info["scoring_layout"] = layout
+        list(judge(model, keys[:1], 2, **options))
+        assert penalties.pop() == expected
+    for penalty, temperature, message in (
+            (1.1, 0.7, "1.1 is for temperature 0, not 0.7"), (0.0, 0.0, "0.0 is not above 0"),
+            (-1.0, 0.0, "-1.0 is not above 0")):
+        with pytest.raises(DataError, match=f"a repetition penalty of {message}"):
+            list(judge(model, keys[:1], 2, temperature, repetition_penalty=penalty))

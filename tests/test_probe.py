@@ -65,7 +65,7 @@ class Stub:
             # A pair of frames has one stamp; `value` takes the mean of the last two seconds.
             yield frames, [stamps[-1]] * 2, prompt
 
-    def think(self, batch, n, max_new_tokens, temperature, seeds):
+    def think(self, batch, n, max_new_tokens, temperature, seeds, repetition_penalty):
         cots, scores = [], []
         for (frames, seconds, prompt), seed in zip(self.seen(batch), seeds):
             cot, drawn = cot_of(frames), random.Random(seed)
