@@ -60,6 +60,14 @@ def make_instruction(dimensions=DIMENSIONS, tags=TAGS) -> str:
 INSTRUCTION = make_instruction()
 
 
+def check_instruction(instruction: str) -> None:
+    """DataError unless a text has a place for the video and for its prompt."""
+    checked(instruction, "the instruction")
+    if instruction.count("<video>") != 1 or "<prompt>" not in instruction:
+        raise DataError("the instruction must hold <video> exactly once, and <prompt> "
+                        "where the prompt belongs")
+
+
 Key = tuple[str, str]  # a video's file and its prompt
 Grid = tuple[int, int, int]  # how many patches: in time, down, across
 
@@ -302,10 +310,7 @@ class Processor:
     def set_instruction(self, instruction: str | None) -> None:
         """Ask with this text from now on; see `__init__`. DataError where it lacks a place."""
         if instruction is not None:
-            checked(instruction, "the instruction")
-            if instruction.count("<video>") != 1 or "<prompt>" not in instruction:
-                raise DataError("the instruction must hold <video> exactly once, and <prompt> "
-                                "where the prompt belongs")
+            check_instruction(instruction)
         self.instruction = instruction
 
     def use_instruction(self, source: str | None) -> None:
@@ -549,6 +554,8 @@ class Pair:
     model_a: str | None = None  # which generator made the video
     model_b: str | None = None
     problem: str | None = None  # the whole instruction, where a file brings its own
+    overall_a: float | None = None  # in [1, 5], of whoever saw both videos (annotate --together)
+    overall_b: float | None = None
 
     @property
     def human(self) -> int:
@@ -564,7 +571,7 @@ class Pair:
         if self.preference != "B":
             return self
         swapped = {"preference": "A"}
-        for name in ("video", "cot", "scores", "model"):
+        for name in ("video", "cot", "scores", "overall", "model"):
             swapped[f"{name}_a"] = getattr(self, f"{name}_b")
             swapped[f"{name}_b"] = getattr(self, f"{name}_a")
         return replace(self, **swapped)
@@ -663,6 +670,10 @@ def make_pair(record: dict, where: str, root: Path, dimensions=DIMENSIONS) -> Pa
         if record.get(key) is not None and references[key] is None:
             names = ", ".join(dimensions)
             raise DataError(f'{where}: {key} is not 0, 1, 2 or "N/A" for each of {names}')
+    for key in ("overall_a", "overall_b"):
+        overall = record.get(key)
+        if overall is not None and not (is_number(overall) and 1 <= overall <= 5):
+            raise DataError(f"{where}: {key} is not a number from 1 to 5")
     for key in ("cot_a", "cot_b", "model_a", "model_b", "problem"):
         if not isinstance(record.get(key), (str, type(None))):
             raise DataError(f"{where}: {key} is not a text")

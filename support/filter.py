@@ -2,7 +2,8 @@
 
     python -m support.filter annotated.jsonl train.jsonl
 
-A video's annotation is its CoT, or where a pair has none its reference sub-scores.
+A pair's annotations are the overall scores that it holds, from whoever saw both videos (annotate
+--together); where it holds none, its CoTs; and where it has none, its reference sub-scores.
 """
 
 import argparse
@@ -19,8 +20,10 @@ from support.formats import read_pairs, write_pairs
 def consistent(pair: Pair, dimensions: dict[str, int] = DIMENSIONS,
                tags: tuple[str, str] = TAGS) -> str:
     """Whether the preference that a pair's annotations imply is the human label: "kept", or why not."""
-    cots, scores = both([pair], "cot"), both([pair], "scores")
-    if cots == [None, None] and None not in scores:
+    cots, scores, overalls = (both([pair], field) for field in ("cot", "scores", "overall"))
+    if None not in overalls:
+        a, b = overalls
+    elif cots == [None, None] and None not in scores:
         a, b = (overall_score(found, dimensions) for found in scores)
     elif None in cots:
         return "no CoT"

@@ -18,9 +18,10 @@ from support.files import digest
 
 # What stands in a record, by type, and what must, by --cot: on, off, or CoTs alone.
 KINDS = {"video": str, "prompt": str, "cot": str, "truncated": bool, "score": float,
-         "score_no_cot": float}
-NEEDED = {"on": list(KINDS), "off": ["video", "prompt", "score_no_cot"],
-          None: ["video", "prompt", "cot"]}
+         "score_no_cot": float, "videos": list, "first": str}
+NEEDED = {"on": ["video", "prompt", "cot", "truncated", "score", "score_no_cot"],
+          "off": ["video", "prompt", "score_no_cot"], None: ["video", "prompt", "cot"],
+          "together": ["videos", "prompt", "first", "cot"]}
 ODD = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ over the golden ratio; its bits are well mixed
 # The settings of infer and annotate that decide a record, beside the model's weights.
 DECIDING = ("api", "api_model", "cot", "samples", "temperature", "seed", "max_new_tokens",
@@ -30,19 +31,23 @@ NEUTRAL = {"repetition_penalty": 1.0, "together": False}
 
 
 class Journal:
-    """Records of (video, prompt) keys in a file of JSON lines, which is only appended to, so that a
-    command that was cut off goes on behind them. Its first line says what made the others.
+    """Records of (video, prompt) keys, or (video, video, prompt) where both of a pair were seen
+    together, in a file of JSON lines, which is only appended to, so that a command that was cut off
+    goes on behind them. Its first line says what made the others.
 
-    A line also says what its video was ("file": size, mtime_ns, sha256), for videos are known by name. A
-    record whose video has changed since is not taken up. `records` are without it."""
+    A line also says what its videos were ("files": size, mtime_ns, sha256 of each), for videos are
+    known by name. A record of which a video has changed since is not taken up. `records` are
+    without it."""
 
     def __init__(self, path: Path, made_by: dict, keys: list[Key]):
         """made_by: what decides the records. Raises DataError, naming the row, if the file holds
         anything but records of these keys, or something else has made them."""
-        self.path, self.keys, self.fields = path, set(keys), NEEDED[made_by.get("cot")]
+        self.path, self.keys = path, set(keys)
+        self.fields = NEEDED["together" if made_by.get("together") else made_by.get("cot")]
         self.made_by = json.loads(json.dumps(made_by))  # as it will be read
         self.records: dict[Key, dict] = {}
-        self.stamps = {video: stamp(video) for video, _ in keys}  # before any of them is read
+        # Of each video, before any of them is read.
+        self.stamps = {video: stamp(video) for *videos, _ in keys for video in videos}
         self.sums: dict[str, str] = {}  # of videos by name
         self.of_others: set[Key] = set()  # judged when their names stood for other videos
         self.unchecked = 0  # records that do not say what their videos were
@@ -68,8 +73,8 @@ class Journal:
             self.append(first)
         self.report()
         if self.records:
-            print(f"{path}: going on after {len(self.records)} of {len(keys)} videos",
-                  file=sys.stderr)
+            what = "pairs" if made_by.get("together") else "videos"
+            print(f"{path}: going on after {len(self.records)} of {len(keys)} {what}", file=sys.stderr)
 
     def read(self, row: int, record: dict) -> None:
         """Take up a line of the file, if it is what this command would write."""
@@ -85,14 +90,15 @@ class Journal:
         for name in self.fields:
             if not fits(record[name], KINDS[name]):
                 raise TypeError(f"{name} is {record[name]!r}")
-        key = record["video"], record["prompt"]
+        key = key_of(record)
         if key not in self.keys:
             raise DataError(f"{self.path}: holds judgements of other videos; remove it or choose "
                             "another file")
-        was = record.pop("file", None)
-        if was is None:
-            self.unchecked += self.stamps[key[0]] is not None
-        if was is None or self.is_still(key[0], was):
+        *videos, _ = key
+        files = record.pop("files", None)
+        if files is None:
+            self.unchecked += any(self.stamps[video] is not None for video in videos)
+        if files is None or all(map(self.is_still, videos, files)):
             self.records[key] = record
         else:
             self.of_others.add(key)
@@ -119,19 +125,21 @@ class Journal:
         if self.unchecked:
             print(f"warning: {self.path}: {self.unchecked} judgements do not say what their videos were; "
                   "they are kept, though a video may have changed since", file=sys.stderr)
-        changed = [video for video, prompt in self.of_others if (video, prompt) not in self.records]
+        changed = [key[0] for key in self.of_others if key not in self.records]
         if changed:
-            print(f"{self.path}: {len(changed)} videos have changed since they were judged, and are judged "
+            what = "pairs" if self.made_by.get("together") else "videos"
+            print(f"{self.path}: {len(changed)} {what} have changed since they were judged, and are judged "
                   f"anew (the first: {min(changed)})", file=sys.stderr)
 
     def add(self, record: dict) -> None:
         """Add what was found of a key. One that could not be read is left for another time."""
         if "error" in record:
             return
-        video = record["video"]
-        self.records[video, record["prompt"]] = record
-        if self.stamps[video] is not None:
-            record = record | {"file": self.stamps[video] | {"sha256": self.sum_of(video)}}
+        self.records[key_of(record)] = record
+        *videos, _ = key_of(record)
+        if not any(self.stamps[video] is None for video in videos):
+            files = [self.stamps[video] | {"sha256": self.sum_of(video)} for video in videos]
+            record = record | {"files": files}
         self.append(json.dumps(record, allow_nan=False) + "\n")
 
     def append(self, line: str) -> None:
@@ -148,6 +156,12 @@ def stamp(video: str) -> dict[str, int] | None:
     except (OSError, ValueError):
         return None
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def key_of(record: dict) -> tuple[str, ...]:
+    """What a record is about: its video, or its two, and the prompt."""
+    videos = record["videos"] if "videos" in record else [record["video"]]
+    return (*videos, record["prompt"])
 
 
 def fits(value, kind: type) -> bool:

@@ -359,7 +359,7 @@ def test_a_record_says_what_its_file_was_and_nobody_sees_it(clips, tmp_path):
         record = json.loads(line)
         path = Path(record["video"])
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert record["file"] == {"size": 5, "mtime_ns": path.stat().st_mtime_ns, "sha256": sha256}
+        assert record["files"] == [{"size": 5, "mtime_ns": path.stat().st_mtime_ns, "sha256": sha256}]
     records = Journal(tmp_path / "j", MADE, clips).records.values()
     assert [set(record) for record in records] == [{"video", "prompt", "cot"}] * 2
 
@@ -405,7 +405,7 @@ def test_records_of_before_are_kept_with_a_warning(clips, tmp_path, capsys):
 
 def test_what_a_record_says_of_its_file_must_make_sense(clips, tmp_path):
     for file in ("x", {}, {"size": 1}):
-        line = {"video": clips[0][0], "prompt": "p", "cot": "c", "file": file}
+        line = {"video": clips[0][0], "prompt": "p", "cot": "c", "files": [file]}
         (tmp_path / "j").write_text(json.dumps({"made_by": MADE}) + "\n" + json.dumps(line) + "\n")
         with pytest.raises(DataError, match="row 2: not of this command"):
             Journal(tmp_path / "j", MADE, clips)
@@ -425,7 +425,7 @@ def test_evaluation_and_dpo_pairs_do_not_hand_out_the_scores_of_other_clips(mode
     a, b = clips
     assert before[a]["score"] != before[b]["score"]
     assert (after[a]["score"], after[b]["score"]) == pytest.approx((before[b]["score"], before[a]["score"]))
-    assert "file" not in tables.describe(model, infer.judge_all(model, clips, args, ALONE)[a])
+    assert "files" not in tables.describe(model, infer.judge_all(model, clips, args, ALONE)[a])
 
 
 def test_annotation_by_a_bare_backbone_goes_on_with_other_random_weights(
