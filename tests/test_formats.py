@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import time
+from dataclasses import replace
 from time import sleep
 
 import numpy as np
@@ -16,11 +17,23 @@ from launch import Started, run
 from PIL import Image
 from transformers import AutoTokenizer
 
-from data import DIMENSIONS, DataError, Pair, Processor, VideoSettings, make_instruction, read_video
+from data import (
+    DIMENSIONS,
+    DataError,
+    Pair,
+    Processor,
+    VideoSettings,
+    check_instruction,
+    make_instruction,
+    parse_cot,
+    read_video,
+)
 from support import annotate
-from support.annotate import Api
+from support import filter as filter_command
+from support.annotate import Api, data_url
 from support.filter import consistent
-from support.formats import read_pairs
+from support.formats import read_pairs, write_pairs
+from support.together import b_comes_first, check_question, read_both
 
 SETTINGS = VideoSettings(min_pixels=4096, max_pixels=4096)
 SCORES = {"subject": 2, "dynamics": 1, "camera": "N/A", "environment": 2, "style": 0}
@@ -143,6 +156,8 @@ def test_a_problem_never_stands_inside_another_instruction(folder):
     (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", "both"], r"row 1: the answer has no"),
     (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", json.dumps(
         {"gsb_result": "A", "video_1_scores": {"subject": "3"}})], r"row 1: scores_a is not"),
+    (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", '{"gsb_result": "A"} {"gsb_result": "B"}'],
+     r"row 1: the answer has no gsb_result that can be read"),
     (["left_model", "right_model", "vote_type", "prompt"], ["m", "n", "leftvote", "x"],
      r"without left_video"),
     (["x", "y"], ["1", "2"], r"none of the pair formats has these columns: x, y")])
@@ -207,9 +222,8 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
             cls.most = max(cls.most, cls.under_way)
             action = cls.plan.pop(0) if cls.plan else "ok"
         sleep({"slow": 1.5}.get(action, 0.05))
-        prompt = body["messages"][0]["content"][-1]["text"]
-        text = prompt.split("prompt:\n")[1].split("\n")[0]
-        content = json.dumps({"choices": [{"message": {"content": f"<think>{text}</think>{ANSWER}"}}]})
+        answer = self.reply(body["messages"][0]["content"])
+        content = json.dumps({"choices": [{"message": {"content": answer}}]})
         status, content = {"429": (429, ""), "500": (500, "oh"), "401": (401, "no such key"),
                            "nonsense": (200, "<html>"), "odd": (200, '{"choices": []}'),
                            "empty": (200, '{"choices": [{"message": {"content": ""}}]}'),
@@ -225,6 +239,11 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
             pass
         with self.lock:
             type(self).under_way -= 1
+
+    @staticmethod
+    def reply(parts):
+        prompt = parts[-1]["text"].split("prompt:\n")[1].split("\n")[0]
+        return f"<think>{prompt}</think>{ANSWER}"
 
     def log_message(self, *args):
         pass
@@ -342,6 +361,170 @@ def test_annotate_by_api_survives_a_failure_in_the_middle(endpoint, world_dir, t
     assert len(pairs) == 12 and all(p.scores_a == SCORES and p.prompt in p.cot_a for p in pairs)
 
 
+def test_the_api_is_asked_with_an_instruction_of_ones_own(endpoint, world_dir):
+    keys = make_keys(world_dir, 1)
+    mine = "Look:\n<video>\nIt was made from this prompt:\n<prompt>\nSay what you think of <prompt>."
+    list(make_api(endpoint, instruction=mine)(keys, done={}))
+    first, *_, last = endpoint.seen[0][0]["messages"][0]["content"]
+    assert first["text"] == "Look:\n" and last["text"].count(keys[0][1]) == 2
+    assert last["text"].endswith(f"Say what you think of {keys[0][1]}.")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Both videos of a pair in one question
+
+
+def scores_of(number):
+    """Sub-scores and an overall score that no other video of a few dozen has."""
+    values = [number % 3, number // 3 % 3, "N/A" if number // 9 % 2 else 2, number // 18 % 3, 0]
+    return dict(zip(DIMENSIONS, values)), 1 + number / 10
+
+
+class Watcher:
+    """Answers about both videos of a question by what it is shown, not by where it is shown."""
+
+    def __init__(self, pairs):
+        self.numbers, self.shown = {}, []
+        for pair in pairs:
+            for video in (pair.video_a, pair.video_b):
+                pictures = tuple(data_url(frame) for frame in read_video(video, SETTINGS)[0])
+                self.numbers[pictures] = self.numbers[video] = len(self.numbers) // 2
+
+    def __call__(self, parts):
+        videos, answer = [], {}
+        for part in parts:
+            if part["type"] == "image_url":
+                videos[-1].append(part["image_url"]["url"])
+            elif part["text"].endswith(("Video 1:\n", "Video 2:\n")):
+                videos.append([])
+        self.shown.append([self.numbers[tuple(pictures)] for pictures in videos])
+        for place, number in enumerate(self.shown[-1], 1):
+            answer[f"video_{place}_scores"], answer[f"video_{place}_overall"] = scores_of(number)
+        return f"<think>…</think><answer>{json.dumps(answer)}</answer>"
+
+
+def test_together_an_answer_is_never_written_to_the_other_video(
+        endpoint, world_dir, tmp_path, monkeypatch, capsys):
+    pairs = read_pairs(world_dir / "train_cots.jsonl")
+    endpoint.reply = watcher = Watcher(pairs)
+    out = tmp_path / "out.jsonl"
+    command = ["-m", "support.annotate", world_dir / "train_cots.jsonl", out, "--scores", "--together",
+               "--api", endpoint.url, "--api-model", "judge-1", "--parallel", 1, "--retries", 0, *TOY_VIDEO]
+    endpoint.plan[:] = ["ok"] * 5 + ["401"]
+    failed = run(*command, check=False)
+    assert failed.returncode == 1 and "HTTP 401" in failed.stderr and not out.exists()
+    assert (tmp_path / "out.jsonl.cots").read_text().count("\n") == 1 + 5  # a record for each pair
+    asked = len(endpoint.seen)
+    monkeypatch.setattr("sys.argv", list(map(str, command[1:])))
+    with pytest.raises(SystemExit, match="0"):
+        annotate.main()
+    assert "going on after 5 of 12 pairs" in capsys.readouterr().err
+    assert len(endpoint.seen) - asked == 12 - 5
+    annotated = read_pairs(out)
+    orders = {"A": 0, "B": 0}
+    for pair, before in zip(annotated, pairs, strict=True):
+        a, b = watcher.numbers[before.video_a], watcher.numbers[before.video_b]
+        assert (pair.scores_a, pair.overall_a) == scores_of(a)
+        assert (pair.scores_b, pair.overall_b) == scores_of(b)
+        assert pair.cot_a is pair.cot_b is None  # what stood there was about one video
+        orders["A" if [a, b] in watcher.shown else "B"] += 1
+        assert ([a, b] in watcher.shown) != ([b, a] in watcher.shown)
+    assert min(orders.values()) > 1
+    monkeypatch.setattr("sys.argv", ["filter", str(out), str(tmp_path / "kept.jsonl")])
+    filter_command.main()
+    kept = [pair.prompt for pair in read_pairs(tmp_path / "kept.jsonl")]
+    signs = [(p, (p.overall_a > p.overall_b) - (p.overall_a < p.overall_b)) for p in annotated]
+    assert kept == [pair.prompt for pair, sign in signs if sign == pair.human] and 0 < len(kept) < 12
+
+
+def test_which_video_comes_first_is_a_coin_for_each_pair():
+    names = [(f"{i}_a.mp4", f"{i}_b.mp4", f"prompt {i % 7}") for i in range(1000)]
+    draws = {seed: [b_comes_first(seed, *name) for name in names] for seed in (0, 1)}
+    for drawn in draws.values():
+        assert 400 < sum(drawn) < 600  # six standard deviations
+    assert 400 < sum(a != b for a, b in zip(draws[0], draws[1])) < 600
+    assert draws[0] == [b_comes_first(0, f"/x/{a}", f"/y/{b}", p) for a, b, p in names]
+
+
+@pytest.mark.parametrize(("answer", "overall"), [
+    ({}, (3.0, 4.0)), ({"video_1_overall": "3.0", "Video 2 overall": None}, (None, None)),
+    ({"video_2_overall": 7}, None), ({"video_2_scores": SCORES | {"style": 3}}, None)])
+def test_an_answer_about_both_is_read_or_not(answer, overall):
+    whole = {"video_1_scores": SCORES, "video_2_scores": SCORES | {"style": "2"}, "video_1_overall": 3,
+             "video_2_overall": 4.0}
+    if "Video 2 overall" in answer:
+        del whole["video_2_overall"]
+    found = read_both(f"It's so: ```JSON\n{json.dumps(whole | answer)[:-1]},}}```")
+    assert (found and tuple(one["overall_score"] for one in found)) == overall
+    if found:
+        assert [one["dimensional_scores"] for one in found] == [SCORES, SCORES | {"style": 2}]
+        assert read_both(json.dumps({"video_1_scores": SCORES})) is None
+
+
+def test_together_a_pair_with_an_unreadable_video_is_listed(
+        endpoint, world_dir, tmp_path, monkeypatch, capsys):
+    pairs = read_pairs(world_dir / "train.jsonl")[:3]
+    endpoint.reply = watcher = Watcher(pairs)
+    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
+    broken = str(tmp_path / "broken.mp4")
+    out = tmp_path / "out.jsonl"
+    command = ["annotate", str(tmp_path / "in.jsonl"), str(out), "--scores", "--together", "--api",
+               endpoint.url, "--api-model", "judge-1", *TOY_VIDEO]
+    monkeypatch.setattr("sys.argv", command)
+    changed = [pairs[0], replace(pairs[1], video_b=broken), pairs[2]]
+    write_pairs(tmp_path / "in.jsonl", changed)
+    with pytest.raises(SystemExit) as ended:
+        annotate.main()
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and f"left out: {broken}: not a video" in said.err
+    assert "2 pairs, 2 pairs annotated; 1 left out, a video cannot be read" in said.out
+    assert len(watcher.shown) == 2 and len(read_pairs(out)) == 2  # of the third nothing is asked
+    write_pairs(tmp_path / "in.jsonl", changed[1:2])
+    out.with_name("out.jsonl.cots").unlink()
+    with pytest.raises(DataError, match="no pair has two videos that can be read .*broken.mp4: not a video"):
+        annotate.main()
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    (["--model", "toy/backbone", "--scores"], "--together is for --api alone: a model of ours"),
+    (["--api", "u", "--api-model", "m"], "--together needs --scores"),
+    (["--api", "u", "--api-model", "m", "--scores", "--instruction", "presets/detailed.txt"],
+     "the instruction of --together must hold <video_1> and <video_2> exactly once")])
+def test_together_is_refused_by_name(extra, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["annotate", "in.jsonl", "out.jsonl", "--together", *extra])
+    with pytest.raises(DataError, match=message):
+        annotate.main()
+
+
+def band(scores):
+    """The overall scores that the rubric allows."""
+    primary = [2 if scores[name] == "N/A" else scores[name] for name in DIMENSIONS if DIMENSIONS[name] > 1]
+    if 0 in primary:
+        return (1, 2) if set(primary) == {0} else (2, 3)
+    return (3, 4) if 1 in primary else (4, 5.01)
+
+
+def test_the_longer_instructions_ask_for_what_is_read():
+    for name in ("detailed", "together"):
+        text = (ROOT / f"presets/{name}.txt").read_text()
+        for dimension in DIMENSIONS:
+            assert f"\n- {dimension}: " in text
+        for grade in ("5: ", "4 to 4.99: ", "3 to 3.99: ", "2 to 2.99: ", "1 to 1.99: "):
+            assert f"\n- {grade}" in text
+        assert "inside <think> </think>" in text and "inside <answer> </answer>" in text
+        example = text.rpartition("form, and nothing else:\n")[2]
+        if name == "detailed":
+            check_instruction(text)
+            read = [parse_cot(f"<answer>{example}</answer>")]
+        else:
+            check_question(text)
+            read = read_both(example)
+        for one in read:
+            low, high = band(one["dimensional_scores"])
+            assert low <= one["overall_score"] < high
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Annotation by a model here, and the filter
 
@@ -439,6 +622,15 @@ def test_the_filter_goes_by_reference_scores_where_there_are_no_cots(label, b, v
     scores = dict.fromkeys(DIMENSIONS, 2)
     pair = Pair("p", "a", "b", label, scores_a=scores, scores_b=scores | b)
     assert consistent(pair) == verdict
+
+
+def test_the_filter_goes_by_the_overall_scores_of_whoever_saw_both():
+    pair = Pair("p", "a", "b", "A", cot_a=cot(2.0), cot_b=cot(3.0), overall_a=3.0, overall_b=2.9)
+    assert consistent(pair) == "kept"
+    assert consistent(replace(pair, overall_b=3.0)) == "the annotations imply a tie"
+    assert consistent(replace(pair, overall_b=None)) == "the annotations imply the other"
+    turned = replace(pair, preference="B").winner_first()
+    assert (turned.overall_a, turned.overall_b) == (2.9, 3.0)
 
 
 def test_filter_says_what_it_kept(world_dir, tmp_path):

@@ -393,10 +393,12 @@ def test_json_has_null_for_what_has_no_base():
 @pytest.mark.parametrize(("source", "own"), [("model", (2.0, 4096, 4096)), ("api", (2.0, 131_072, 307_200))])
 def test_annotation_looks_as_it_is_told(source, own, monkeypatch):
     """The model's own frames and pixels, or the endpoint's, unless others are given."""
+    own_words = ROOT / "presets/detailed.txt"
     commands = {"model": ["--model", str(ROOT / "toy/backbone")], "api": ["--api", "u", "--api-model", "m"]}
     monkeypatch.setattr(annotating, "annotate", lambda *args: seen.append(args) or 0)
     for extra, expected in (([], own), (["--fps", "1"], (1.0, *own[1:])),
-                            (["--min-pixels", "1024", "--max-pixels", "2048"], (own[0], 1024, 2048))):
+                            (["--min-pixels", "1024", "--max-pixels", "2048"], (own[0], 1024, 2048)),
+                            (["--instruction", str(own_words)], own)):
         seen = []
         monkeypatch.setattr("sys.argv", ["annotate", "pairs", "out", *commands[source], *extra])
         with pytest.raises(SystemExit):
@@ -404,7 +406,9 @@ def test_annotation_looks_as_it_is_told(source, own, monkeypatch):
         ((_, _, ask, made, *_),) = seen
         settings = ask.args[0].processor.settings if source == "model" else ask.settings
         assert (settings.fps, settings.min_pixels, settings.max_pixels) == expected
-        assert made["video"] == asdict(settings) and "instruction" in made
+        asked = ask.args[0].processor.instruction if source == "model" else ask.instruction
+        assert made["video"] == asdict(settings) and made["instruction"] == asked
+        assert (asked == own_words.read_text()) == ("--instruction" in extra)
 
 
 @contextmanager
