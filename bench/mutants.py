@@ -23,6 +23,7 @@ DATA, FORMATS, PARITY = "tests/test_data.py", "tests/test_formats.py", "tests/te
 STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_wires.py"
 HACKABLE, SAVED, JUDGING = "tests/test_hackable.py", "tests/test_saved.py", "tests/test_judging.py"
 FUZZ, FRAMES = "tests/test_fuzz.py", "tests/test_frames.py"
+FORGIVING = "tests/test_forgiving.py"
 WORLD, PARADIGMS = "tests/test_world.py", "tests/test_paradigms.py"
 REPORT, BROWSER, TOUR = "tests/test_report.py", "tests/test_browser.py", "tests/test_tour.py"
 MEMORY, SERVE, ADAPTERS = "tests/test_memory.py", "tests/test_serve.py", "tests/test_adapters.py"
@@ -196,8 +197,8 @@ MUTANTS = [
     # -- data
     ("data.py", 'if self.preference != "B":', "if True:", STEPS1),
     ("data.py", 'if self.preference != "B":', "if True:", STEPS2),
-    ("data.py", '("video", "cot", "scores", "model")', '("video", "scores", "model")', STEPS1),
-    ("data.py", '("video", "cot", "scores", "model")', '("video", "cot", "model")', STEPS2),
+    ("data.py", '("video", "cot", "scores", "overall", "model")', '("video", "scores", "model")', STEPS1),
+    ("data.py", '("video", "cot", "scores", "overall", "model")', '("video", "cot", "model")', STEPS2),
     ("data.py", "(seconds[first] + seconds[first + frames - 1]) / 2", "seconds[first]", PARITY),
     ("data.py", "x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)", "x.permute(0, 3, 6, 7, 4, 2, 1, 5, 8)", DATA),
     ("data.py", 'mode="bicubic", antialias=True', 'mode="bicubic"', PARITY),
@@ -648,10 +649,10 @@ MUTANTS = [
      DIGESTS + " -k random_weights"),
     ("support/journal.py", "if name.startswith(OWN) and not scores:", "if name.startswith(OWN):",
      DIGESTS + " -k told_apart"),
-    ("support/journal.py", "if was is None or self.is_still(key[0], was):", "if True:",
+    ("support/journal.py", "if files is None or all(map(self.is_still, videos, files)):", "if True:",
      DIGESTS + " -k other_clips"),
     ("support/journal.py", "self.sum_of(video) == sha256", "False", DIGESTS + " -k replaced_is"),
-    ("support/journal.py", 'was = record.pop("file", None)', 'was = record.get("file")',
+    ("support/journal.py", 'files = record.pop("files", None)', 'files = record.get("files")',
      DIGESTS + " -k nobody_sees"),
     ("support/journal.py", "if stamp(video) != self.stamps[video]:", "if False:",
      DIGESTS + " -k while_it_is_judged"),
@@ -660,6 +661,51 @@ MUTANTS = [
     ("toy/demo.py", 'if "--resume false" not in error.stderr:', "if False:", DIGESTS + " -k demo_begins"),
     ("support/files.py", '"runs/rl", "runs/coldstart", "runs/demo/rl"',
      '"runs/demo/rl", "runs/rl", "runs/coldstart"', DIGESTS + " -k before_the_demos"),
+    # -- annotations read as they are meant; both videos in one question; the repetition penalty
+    ("support/forgiving.py", "or dimension in plain:", ":", FORGIVING),
+    ("support/forgiving.py", "if len(plain) < len(dimensions):", "if False:", FORGIVING),
+    ("support/forgiving.py", "end = behind_brace(text, start)", "end = start + 1", FORGIVING),
+    ("support/forgiving.py", "return readings[0] if readings and agree else None",
+     "return readings[0] if readings else None", FORGIVING),
+    ("support/forgiving.py", 'return "" if still_thinks else spoken', "return spoken", FORGIVING),
+    ("support/forgiving.py", 'if "{" in inside:', "if False:", FORGIVING),
+    ("support/forgiving.py", "not (is_number(value) and 1 <= value <= 5)", "not is_number(value)", FORGIVING),
+    ("support/forgiving.py", "if not isinstance(name, str) or name in found:",
+     "if not isinstance(name, str):", FORGIVING),
+    ("support/forgiving.py", "some_case = re.IGNORECASE | re.DOTALL", "some_case = re.DOTALL", FORGIVING),
+    ("support/forgiving.py", 'meant.setdefault("object", meant["subject"])', "pass", FORGIVING),
+    ("support/forgiving.py", "return SUB_SCORES[value]", "return value", FORGIVING),
+    ("support/filter.py", "overall_of(read_annotation(cot, dimensions, tags), dimensions)",
+     "overall_of(__import__('data').parse_cot(cot, dimensions, tags), dimensions)", FORGIVING),
+    ("support/annotate.py", "annotations = [read_annotation(cot, dimensions, tags)",
+     "annotations = [__import__('data').parse_cot(cot, dimensions, tags)", FORGIVING),
+    ("support/formats.py", "return record | plain", "return record", FORGIVING),
+    ("infer.py", "cot = parse_cot(judged[key]",
+     "cot = __import__('support.forgiving').forgiving.read_annotation(judged[key]", FORGIVING),
+    ("support/annotate.py", 'of_shown if record["first"] == "A" else reversed(of_shown)', "of_shown",
+     FORMATS),
+    ("support/annotate.py", "shown, first = [video_b, video_a], \"B\"", 'first = "B"', FORMATS),
+    ("support/annotate.py", "if b_comes_first(self.seed, video_a, video_b, prompt):", "if True:", FORMATS),
+    ("support/annotate.py", "pair.cot_a = pair.cot_b = None", "pass", FORMATS),
+    ("support/annotate.py", "if args.together and args.model:", "if False:", FORMATS),
+    ("support/annotate.py", "if args.together and not args.scores:", "if False:", FORMATS),
+    ("support/together.py", "json.dumps([seed, prompt, *names])", "json.dumps([prompt, *names])", FORMATS),
+    ("support/together.py", "os.path.basename(video)", "video", FORMATS),
+    ("support/together.py", "if None in overall:", "if False:", FORMATS),
+    ("support/filter.py", "if None not in overalls:", "if False:", FORMATS),
+    ("support/annotate.py", "self.instruction):", "INSTRUCTION):", FORMATS),
+    ("support/annotate.py", "model.processor.set_instruction(instruction)", "pass", JUDGING + " -k looks"),
+    ("data.py", '"scores", "overall", "model"', '"scores", "model"', FORMATS),
+    ("model.py", "held[rows, token] = True", "pass", MODEL + " -k penalty"),
+    ("model.py", "held[row, batch.input_ids[row, place]] = True", "pass", MODEL + " -k penalty"),
+    ("model.py", "logits > 0, logits / penalty, logits * penalty", "logits > 0, logits / penalty, logits",
+     MODEL + " -k penalty"),
+    ("model.py", "if repetition_penalty != 1 and temperature:", "if False:", MODEL + " -k penalty"),
+    ("support/release.py", "if is_release and not temperature else 1.0", "if is_release else 1.0",
+     MODEL + " -k penalty"),
+    ("support/journal.py", "and not (name in NEUTRAL and value == NEUTRAL[name])", "",
+     JUDGING + " -k penalty"),
+    ("support/journal.py", '"repetition_penalty", "together")', '"together")', JUDGING + " -k written_down"),
 ]
 
 
