@@ -23,7 +23,7 @@ DATA, FORMATS, PARITY = "tests/test_data.py", "tests/test_formats.py", "tests/te
 STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_wires.py"
 HACKABLE, SAVED, JUDGING = "tests/test_hackable.py", "tests/test_saved.py", "tests/test_judging.py"
 FUZZ, FRAMES = "tests/test_fuzz.py", "tests/test_frames.py"
-FORGIVING = "tests/test_forgiving.py"
+FORGIVING, TOGETHER = "tests/test_forgiving.py", "tests/test_formats.py -k together"
 WORLD, PARADIGMS = "tests/test_world.py", "tests/test_paradigms.py"
 REPORT, BROWSER, TOUR = "tests/test_report.py", "tests/test_browser.py", "tests/test_tour.py"
 MEMORY, SERVE, ADAPTERS = "tests/test_memory.py", "tests/test_serve.py", "tests/test_adapters.py"
@@ -683,19 +683,20 @@ MUTANTS = [
     ("infer.py", "cot = parse_cot(judged[key]",
      "cot = __import__('support.forgiving').forgiving.read_annotation(judged[key]", FORGIVING),
     ("support/annotate.py", 'of_shown if record["first"] == "A" else reversed(of_shown)', "of_shown",
-     FORMATS),
-    ("support/annotate.py", "shown, first = [video_b, video_a], \"B\"", 'first = "B"', FORMATS),
-    ("support/annotate.py", "if b_comes_first(self.seed, video_a, video_b, prompt):", "if True:", FORMATS),
-    ("support/annotate.py", "pair.cot_a = pair.cot_b = None", "pass", FORMATS),
-    ("support/annotate.py", "if args.together and args.model:", "if False:", FORMATS),
-    ("support/annotate.py", "if args.together and not args.scores:", "if False:", FORMATS),
-    ("support/together.py", "json.dumps([seed, prompt, *names])", "json.dumps([prompt, *names])", FORMATS),
-    ("support/together.py", "os.path.basename(video)", "video", FORMATS),
-    ("support/together.py", "if None in overall:", "if False:", FORMATS),
-    ("support/filter.py", "if None not in overalls:", "if False:", FORMATS),
-    ("support/annotate.py", "self.instruction):", "INSTRUCTION):", FORMATS),
+     TOGETHER),
+    ("support/annotate.py", "shown, first = [video_b, video_a], \"B\"", 'first = "B"', TOGETHER),
+    ("support/annotate.py", "if b_comes_first(self.seed, video_a, video_b, prompt):", "if True:", TOGETHER),
+    ("support/annotate.py", "pair.cot_a = pair.cot_b = None", "pass", TOGETHER),
+    ("support/annotate.py", "if args.together and args.model:", "if False:", TOGETHER),
+    ("support/annotate.py", "if args.together and not args.scores:", "if False:", TOGETHER),
+    ("support/together.py", "json.dumps([seed, prompt, *names])", "json.dumps([prompt, *names])",
+     FORMATS + " -k coin"),
+    ("support/together.py", "os.path.basename(video)", "video", FORMATS + " -k coin"),
+    ("support/together.py", "if None in overall:", "if False:", FORMATS + " -k about_both"),
+    ("support/filter.py", "if None not in overalls:", "if False:", FORMATS + " -k filter"),
+    ("support/annotate.py", "self.instruction):", "INSTRUCTION):", FORMATS + " -k ones_own"),
     ("support/annotate.py", "model.processor.set_instruction(instruction)", "pass", JUDGING + " -k looks"),
-    ("data.py", '"scores", "overall", "model"', '"scores", "model"', FORMATS),
+    ("data.py", '"scores", "overall", "model"', '"scores", "model"', FORMATS + " -k filter"),
     ("model.py", "held[rows, token] = True", "pass", MODEL + " -k penalty"),
     ("model.py", "held[row, batch.input_ids[row, place]] = True", "pass", MODEL + " -k penalty"),
     ("model.py", "logits > 0, logits / penalty, logits * penalty", "logits > 0, logits / penalty, logits",
