@@ -65,13 +65,13 @@ def of_backbone(source: str | Path) -> str:
 
 def of_model(model, source: str | Path) -> str:
     """A fingerprint of a model as it was loaded from `source`: of its backbone, of the adapter, query
-    and head on top of it, and of how it reads and asks."""
+    and head on top of it, and of what it judges and reads."""
     directory, processor = local_folder(source), model.processor
     on_top = [directory / name for name in ON_TOP]
     on_top = [path for path in [*on_top, release.head_file(directory)] if path.is_file()]
     return of_json([
-        model.backbone_sha256, of_files(directory, on_top), processor.instruction,
-        processor.dimensions, processor.tokenizer.backend_tokenizer.to_str()])
+        model.backbone_sha256, of_files(directory, on_top), processor.dimensions, processor.tags,
+        processor.tokenizer.backend_tokenizer.to_str()])
 
 
 def of_files(directory: Path, paths: Iterable[Path]) -> str:

@@ -314,7 +314,8 @@ class Run:
         """What the run depends on beside its settings, by the names that messages give it."""
         args = self.args
         found = {f"{digests.PAIRS} ({args.train})": digests.of_pairs(self.pairs),
-                 f"the model it began from ({args.model})": digests.of_model(self.model, args.model)}
+                 f"the model it began from ({args.model})": digests.of_model(self.model, args.model),
+                 "the instruction": digests.of_json(self.model.processor.instruction)}
         for given in getattr(args, "reward", []):
             path = function_file(given.rpartition(":")[0])
             found[f"the reward file {path}"] = digest(path)

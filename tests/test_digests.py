@@ -87,6 +87,7 @@ def ours(world_dir, tmp_path_factory):
         pairs += [pair] * (pair["preference"] != "tie")
     (root / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:4]))
     (root / "mine.py").write_text("def longer(text, n_tokens, gold):\n    return float(n_tokens)\n")
+    (root / "ask.txt").write_text("<video><prompt>\nThink, then judge.")
     for stage in ("coldstart", "rl"):
         run(*command(stage), root=root)
     return root
@@ -96,7 +97,7 @@ def command(stage, *more):
     common = ["--train", "train.jsonl", "--batch-size", 2, *QUICK, *more]
     if stage == "coldstart":
         return ["coldstart.py", "--model", "backbone", "--epochs", 1, "--head-lr", 0, "--lr", 1e-3,
-                "--save-every", 1, *common]
+                "--instruction", "ask.txt", "--save-every", 1, *common]
     return ["rl.py", "--steps", 1, "--updates", 1, "--group-size", 2, "--reward", "mine.py:longer=0.1",
             *common]
 
@@ -111,6 +112,8 @@ CHANGES = {
                 "coldstart.py has changed since step 2"),
     "backbone": ("coldstart", "backbone/model.safetensors", lambda path: nudge(path.parent),
                  "the model it began from (backbone) has changed since step 2"),
+    "instruction": ("coldstart", "ask.txt", lambda path: edit(path, "Think", "Guess"),
+                    "the instruction has changed since step 2"),
     "reward": ("rl", "mine.py", lambda path: edit(path, "float(n_tokens)", "-float(n_tokens)"),
                "the reward file mine.py has changed since step 1"),
     "stage 1": ("rl", "runs/coldstart/model/descore.json",
