@@ -420,7 +420,7 @@ def test_evaluation_and_dpo_pairs_do_not_hand_out_the_scores_of_other_clips(mode
     for (place, _), (video, _) in zip(clips, keys):
         shutil.copy(video, place)
     args = Namespace(out=tmp_path / "judged", max_new_tokens=3, temperature=0.0, seed=0, think_tokens=10**4,
-                     samples=1, cot="on", pairs="pairs.jsonl", workers=0)
+                     samples=1, cot="on", pairs="pairs.jsonl", workers=0, repetition_penalty=None)
     before = infer.judge_all(model, clips, args, ALONE)
     for (place, _), (video, _) in zip(clips, keys[1::-1]):
         shutil.copy(video, place)
