@@ -22,6 +22,7 @@ SCORES = {"subject": 2, "dynamics": 1, "camera": "N/A", "environment": 2, "style
 OVERALL = 3.5
 THOUGHT = "<think>The ball isn't red, it rolls {slowly}.</think>"
 JSON = json.dumps({"dimensional_scores": SCORES, "overall_score": OVERALL})
+DRAFT = JSON.replace("2", "1")
 
 
 def cot(answer=JSON):
@@ -71,8 +72,10 @@ FORGIVEN = {
     "a line's end in a text": cot(JSON[:-1] + ', "reason": "one\ntwo \\"three\\""}'),
     "no tags": f"It moves.\n{JSON}", "no tags, fenced": f"```json\n{JSON}\n```",
     "no answer tags": f"{THOUGHT}\n{JSON}", "no thought": f"{JSON}</answer>",
-    "not closed": f"{THOUGHT}<answer>{JSON}", "tags in capitals": f"<THINK>x</THINK><ANSWER>{JSON}</ANSWER>",
-    "a draft in the thought": f"<think>First {scored(style=2)}, no.</think><answer>{JSON}</answer>",
+    "not closed": f"{THOUGHT}<answer>{JSON}",
+    "tags in capitals": f"<THINK>{DRAFT}?</THINK><ANSWER>{JSON}</ANSWER>",
+    "a draft before the answer": f"First {DRAFT}, no.\n<answer>\n```JSON\n{JSON}\n```\n</answer>",
+    "a draft in the thought": f"<think>First {DRAFT}, no.</think>{JSON}",
     "twice the same": cot(f"{JSON}\n{JSON}"), "in a list": cot(f"[{JSON}]"),
     "another object": cot(f'{{"a": 1}} {JSON}'),
     "scores beside the overall": cot(json.dumps({**SCORES, "overall_score": OVERALL})),
