@@ -44,14 +44,14 @@ def install():
     """Let every rollout that would be drawn recite instead; greedy thinking stays as it is."""
     sample, draw = model.DeScore.sample, model.draw
 
-    def recited(self, cache, hidden, position, uniform, temperature, top_p):
+    def recited(self, cache, hidden, position, uniform, temperature, top_p, *penalty):
         if not temperature:
-            return sample(self, cache, hidden, position, uniform, temperature, top_p)
+            return sample(self, cache, hidden, position, uniform, temperature, top_p, *penalty)
         tokens = torch.full(uniform.shape, self.eos)
         for row, number in zip(tokens.flatten(0, 1), uniform[..., 0].flatten().tolist()):
             cot = self.processor.encode(COTS[int(number * len(COTS))])[: len(row)]
             row[: len(cot)] = torch.tensor(cot)
-        return sample(self, cache, hidden, position, tokens, temperature, top_p)
+        return sample(self, cache, hidden, position, tokens, temperature, top_p, *penalty)
 
     def next_token(logits, number, top_p=1.0):
         return draw(logits, number, top_p) if number.is_floating_point() else number
