@@ -1,5 +1,5 @@
-"""One question about both videos of a pair (`support.annotate --together`): whoever sees them side by
-side contradicts the human label less often than whoever sees each alone."""
+"""One question about both videos of a pair (`support.annotate --together`), as the reference scores of
+the authors' release were asked for."""
 
 import json
 import os
