@@ -389,6 +389,22 @@ def test_a_clip_that_was_replaced_is_judged_anew_and_another_is_not(clips, tmp_p
     assert judge_both(path, clips) == {"b.mp4": "b.mp4", "a.mp4": "A.mp4"}
 
 
+def test_a_pair_is_asked_about_anew_where_either_of_its_clips_was_replaced(clips, tmp_path):
+    made = MADE | {"together": True}
+    (a, _), (b, _) = clips
+    for changed in (None, a, b):
+        if changed:
+            Path(changed).write_text("other")
+        journal = Journal(tmp_path / "j", made, [(a, b, "p")])
+        assert not journal.records
+        journal.add({"videos": [a, b], "prompt": "p", "first": "A", "cot": "about both"})
+        journal.lock.close()
+        again = Journal(tmp_path / "j", made, [(a, b, "p")])
+        assert again.records == {(a, b, "p"): {"videos": [a, b], "prompt": "p", "first": "A",
+                                               "cot": "about both"}}
+        again.lock.close()
+
+
 def test_a_clip_that_is_replaced_while_it_is_judged_is_judged_again(clips, tmp_path, capsys):
     journal, (a, _) = Journal(tmp_path / "j", MADE, clips), clips
     Path(a[0]).write_text("other")
