@@ -285,7 +285,7 @@ def test_the_expectation_over_the_mask_is_both_losses_weighed(plain, pairs, star
 
 G, LR2, MAX_NORM2, BETA, BT_WEIGHT, CLIP = 3, 5e-4, 8.5, 0.1, 0.5, (0.25, 0.35)
 WEIGHTS = {"format": 0.2, "quality": 0.5, "length": 0.3}
-LENGTH = (20, 105)
+LENGTH = (103, 133)
 # Notes what each rollout read and wrote, and under which log-probabilities.
 RECORDER = """
 import recited, rl, torch
@@ -465,7 +465,7 @@ def test_the_run_of_stage_2_shows_all_that_there_is_to_see(stage2):
     # Nothing is so near a bound, or the mean of its group, that rounding decides what is clipped.
     assert min(near for video in videos for near in video["to_bound"]) > 1e-4
     advantages = torch.cat([video["advantages"] for video in videos])
-    assert advantages[advantages != 0].abs().min() > 1e-3
+    assert advantages[advantages != 0].abs().min() > 1e-2
     assert len({update["grad_norm"] > MAX_NORM2 for *_, updates in steps for update in updates}) == 2
     assert len({bool(video["advantages"].any()) for video in videos}) == 2
 
