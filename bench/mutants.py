@@ -255,7 +255,7 @@ MUTANTS = [
     ("support/frames.py", "with suppress(Exception):", "with suppress(ValueError):", READER + " -k gives_up"),
     ("support/frames.py", "indices = indices[1:]", "pass", READER + " -k gives_up"),
     ("support/frames.py", "yield from [picture] * times", "yield picture", READER + " -k same_of_all"),
-    ("support/frames.py", 'reader == "decord" and suits', "suits", READER + " -k same_of_all"),
+    ("support/frames.py", 'reader == "decord" and suits', "suits", READER + " -k scorer"),
     ("data.py", "open_file(video, reader)", "open_file(video)", READER + " -k scorer"),
     ("data.py", "open_video(video, settings, reader)", "open_video(video, settings)", READER + " -k scorer"),
     ("data.py", "self.settings, self.reader), prompt)", "self.settings), prompt)", READER + " -k infer"),
