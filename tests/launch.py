@@ -66,8 +66,9 @@ class Started:
     def running(self) -> bool:
         return self.process.is_alive()
 
-    def wait(self, timeout: float = 240) -> subprocess.CompletedProcess:
-        """Wait for the end; returns exit status and output."""
+    def wait(self, timeout: float = 900) -> subprocess.CompletedProcess:
+        """Wait for the end; returns exit status and output. The timeout is for what hangs: on a busy machine
+        a start can take ten times as long as on a quiet one."""
         self.process.join(timeout)
         late = self.running()
         if late:
