@@ -343,10 +343,10 @@ class Processor:
     def encode_cot(self, cot: str | None) -> list[int]:
         """Token ids of a CoT, none of None. A tag that the prompt has opened is not repeated."""
         cot = cot or ""
+        begun = cot.lstrip()
         for opened in (self.opening, self.opening.strip()):
-            if opened and cot.startswith(opened):
-                cot = cot.removeprefix(opened)
-                break
+            if opened and begun.startswith(opened):
+                return self.encode(begun.removeprefix(opened))
         return self.encode(cot)
 
     def decode(self, ids: list[int] | Tensor) -> str:

@@ -66,7 +66,7 @@ class Args(RunArgs):
     length_low: Whole = setting(500, "tokens of a CoT up to which R_l is 0")
     length_high: Count = setting(2000, "tokens from which R_l is 1")
     length_excess: Count | None = setting(None, "from here R_l falls back to 0 [never]")
-    reward: list[str] = setting([], "FILE:FUNCTION=WEIGHT: one more reward [none]",
+    reward: list[str] = setting([], "FILE:FUNCTION=WEIGHT: one more reward, or one for ours [none]",
                                 metadata={"action": "extend"})
     advantage_std: bool = setting(True, "divide advantages by the group's std")
     loss_mean: Literal["cot", "token", "constant"] = setting("cot", "of L_GRPO: see there")
@@ -145,12 +145,16 @@ def make_rewards(args: Args, processor) -> dict[str, Reward]:
     }
     own_names = set()
     for asked in args.reward:
-        name, weight, function = load_function(asked, processor=processor, args=args)
+        where, name, weight, function = load_function(asked, processor=processor, args=args)
+        name = name.removesuffix("_reward")
         if name in own_names:
             raise DataError(f"--reward {asked}: another has this name")
         own_names.add(name)
-        # One of the same name as ours takes its place.
-        rewards[name.removesuffix("_reward")] = Reward(weight, function, asked.rpartition("=")[0])
+        # One of the same name as ours takes its place, and its weight where it brings none.
+        if weight is None and name not in rewards:
+            raise DataError(f"--reward {asked}: has no =WEIGHT, and is none of {', '.join(rewards)}")
+        weight = rewards[name].weight if weight is None else weight
+        rewards[name] = Reward(weight, function, where)
     return rewards
 
 

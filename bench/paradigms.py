@@ -89,11 +89,13 @@ def score_run(Args: type, shown=("loss", "accuracy")) -> tuple:
     run = Run(Args, "coldstart", shown)
     args = run.args
     torch.manual_seed(args.seed)
-    model = DeScore.load(args.model, video=args.video)
-    model.set_trainable(args.lora_rank, args.train_merger)
+    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader)
+    model.processor.use_instruction(args.instruction)
+    model.set_trainable(args.lora_rank, args.train_merger, args.train_vision)
     own = [name for name in model.trainable() if name.startswith(OWN)]
     rest = [name for name in model.trainable() if name not in own]
-    groups = [{"params": own, "lr": args.head_lr or args.lr}, {"params": rest, "lr": args.lr}]
+    head_lr = args.lr if args.head_lr is None else args.head_lr
+    groups = [{"params": own, "lr": head_lr}, {"params": rest, "lr": args.lr}]
     optimizer = run.prepare(model, groups, args.weight_decay)
     return run, model, optimizer, [group["lr"] for group in groups]
 

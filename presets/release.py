@@ -1,6 +1,7 @@
 """The rewards of DeScore's released code (commit b7d6a0b), for `--preset presets/release.json`.
 
-They read one thing in a rollout: the first closed <answer>. Whatever stands around it costs nothing.
+They read one thing in a rollout: the first closed <answer>. Whatever stands around it costs nothing;
+that it must hold dimensional_scores is in the code, and not in its description.
 One difference is ours: the release compares sub-scores as they are written, so that a quoted "2"
 is not 2; here both are the number.
 """

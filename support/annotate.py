@@ -134,6 +134,7 @@ def take_cots(pair: Pair, records: list[dict], scores: bool, dimensions: dict,
     """Give a pair the CoTs about its videos, as they were written, and with `scores` their
     sub-scores. Returns whether they are of use."""
     pair.cot_a, pair.cot_b = (record["cot"] for record in records)
+    pair.overall_a = pair.overall_b = None  # of an earlier annotation
     if max(len(pair.cot_a.encode()), len(pair.cot_b.encode())) > TEXT_LIMIT:
         return False
     if scores:
@@ -327,18 +328,18 @@ def main() -> None:
         how = (args.api, args.api_model, settings, os.environ.get(args.api_key_env), args.max_new_tokens,
                args.temperature, args.parallel, args.timeout, args.retries)
         if args.together:
-            instruction = instruction or read_text(QUESTION)
+            instruction = read_text(QUESTION) if instruction is None else instruction
             check_question(instruction)
             write = PairApi(*how, instruction, args.reader, args.seed)
         else:
-            instruction = instruction or INSTRUCTION
+            instruction = INSTRUCTION if instruction is None else instruction
             check_instruction(instruction)
             write = Api(*how, instruction, args.reader)
         dimensions, tags = DIMENSIONS, TAGS
         made_by = journal.deciding(args) | {"instruction": instruction, "video": asdict(settings)}
     else:
         model = DeScore.load(args.model, video=video, reader=args.reader)
-        if instruction:
+        if instruction is not None:
             model.processor.set_instruction(instruction)
         args.repetition_penalty = release.repetition_penalty(model, args.temperature)
         write = partial(infer.judge, model, max_new_tokens=args.max_new_tokens, seed=args.seed,

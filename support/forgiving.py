@@ -1,8 +1,8 @@
 """Annotations and references as people's endpoints write them, read as what they say.
 
-What a model of ours writes is read by `data.parse_cot` alone, which forgives nothing: that is how it
-is rewarded and measured. Here the same is read in other dress as well, and becomes plain 0, 1, 2 or
-"N/A":
+Rollouts are rewarded, and models measured, by `data.parse_cot` alone, which forgives nothing. What is
+to be a reference or goes through the filter is read in other dress as well, and becomes plain 0, 1,
+2 or "N/A":
 
     around the JSON    text, a fence of any name, <ANSWER>, no tags at all
     the JSON           a comma too many, comments, 'these', “these” or no quotes, a line's end in a text

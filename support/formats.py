@@ -10,12 +10,13 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from data import DIMENSIONS, DataError, Pair, Pairs, collect, explained, json_records, read_text
-from support.forgiving import Unclear, by_plain_name, plain_scores, read_objects
+from support.forgiving import Unclear, by_plain_name, plain_overall, plain_scores, read_objects
 
 SIDES = {"A": "A", "B": "B", "same": "tie", "tie": "tie", "invalid": None}
 VOTES = {"leftvote": "A", "rightvote": "B", "tievote": "tie", "bothbad_vote": "tie"}
@@ -194,14 +195,15 @@ def read_answer(text: str, where: str) -> dict:
 
 
 def with_plain_scores(record: dict, dimensions: dict[str, int]) -> dict:
-    """The record with its reference sub-scores as we write them (support/forgiving.py). What are
+    """The record with its reference scores as we write them (support/forgiving.py). What are
     none `make_pair` refuses."""
     plain = {}
     for key in ("scores_a", "scores_b"):
-        try:
+        with suppress(Unclear):
             plain[key] = plain_scores(record.get(key), dimensions)
-        except Unclear:
-            continue
+    for key in ("overall_a", "overall_b"):
+        with suppress(Unclear):
+            plain[key] = plain_overall(record.get(key))
     return record | plain
 
 

@@ -105,7 +105,7 @@ def falsified(cot: str, new: dict, dimensions: dict, tags: tuple[str, str] = TAG
     for name, value in wanted.items():
         key = re.escape(json.dumps(name, ensure_ascii=False))
         line = rf"(?m)^((?:<{tags[0]}>)?[^\w\n]*{re.escape(name)}[^\w\n]*:.*\bso )(N/A|[012])\b"
-        answer = put(rf'({key}\s*:\s*)("N/A"|[\d.]+)', json.dumps(value), answer)
+        answer = put(rf'({key}\s*:\s*)("N/A"|"[012]"|[\d.]+)', json.dumps(value), answer)
         thought = put(line, str(value), thought)
     overall = overall_score(wanted, dimensions)
     if overall:

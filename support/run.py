@@ -135,7 +135,9 @@ class Run:
         self.scores: list[float] = []  # of the test set measured last
         self.kept: list[tuple[int, dict]] = []  # what the step leaves in rollouts.jsonl
         self.reward: dict[str, float] = {}  # the parts of R and their weights
-        self.format_kept, self.example = False, ""  # by any rollout so far; one of them
+        # First steps in which no rollout kept the format; None once one did. And one of the rollouts.
+        self.without_format: int | None = 0
+        self.example = ""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask_to_stop)
         self.logs = [self.out / "metrics.jsonl", self.out / "rollouts.jsonl",
@@ -255,7 +257,7 @@ class Run:
             figures = self.means.take(self.ranks)
             self.log({"step": step, **figures, "seconds": time.time() - started})
             self.warn_of_ratio(step, figures.get("logp_gap", 0.0))
-            self.warn_of_format(step, figures.get("reward_format", 1.0))
+            self.warn_of_format(figures.get("reward_format", 1.0), min(2, last))
             for _, record in sorted(self.ranks.gather(self.kept), key=lambda both: both[0]):
                 self.log(record, "rollouts")
             self.kept = []
@@ -316,9 +318,9 @@ class Run:
         found = {f"{digests.PAIRS} ({args.train})": digests.of_pairs(self.pairs),
                  f"the model it began from ({args.model})": digests.of_model(self.model, args.model),
                  "the instruction": digests.of_json(self.model.processor.instruction)}
-        for given in getattr(args, "reward", []):
-            path = function_file(given.rpartition(":")[0])
-            found[f"the reward file {path}"] = digest(path)
+        for asked in getattr(args, "reward", []):
+            file = asked.rpartition(":")[0]
+            found[f"the reward file {file}"] = digest(function_file(file))
         return found | digests.of_code(ROOT)
 
     def check_digests(self, state: dict) -> None:
@@ -441,13 +443,16 @@ class Run:
             terms = [f"{weight:g} · {source}" for source, weight in parts.items()]
             print("R = " + " + ".join(terms))
 
-    def warn_of_format(self, step: int, kept: float) -> None:
-        """Say, once, where in the first two steps no rollout has kept the format, and what one said:
-        R_f and R_q are 0 then, and nobody would know. kept: the share of a step's rollouts."""
-        self.format_kept = self.format_kept or kept > 0
-        if self.ranks.first and step == 2 and not self.format_kept:
+    def warn_of_format(self, kept: float, steps: int) -> None:
+        """Say, once, where in so many first steps no rollout has kept the format, and what one said:
+        R_f and R_q are 0 then, and nobody would know. kept: the share of a step's rollouts; NaN
+        where there were none."""
+        if self.without_format is None:
+            return
+        self.without_format = self.without_format + 1 if kept == 0 else None
+        if self.ranks.first and self.without_format == steps:
             beginning = json.dumps(self.example[:300], ensure_ascii=False)
-            print("warning: no rollout of the first two steps keeps the format, so R_f is 0 for all. "
+            print("warning: no rollout of the first steps keeps the format, so R_f is 0 for all. "
                   f"One of them is {beginning}", file=sys.stderr)
 
     def keep_rollouts(self, step: int, micro: MicroBatch, texts: list[str],

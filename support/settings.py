@@ -165,6 +165,8 @@ def preset_flags(path: Path, Args: type, stage: str, above: tuple[Path, ...] = (
         if name not in known:
             raise DataError(f"{path}: there is no setting {key!r}")
         if name == "preset":
+            if value is None:
+                continue
             base = path.parent / str(value)
             if not base.is_file():
                 raise DataError(f"{path}: {key!r} is {value!r}: no such file")
@@ -190,14 +192,15 @@ def function_file(file: str) -> Path:
     return Path(file) if Path(file).is_file() else ROOT / file
 
 
-def load_function(asked: str, **offered) -> tuple[str, float, Callable]:
-    """A function of the user's own, asked for as FILE:FUNCTION=WEIGHT: its name, weight and itself,
-    which gets those of the `offered` keyword arguments that it names. Raises DataError, saying
-    what was asked for, where there is none or its file fails."""
+def load_function(asked: str, **offered) -> tuple[str, str, float | None, Callable]:
+    """A function of the user's own, asked for as FILE:FUNCTION=WEIGHT, or without a weight: where it
+    stands (FILE:FUNCTION), its name, weight and itself, which gets those of the `offered` keyword
+    arguments that it names. Raises DataError, saying what was asked for, where there is none or
+    its file fails."""
+    where, has_weight, weight = asked.rpartition("=") if "=" in asked else (asked, "", None)
     with explained(f"{asked}: not FILE:FUNCTION=WEIGHT", ValueError):
-        where, weight = asked.rsplit("=", 1)
         file, name = where.rsplit(":", 1)
-        if not math.isfinite(weight := float(weight)):
+        if has_weight and not math.isfinite(weight := float(weight)):
             raise ValueError("a weight is a finite number")
     path = function_file(file)
     if not path.is_file() or path.suffix != ".py":
@@ -218,4 +221,4 @@ def load_function(asked: str, **offered) -> tuple[str, float, Callable]:
         with explained(f"{asked}: {name} fails", Exception, SystemExit):
             return float(function(*arguments, **wanted))
 
-    return name, weight, explaining
+    return where, name, weight, explaining

@@ -39,7 +39,10 @@ def read_both(text: str, dimensions=DIMENSIONS, tags=TAGS) -> list[dict] | None:
     def read(answer: dict) -> list[dict]:
         numbers = (1, 2)
         scores = [plain_scores(answer[f"video_{n}_scores"], dimensions) for n in numbers]
-        overall = [plain_overall(answer.get(f"video_{n}_overall")) for n in numbers]
+        overall = []
+        for n in numbers:
+            said = answer.get(f"video_{n}_overall", answer.get(f"video_{n}_overall_score"))
+            overall.append(plain_overall(said))
         if None in overall:
             overall = [None, None]
         return [{"dimensional_scores": scores[i], "overall_score": overall[i]} for i in (0, 1)]

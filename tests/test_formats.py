@@ -657,3 +657,20 @@ def test_data_says_where_its_commands_have_gone(command):
     done = run("data.py", command, "pairs.csv", "out.jsonl", check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
     assert f"is now python -m support.{command}" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_overall_scores_of_an_earlier_annotation_do_not_outlive_it(world_dir, tmp_path):
+    """The filter goes by them first."""
+    rows = []
+    for line in (world_dir / "train.jsonl").read_text().splitlines()[:2]:
+        row = json.loads(line) | {"overall_a": 1.5, "overall_b": 4.5}
+        rows.append(row | {key: str(world_dir / row[key]) for key in ("video_a", "video_b")})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(keys, done):
+        for video, prompt in keys:
+            yield {"video": video, "prompt": prompt, "cot": "so it is"}
+
+    annotate.annotate(tmp_path / "pairs.jsonl", tmp_path / "out.jsonl", write, {})
+    for pair in read_pairs(tmp_path / "out.jsonl"):
+        assert pair.cot_a == "so it is" and pair.overall_a is None and pair.overall_b is None

@@ -366,7 +366,8 @@ def test_a_reward_of_ones_own_is_logged_and_weighs(world_dir, tmp_path):
 @pytest.mark.parametrize(("given", "message"), [
     ("missing.py:f=1", "missing.py"), ("{own}:missing=1", "has no function 'missing'"),
     ("{own}:colons_reward=much", "could not convert string to float: 'much'"),
-    ("{own}:colons_reward", "not FILE:FUNCTION=WEIGHT"), ("{own}=1", "not FILE:FUNCTION=WEIGHT"),
+    ("{own}:colons_reward", "has no =WEIGHT, and is none of format, quality, length"),
+    ("{own}=1", "not FILE:FUNCTION=WEIGHT"),
     ("{broken}:f=1", "cannot be imported"), ("{text}:f=1", "is no Python file"),
     ("{own}:nothing_reward=1", "the reward 'nothing' gave")])
 def test_what_is_wrong_with_a_reward_is_said_in_one_line(given, message, world_dir, tmp_path):
@@ -400,7 +401,7 @@ def test_a_reward_that_is_wrong_is_named_with_its_error(name, message, tmp_path)
     (tmp_path / "hostile.py").write_text(HOSTILE)
     given = f"{tmp_path}/hostile.py:{name}=1"
     with pytest.raises(DataError) as found:
-        _, _, function = load_function(given)
+        *_, function = load_function(given)
         rl.reward_all({name: rl.Reward(1.0, function, given)}, ["text"], torch.ones(1, 1), [{}])
     assert str(found.value).startswith(f"{given}: ") and message in str(found.value)
 

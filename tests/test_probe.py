@@ -397,3 +397,10 @@ def test_an_unreadable_video_and_a_single_prompt(world_dir, scorer, tmp_path):
     assert "no pair has two videos that can be read" in done.stderr and "Traceback" not in done.stderr
     done = run("-m", "support.probe", path, "--model", "toy/backbone", check=False)
     assert done.returncode == 1 and "error: toy/backbone: has no trained" in done.stderr
+
+
+def test_quoted_sub_scores_are_falsified_too():
+    quoted = re.sub(r": (\d)([,}])", r': "\1"\2', SAID)
+    assert quoted != SAID and parse_cot(quoted) == parse_cot(SAID)
+    false = probe.falsified(quoted, probe.FALSE, DIMENSIONS)
+    assert parse_cot(false)["dimensional_scores"] == parse_cot(FALSE)["dimensional_scores"]

@@ -437,7 +437,7 @@ def test_a_run_warns_of_it_and_goes_on(tmp_path, capsys):
     going, done = object.__new__(Run), []
     going.args, going.out, going.stage, going.shown = RunArgs(eval_before=False), tmp_path, "rl", ("kl",)
     going.means, going.ranks, going.warned, going.kept, going.scores = Means(), ALONE, False, [], []
-    going.format_kept, going.example = False, ""
+    going.without_format, going.example = 0, ""
     going.model = SimpleNamespace(
         dtype=torch.float32, processor=SimpleNamespace(dimensions={}), train=lambda: None,
         save=lambda folder, *_, **about: (folder.mkdir(), (folder / "descore.json").write_text("{}")))

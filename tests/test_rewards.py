@@ -220,6 +220,27 @@ def test_a_reward_may_ask_for_processor_and_settings(tmp_path):
     assert values == {"plain": 5, "asks": 902, "own": 7, "default": 4}  # the first three go by their place
 
 
+def test_a_presets_rewards_have_the_weights_of_the_flags(monkeypatch):
+    processor = SimpleNamespace(tags=("a", "b"), dimensions=DIMENSIONS)
+    for preset in ("strict", "release"):
+        args = settings_of(rl, monkeypatch, "--preset", f"presets/{preset}.json", "--w-format", 0.5,
+                           "--w-length", 0)
+        rewards = rl.make_rewards(args, processor)
+        assert {name: part.weight for name, part in rewards.items()} == {
+            "format": 0.5, "quality": 0.7, "length": 0}
+        assert rewards["format"].source == f"presets/{preset}.py:format_reward"
+
+
+def test_a_reward_without_a_weight_must_be_one_of_ours_and_one_part_is_asked_for_once(tmp_path):
+    (tmp_path / "my.py").write_text("def length(text, n_tokens, gold): return 1\nbrevity = length\n")
+    processor = SimpleNamespace(tags=("a", "b"), dimensions=DIMENSIONS)
+    with pytest.raises(DataError, match="my.py:brevity: has no =WEIGHT"):
+        rl.make_rewards(rl.Args(reward=[f"{tmp_path}/my.py:brevity"]), processor)
+    with pytest.raises(DataError, match="another has this name"):
+        rl.make_rewards(rl.Args(reward=["presets/release.py:length_reward", f"{tmp_path}/my.py:length=1"]),
+                        processor)
+
+
 def test_the_bounds_of_the_released_code_hold_ratios_and_kl():
     logps = torch.tensor([[[30.0, -30.0, 0.5]]], dtype=torch.double, requires_grad=True)
     old = torch.zeros(1, 1, 3, dtype=torch.double)
@@ -255,6 +276,8 @@ def test_a_run_says_where_no_rollout_keeps_the_format(world_dir, tmp_path):
     whole = run("rl.py", *flags, "--temperature", 0.2, "--out", tmp_path / "whole")
     kept = [record["reward_format"] for record in lines(tmp_path / "whole/metrics.jsonl") if "loss" in record]
     assert max(kept[:2]) > 0 and "keeps the format" not in whole.stderr
+    one = run("rl.py", *flags, "--max-new-tokens", 9, "--steps", 1, "--out", tmp_path / "one")
+    assert "keeps the format" in one.stderr  # of as many steps as there are
 
 
 def test_both_stages_ask_with_another_instruction_and_save_it(world_dir, tmp_path):
@@ -306,6 +329,7 @@ def test_a_template_that_opens_the_thought_is_followed(model, keys):
     rest = thinking.encode(cot.removeprefix("<think>\n"))
     assert thinking.encode_cot(cot) == rest and thinking.decode(rest) == cot
     assert rl.format_reward(thinking.decode(rest)) == 1
+    assert thinking.encode_cot(f" \n{cot}") == rest  # white space may stand before the tag
     sample = thinking(*keys[0])
     text = tokenizer.decode(sample.input_ids)
     assert text.endswith("assistant\n<think>\n") and text.count("<think>") == 1
