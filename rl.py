@@ -294,7 +294,8 @@ def reward_all(
     for name, reward in rewards.items():
         values = []
         for i, (text, n_tokens) in enumerate(zip(texts, lengths.flatten().tolist())):
-            values.append(float(reward.function(text, n_tokens, gold[i // lengths.shape[1]])))
+            reference = dict(gold[i // lengths.shape[1]])  # a copy: it is others' too
+            values.append(float(reward.function(text, n_tokens, reference)))
         if not all(abs(value) < 1e30 for value in values):  # NaN is not, nor what overflows
             raise DataError(f"the reward {name!r} gave {values}")
         part = torch.tensor(values, dtype=torch.double).view(lengths.shape)

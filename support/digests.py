@@ -71,7 +71,7 @@ def of_model(model, source: str | Path) -> str:
     on_top = [path for path in [*on_top, release.head_file(directory)] if path.is_file()]
     return of_json([
         model.backbone_sha256, of_files(directory, on_top), processor.dimensions, processor.tags,
-        processor.tokenizer.backend_tokenizer.to_str()])
+        processor.opening, processor.tokenizer.backend_tokenizer.to_str()])
 
 
 def of_files(directory: Path, paths: Iterable[Path]) -> str:

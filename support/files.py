@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from data import TAGS, DataError, explained, is_number
+from data import TAGS, DataError, explained, is_number, no_duplicates
 
 
 def read_json(path: Path) -> dict:
@@ -17,7 +17,7 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     with explained(f"{path}: not JSON", ValueError, RecursionError):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=no_duplicates)
     if not isinstance(record, dict):
         raise DataError(f"{path}: not a JSON object")
     return record

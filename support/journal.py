@@ -181,7 +181,8 @@ def made_by(model, args: Namespace, scores: bool = True) -> dict:
     return deciding(args) | {
         "weights": fingerprint(model, scores), "dtype": str(model.dtype),
         "instruction": processor.instruction, "video": asdict(processor.settings),
-        "layout": model.info.get("scoring_layout", "ours"), "scoring_video": model.info.get("scoring_video")}
+        "layout": model.info.get("scoring_layout", "ours"), "scoring_video": model.info.get("scoring_video"),
+        **({"opening": processor.opening} if processor.opening else {})}
 
 
 def fingerprint(model, scores: bool = True) -> str:

@@ -207,9 +207,13 @@ def load_function(asked: str, **offered) -> tuple[str, str, float | None, Callab
         raise DataError(f"{asked}: {file} is no Python file")
     # Whatever a file of the user's own may do while it runs.
     with explained(f"{asked}: {file} cannot be imported", Exception, SystemExit):
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec = importlib.util.spec_from_file_location(f"reward {path.stem}", path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.modules[spec.name] = module  # where a dataclass looks while it is made
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules[spec.name]
         function = getattr(module, name, None)
         if callable(function):
             named = list(inspect.signature(function).parameters)[3:]  # behind text, n_tokens, gold

@@ -2,6 +2,7 @@
 which it had."""
 
 import json
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from data import DIMENSIONS, DataError, Processor
 from model import DeScore
 from presets import release
 from support.files import read_json
+from support.journal import made_by
 from support.settings import parse_args
 
 BACKBONE = ROOT / "toy/backbone"
@@ -220,6 +222,18 @@ def test_a_reward_may_ask_for_processor_and_settings(tmp_path):
     assert values == {"plain": 5, "asks": 902, "own": 7, "default": 4}  # the first three go by their place
 
 
+def test_a_reward_cannot_change_the_references_of_others(tmp_path):
+    (tmp_path / "my.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Kept:\n    score: int = 0\n\n"
+        "def greedy(text, n_tokens, gold): return float(gold.pop('style') == 2)\n")
+    processor = SimpleNamespace(tags=("think", "answer"), dimensions=DIMENSIONS)
+    rewards = rl.make_rewards(rl.Args(reward=[f"{tmp_path}/my.py:greedy=1"]), processor)
+    gold = dict(GOLD)
+    _, parts = rl.reward_all(rewards, ["one", "two"], torch.ones(1, 2), [gold])
+    assert gold == GOLD and parts["reward_greedy"].tolist() == [[1, 1]]
+
+
 def test_a_presets_rewards_have_the_weights_of_the_flags(monkeypatch):
     processor = SimpleNamespace(tags=("a", "b"), dimensions=DIMENSIONS)
     for preset in ("strict", "release"):
@@ -337,6 +351,7 @@ def test_a_template_that_opens_the_thought_is_followed(model, keys):
     model.processor = thinking
     again = model.score(thinking.collate([sample]), [cot])
     assert torch.allclose(scores, again, rtol=1e-9)  # the same tokens, wherever the tag stands
+    assert made_by(model, Namespace())["opening"] == "<think>\n"  # judged with it is judged otherwise
     assert not torch.allclose(scores, model.score(thinking.collate([sample]), ["<think>\n" + cot]), rtol=1e-3)
 
 
