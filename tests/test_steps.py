@@ -110,13 +110,14 @@ def metrics(out):
 
 def assert_moved_alike(start, expected, found):
     """Of each tensor the way it went, not where it is. Adam gives a gradient near zero, whose sign is a
-    matter of rounding, as long a step as any: one element in a hundred may go another way."""
+    matter of rounding, as long a step as any: one element in a hundred may go the other way, which is twice as
+    far, and together √0.01 · 2 of the whole."""
     assert found.keys() == expected.keys() == start.keys()
     for name, weight in expected.items():
         way, other = (w.detach() - start[name].detach() for w in (weight, found[name]))
         apart = (way - other).abs().flatten()
         assert apart.quantile(0.99) <= 1e-3 * way.abs().mean(), name
-        assert apart.norm() <= 0.1 * way.norm(), name
+        assert apart.norm() <= 0.2 * way.norm(), name
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def test_stage_1_logs_what_the_equations_give(stage1):
     _, steps, _ = stage1
     assert [record["step"] for record, *_ in steps] == [1, 2, 3, 4]
     for record, _, _, expected in steps:
-        assert {key: record[key] for key in expected} == pytest.approx(expected, rel=5e-5, abs=1e-5)
+        assert {key: record[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=3e-5)
     assert len({expected["grad_norm"] > MAX_NORM for *_, expected in steps}) == 2
 
 
