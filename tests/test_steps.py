@@ -110,8 +110,8 @@ def metrics(out):
 
 def assert_moved_alike(start, expected, found):
     """Of each tensor the way it went, not where it is. Adam gives a gradient near zero, whose sign is a
-    matter of rounding, as long a step as any: one element in a hundred may go the other way, which is twice as
-    far, and together √0.01 · 2 of the whole."""
+    matter of rounding, as long a step as any: one element in a hundred may go the other way. It is then off
+    by twice its way, and the whole by √0.01 · 2."""
     assert found.keys() == expected.keys() == start.keys()
     for name, weight in expected.items():
         way, other = (w.detach() - start[name].detach() for w in (weight, found[name]))
