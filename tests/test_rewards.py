@@ -137,7 +137,7 @@ def test_none_takes_back_what_a_preset_sets(monkeypatch, tmp_path):
     assert settings_of(rl, monkeypatch, *flags, "--reward", "none").reward == []
     assert settings_of(rl, monkeypatch, *flags, "--reward", "none", "my.py:f=1").reward == ["my.py:f=1"]
     (tmp_path / "base.json").write_text('{"shard": "full", "dual_clip": 3, "reward": ["a.py:f=1"]}')
-    mine = {"preset": "base.json", "shard": None, "reward": ["none", "b.py:f=1"]}
+    mine = {"shard": None, "preset": "base.json", "reward": ["none", "b.py:f=1"]}
     (tmp_path / "mine.json").write_text(json.dumps(mine))
     args = settings_of(rl, monkeypatch, "--preset", tmp_path / "mine.json")
     assert (args.shard, args.dual_clip, args.reward) == (None, 3, ["b.py:f=1"])
