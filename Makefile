@@ -20,18 +20,18 @@ test-oldest: .venv-oldest/test
 	.venv-oldest/bin/python -m pytest
 
 post-train: .venv/test
-	.venv/bin/python toy/post_train.py --picture runs/post_train/curves.png
+	.venv/bin/python experiments/post_train.py --picture runs/post_train/curves.png
 
 .venv/demo: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -c constraints.txt -r requirements.txt
 	touch $@
 
-.venv/test: requirements-dev.txt support/requirements.txt .venv/demo
+.venv/test: requirements-dev.txt tools/requirements.txt .venv/demo
 	.venv/bin/pip install -q -c constraints.txt -r requirements-dev.txt
 	touch $@
 
-.venv-oldest/test: requirements.txt requirements-dev.txt support/requirements.txt
+.venv-oldest/test: requirements.txt requirements-dev.txt tools/requirements.txt
 	$(PYTHON) -m venv .venv-oldest
 	sed 's/>=/==/' requirements.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -r requirements-dev.txt

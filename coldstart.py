@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Pair, both, keys_of
+from data import Pair, keys_of, per_video
 from model import OWN, DeScore
 from support.batches import chunks, draw_seed, prompt_lengths
 from support.command import Count, NotNegative, Positive, Share, Whole, run_command
@@ -108,7 +108,7 @@ def main() -> None:
     groups = [{"params": own, "lr": head_lr}, {"params": rest, "lr": args.lr}]
     optimizer = run.prepare(model, groups, args.weight_decay)
     rates = [group["lr"] for group in groups]
-    pairs = run.read_train("cot", "CoTs (see support.annotate)", ties=False)  # no winner
+    pairs = run.read_train("cot", "CoTs (see tools.annotate)", ties=False)  # no winner
     plan = make_plan(args, pairs, run)
     warmup = max(1, round(args.warmup * len(plan)))
     both_ways = args.mask == "expected"
@@ -119,7 +119,7 @@ def main() -> None:
             group["lr"] = rate * min(1.0, step / warmup)
         (count,) = run.sum(sum(micro.weight.sum() for micro in micro_batches))
         for micro in micro_batches:
-            scores = model.score(micro.batch, both(micro.pairs, "cot"), without_cot=both_ways)
+            scores = model.score(micro.batch, per_video(micro.pairs, "cot"), without_cot=both_ways)
             r_w, r_l = scores.view(-1, 2, len(share)).unbind(1)  # (pairs, 1), or (pairs, 2)
             weight = micro.weight[:, None] * share.to(scores.device)
             L_BT = bt_loss(r_w, r_l, count, weight)

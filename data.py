@@ -80,7 +80,7 @@ class DataError(ValueError):
 
 
 @contextmanager
-def explained(message: str, *kinds: type[Exception]) -> Iterator[None]:
+def error_context(message: str, *kinds: type[Exception]) -> Iterator[None]:
     """Within it, exceptions of these kinds become a DataError that begins with the message."""
     try:
         yield
@@ -96,7 +96,7 @@ TEXT_LIMIT = 50_000  # bytes of a prompt or CoT: 6,200 tokens of 8, more than te
 
 def checked(text: str, name: str) -> str:
     """The text. DataError if it is too long or holds half of a surrogate pair."""
-    with explained(f"{name} is no Unicode text", UnicodeEncodeError):
+    with error_context(f"{name} is no Unicode text", UnicodeEncodeError):
         size = len(text.encode())
     if size > TEXT_LIMIT:
         raise DataError(f"{name} has {size:,} bytes, more than {TEXT_LIMIT:,}")
@@ -169,7 +169,7 @@ def check_reader(reader: str) -> None:
     if reader not in READERS:
         raise DataError(f"there is no reader {reader!r}, but {' and '.join(READERS)}")
     if reader == "decord":
-        with explained("the reader decord needs: pip install decord2", ImportError, OSError):
+        with error_context("the reader decord needs: pip install decord2", ImportError, OSError):
             import_decord()
 
 
@@ -179,7 +179,7 @@ def open_video(video, settings: VideoSettings, reader: str = "av"):
     path, or has total, fps, seconds and frames as `support.frames.Video` has them. Raises
     DataError, naming it, if it is missing or, within the block, no video can be read."""
     video = Path(video) if isinstance(video, str) else video
-    with explained(f"{video}: not a video that can be read", OSError, *ERRORS):
+    with error_context(f"{video}: not a video that can be read", OSError, *ERRORS):
         if isinstance(video, Path):
             video = open_file(video, reader)
         count = smart_nframes(video.total, video.fps, settings)
@@ -324,7 +324,7 @@ class Processor:
         of a -Thinking checkpoint, with the tag that opens the reasoning. DataError for another."""
         if not self.tokenizer.chat_template:
             return ""
-        with explained(f"{self.tokenizer.name_or_path}: its chat template fails", Exception):
+        with error_context(f"{self.tokenizer.name_or_path}: its chat template fails", Exception):
             turn = self.tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False,
                                                       add_generation_prompt=True)
         _, start, opening = turn.rpartition("<|im_start|>assistant\n")
@@ -582,7 +582,7 @@ def keys_of(pairs: list[Pair]) -> list[Key]:
     return list(chain.from_iterable(map(Pair.videos, pairs)))
 
 
-def both(pairs: list[Pair], field: str) -> list:
+def per_video(pairs: list[Pair], field: str) -> list:
     """What the pairs say of their videos, such as "cot", in the order of `keys_of`."""
     values = []
     for pair in pairs:
@@ -621,7 +621,7 @@ def read_text(path: Path) -> str:
     """A text file. Raises DataError, naming it, if missing or not UTF-8."""
     if not path.is_file():
         raise DataError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
-    with explained(f"{path}: not UTF-8 text", UnicodeDecodeError):
+    with error_context(f"{path}: not UTF-8 text", UnicodeDecodeError):
         return path.read_text(encoding="utf-8-sig")
 
 
@@ -630,7 +630,7 @@ def json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
     # Lines end at "\n", not at what else Unicode calls the end of a line.
     for row, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            with explained(f"{path}, row {row}: not JSON", ValueError, RecursionError):
+            with error_context(f"{path}, row {row}: not JSON", ValueError, RecursionError):
                 record = json.loads(line, object_pairs_hook=no_duplicates)
             if not isinstance(record, dict):
                 raise DataError(f"{path}, row {row}: not a JSON object")

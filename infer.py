@@ -18,25 +18,31 @@ from tqdm import tqdm
 
 from data import (
     TAGS,
-    DataError,
     Key,
     Pair,
     agreement,
-    both,
     follows_format,
     implied_overall,
     keys_of,
     parse_cot,
+    per_video,
 )
 from model import DeScore, check_penalty
-from support import memory, release, tables
-from support.batches import THINK_TOKENS, draw_seed, packed, prompt_lengths, read_ahead, sort_out
+from support import release, tables
+from support.above import from_above
+from support.batches import (
+    THINK_TOKENS,
+    draw_seed,
+    pack_by_budget,
+    prompt_lengths,
+    read_ahead,
+    split_unreadable,
+)
 from support.command import READER, Count, NotNegative, Positive, Whole, run_command
 from support.files import MODELS, default_model
 from support.formats import read_pairs
 from support.journal import Journal, made_by
 from support.ranks import ALONE, Ranks
-from support.report import page_path, write_page
 from support.shard import gathered
 
 
@@ -64,7 +70,7 @@ def judge(
     lengths = prompt_lengths(model.processor, [key for _, key in numbered])
     sizes = [lengths[key] + samples * max_new_tokens * think for _, key in numbered]
     groups, to_read = [], []
-    for group in packed(numbered, sizes, think_tokens):
+    for group in pack_by_budget(numbered, sizes, think_tokens):
         # What is still to do keeps the company it would have had.
         if any(key not in done for _, key in group):
             groups.append(group)
@@ -88,7 +94,7 @@ def judge_batch(
         model, group, batch, errors, seed, max_new_tokens, temperature, samples, think,
         without_cot, repetition_penalty) -> list[dict]:
     """`judge` for the numbered keys of one batch, of which some could not be read."""
-    rows, unread = sort_out(group, errors)
+    rows, unread = split_unreadable(group, errors)
     if not rows:
         return unread
     batch = model.encode(batch).select(rows)
@@ -124,60 +130,6 @@ def judge_batch(
         for record, score in zip(records, no_cot.tolist()):
             record["score_no_cot"] = score
     return records + unread
-
-
-# ------------------------------
-# Videos in memory: a reward for whoever trains a generator
-
-
-def reward(
-        model: DeScore, videos, prompts: str | list[str], *, fps=None,
-        layout: str | None = None, think=True, samples=1, max_new_tokens=4096,
-        temperature: float | None = None, seed=0, standardise=True,
-        think_tokens=THINK_TOKENS) -> list[dict]:
-    """Think about videos that are at hand, and score how well each follows its prompt.
-
-    videos: a path; frames, uint8 or float in [0, 1], (T, 3, H, W) of one video, (B, T, 3, H, W) or
-    (B, 3, T, H, W) of several; a list of PIL images; or a list of these. fps: frames a second,
-    which files alone say themselves. prompts, fps: one for all videos, or a list. layout: "TCHW",
-    "CTHW" or "THWC", where sizes do not tell the colour's axis. temperature: by default 0, with
-    more samples 1; a video's draws depend on it, its prompt and the seed alone.
-
-    Returns a dict a video: score (a mean over the samples), standardised (standard deviations from
-    the mean of held-out videos; None if the model knows none), cot, sub_scores, error. A video that
-    cannot be scored has the score NaN, and an error that says why. What is the same twice is
-    thought about once. DataError where the call makes no sense."""
-    model.check_head()
-    asked = memory.keys_of(videos, prompts, fps, layout)
-    keys = list(dict.fromkeys(asked))
-    temperature = float(samples > 1) if temperature is None else temperature
-    if not (samples >= 1 and max_new_tokens >= 1 and temperature >= 0 and seed >= 0):
-        raise DataError("samples or max_new_tokens below 1, or temperature or seed below 0")
-    # What a trainer wraps its own model in is not meant for this one.
-    with torch.autocast(model.device.type, enabled=False):
-        found = by_key(judge(model, keys, max_new_tokens, temperature, seed, think_tokens,
-                             samples=samples, think=think, finite=False,
-                             numbers=[memory.number_of(key) for key in keys]))
-    return [tables.rewarded(model, found[key], standardise) for key in asked]
-
-
-class Scorer:
-    """A model that any number of threads may ask. While the videos of one are thought about those
-    of others gather, and go through the model together next."""
-
-    def __init__(self, model_dir: str | Path, device=None, *, window=0.01, reader="av"):
-        """window: seconds to wait for others who ask at the same time; reader: of video files
-        (`data.read_video`)."""
-        self.model = DeScore.load(model_dir, device=device, reader=reader)
-        self.model.check_head()
-        self.together = memory.Together(self.score, window)
-
-    def __call__(self, videos, prompts, *, fps=None, layout=None, **how) -> list[dict]:
-        """`reward`, with the same options."""
-        return self.together(memory.keys_of(videos, prompts, fps, layout), how)
-
-    def score(self, keys: list[Key], how: dict) -> list[dict]:
-        return reward(self.model, *map(list, zip(*keys)), **how)
 
 
 # ------------------------------
@@ -261,7 +213,7 @@ def measure(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> d
         return figures
     figures["accuracy_reading"] = accuracy_reading(pairs, judged, dimensions, tags)
     qualities = []
-    for key, gold in dict(zip(keys_of(pairs), both(pairs, "scores"))).items():
+    for key, gold in dict(zip(keys_of(pairs), per_video(pairs, "scores"))).items():
         if gold:
             cot = parse_cot(judged[key]["cot"], dimensions, tags)
             qualities.append(agreement(cot["dimensional_scores"], gold) if cot else 0.0)
@@ -363,12 +315,17 @@ def parse_args() -> argparse.Namespace:
     add("--workers", type=Whole, default=0, help="processes that decode videos ahead")
     add("--reader", **READER)
     add("--json", action="store_true", help="print JSON instead of text")
-    add("--report", type=page_path, metavar="PAGE.html", help="write a page to look at as well")
+    add("--report", metavar="PAGE.html", help="write a page to look at as well")
     args = parser.parse_args()
     if args.inputs and os.path.isfile(args.inputs[-1]):
         parser.error(f"{args.inputs[-1]} is a file; the prompt comes last, and is missing")
     if bool(args.pairs) == bool(args.inputs) or len(args.inputs) == 1:
         parser.error("give videos and their prompt, or --pairs FILE")
+    if args.report:
+        try:
+            args.report = from_above("tools.report", "page_path")(args.report)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --report: {error}")
     if args.out and not args.pairs:
         parser.error("--out keeps the judgements of --pairs")
     if args.temperature is None:
@@ -405,8 +362,16 @@ def main() -> None:
         found, show = tables.ranking(model, judged), tables.show_ranking
     print(tables.as_json(found) if args.json else show(found))
     if args.report:
+        write_page = from_above("tools.report", "write_page")
         write_page(args.report, model, judged, pairs, found, args.workers)
     sys.exit(code)
+
+
+def __getattr__(name: str):
+    """`from infer import reward, Scorer`, which stand in tools/memory.py."""
+    if name in ("reward", "Scorer"):
+        return from_above("tools.memory", name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from data import Batch, DataError, Processor, checked
 from support import saved
 from support.attention import GroupCache, pack_rows
-from support.batches import alike, packed
+from support.batches import group_by_length, pack_by_budget
 from support.command import LoraConfig, PeftModel, get_peft_model
 from support.shard import is_sharded
 
@@ -191,7 +191,7 @@ class DeScore(nn.Module):
         for n rollouts a video, and the hidden states at the prompts' ends (B, n, H)."""
         cache = GroupCache(batch.mask, n, max_new_tokens + 1)
         ends = torch.empty(len(batch), len(self.query), dtype=self.dtype, device=self.device)
-        for rows in alike(batch.mask.sum(1).tolist()):
+        for rows in group_by_length(batch.mask.sum(1).tolist()):
             cache.prefilled, some = rows, batch.select(rows)
             hidden = self.hidden_states(some, some.input_ids, some.position_ids, some.mask,
                                         torch.zeros_like(some.mask), past_key_values=cache)
@@ -229,7 +229,7 @@ class DeScore(nn.Module):
             scores[rows] = torch.where(ends, self.read_score(hidden), scores[rows])
             done[rows] = over | ends
             if step % 16 == 15:  # asking costs a wait for the device, so not every step
-                rows, hidden = let_go(cache, rows, hidden, ~done[rows])
+                rows, hidden = drop_finished(cache, rows, hidden, ~done[rows])
                 if not rows.numel():
                     break
         unended = ~done[rows]
@@ -308,8 +308,8 @@ class DeScore(nn.Module):
         lists = [list(range(len(batch)))]
         if not is_sharded(self):
             lists = []
-            for like in alike(lengths):
-                lists += packed(like, [lengths[row] for row in like], self.max_tokens)
+            for like in group_by_length(lengths):
+                lists += pack_by_budget(like, [lengths[row] for row in like], self.max_tokens)
         for rows in lists:
             yield rows, *self.forward_rows(batch.select(rows), tokens[rows], mask[rows])
 
@@ -468,7 +468,7 @@ def draw(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:
     return torch.searchsorted(mass, wanted, right=True)[..., 0].clamp(max=mass.shape[-1] - 1)
 
 
-def let_go(cache: GroupCache, rows: Tensor, hidden: Tensor, live: Tensor) -> tuple:
+def drop_finished(cache: GroupCache, rows: Tensor, hidden: Tensor, live: Tensor) -> tuple:
     """Let finished rollouts leave the batch once they are an eighth of it. rows, live (b, n) and
     hidden (b, n, H) are of those still computed; returns what is left of rows and hidden."""
     videos, width = live.any(1).nonzero()[:, 0], int(live.sum(1).max())

@@ -34,13 +34,13 @@ from data import (
     DataError,
     Pair,
     agreement,
-    both,
     follows_format,
     keys_of,
     parse_cot,
+    per_video,
 )
 from model import DeScore
-from support.batches import chunks, draw_seed, parts, prompt_lengths
+from support.batches import chunks, draw_seed, prompt_lengths, split_evenly
 from support.command import Count, Factor, NotNegative, Number, Positive, Share, TopP, Whole, run_command
 from support.run import MicroBatch, Run, Unit
 from support.settings import RunArgs, load_function, setting
@@ -256,7 +256,7 @@ def roll_out(run: Run, model: DeScore, rewards: dict, micro: MicroBatch, step: i
     texts = []
     for row, row_mask in zip(tokens.flatten(0, 1), mask.flatten(0, 1)):
         texts.append(model.processor.decode(row[row_mask]))
-    R, parts = reward_all(rewards, texts, lengths, both(micro.pairs, "scores"))
+    R, parts = reward_all(rewards, texts, lengths, per_video(micro.pairs, "scores"))
     advantages = group_advantages(R.float().to(model.device), args.advantage_std)
     ref_logps = None
     if args.beta:
@@ -330,7 +330,7 @@ def make_plan(args: Args, pairs: list[Pair], run: Run) -> list:
         units, updates = [], []
         for place, row in enumerate(rows):
             units.append(Unit(pairs[row], place))
-        for some in parts(units, args.updates):
+        for some in split_evenly(units, args.updates):
             sizes = []
             for unit in some:
                 prompt = max(lengths[key] for key in unit.pair.videos())

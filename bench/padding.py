@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import Processor, VideoSettings, keys_of, read_pairs, smart_nframes, smart_resize
-from support.batches import alike, chunks, deal, prompt_lengths
+from support.batches import chunks, deal, group_by_length, prompt_lengths
 from support.ranks import Ranks
 
 SHAPES = ((480, 832), (512, 512), (720, 1280), (832, 480), (768, 1024))  # height, width
@@ -65,7 +65,7 @@ def padding(units: list[list[int]], budget: int, by_length: bool, processes: int
             lists += chunks(units[rank::processes], max(1, budget // max(sizes)))
     computed = 0
     for batch in [[row for rows in some for row in rows] for some in lists]:
-        side_by_side = alike(batch) if by_length else [range(len(batch))]  # as DeScore.forwards
+        side_by_side = group_by_length(batch) if by_length else [range(len(batch))]  # as DeScore.forwards
         computed += sum(len(rows) * max(batch[row] for row in rows) for rows in side_by_side)
     return 1 - sum(map(sum, units)) / computed
 

@@ -72,7 +72,7 @@ def read_group(processor: Processor, limit: int | None,
     return processor.collate(samples), errors
 
 
-def sort_out(group: list[tuple[int, Key]],
+def split_unreadable(group: list[tuple[int, Key]],
              errors: list[str | None]) -> tuple[list[int], list[dict]]:
     """The rows of a group of numbered keys that `read_ahead` could read, and a record of each
     other: video, prompt, error."""
@@ -96,14 +96,14 @@ def chunks(items: list, size: int) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def parts(items: list, count: int) -> list[list]:
+def split_evenly(items: list, count: int) -> list[list]:
     """A list cut into so many lists, or one an item if there are fewer, as even as can be."""
     count = min(count, len(items))
     cuts = [len(items) * i // count for i in range(count + 1)]
     return [items[start:end] for start, end in pairwise(cuts)]
 
 
-def packed(items: list, sizes: list[int], budget: int) -> list[list]:
+def pack_by_budget(items: list, sizes: list[int], budget: int) -> list[list]:
     """Items of like size together: lists in which the largest size times the number of items
     is within the budget. The largest come first, so that what does not fit in memory shows
     at once; one above the budget stands alone."""
@@ -116,7 +116,7 @@ def packed(items: list, sizes: list[int], budget: int) -> list[list]:
     return lists
 
 
-def alike(lengths: list[int], waste: float = 0.1) -> list[list[int]]:
+def group_by_length(lengths: list[int], waste: float = 0.1) -> list[list[int]]:
     """Row numbers in lists of like length: side by side, at most a share `waste` of each
     list is padding."""
     lists, used = [], 0
@@ -137,7 +137,7 @@ def draw_seed(*path: int) -> int:
 
 
 def deal(items: list, sizes: list[int], budget: int, ranks: Ranks) -> list[list[tuple]]:
-    """This rank's micro-batches of (item, weight), each within a budget (`packed`).
+    """This rank's micro-batches of (item, weight), each within a budget (`pack_by_budget`).
 
     Items of like size go side by side to the ranks, so that every rank has as many
     micro-batches and all of one turn are of like size: ranks of a sharded model run in step.
@@ -145,7 +145,7 @@ def deal(items: list, sizes: list[int], budget: int, ranks: Ranks) -> list[list[
     largest_first = sorted(range(len(items)), key=lambda row: -sizes[row])
     turns = chunks(largest_first, ranks.world)
     mine = []
-    for micro in packed(turns, [sizes[turn[0]] for turn in turns], budget):
+    for micro in pack_by_budget(turns, [sizes[turn[0]] for turn in turns], budget):
         mine.append([])
         for turn in micro:
             spare = ranks.rank >= len(turn)

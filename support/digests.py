@@ -24,11 +24,11 @@ ON_TOP = ("descore.safetensors", "adapter_config.json", "adapter_model.safetenso
           "lora_adapter/adapter_config.json", "lora_adapter/adapter_model.safetensors")
 # Files of the project that may change while a run rests, for they decide nothing that it computes.
 ONLY_WRITE = {
-    "support/report.py",  # makes pages of a run's log and of judged videos
-    "support/trackers.py",  # passes figures on to TensorBoard or Weights & Biases
-    "support/client.py",  # asks a served model; a run serves none
-    "support/journal.py",  # keeps judgements of infer.py and support.annotate; a run keeps none
-    "support/memory.py",  # holds videos of whoever trains a generator; a run reads files
+    "tools/report.py",  # makes pages of a run's log and of judged videos
+    "tools/trackers.py",  # passes figures on to TensorBoard or Weights & Biases
+    "tools/client.py",  # asks a served model; a run serves none
+    "support/journal.py",  # keeps judgements of infer.py and tools.annotate; a run keeps none
+    "tools/memory.py",  # holds videos of whoever trains a generator; a run reads files
 }
 # What no entry, half of one, a folder that nobody may write to, or no home at all make of looking up.
 NOTHING_KEPT = (AttributeError, LookupError, OSError, RuntimeError, ValueError)

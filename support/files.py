@@ -9,14 +9,14 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from data import TAGS, DataError, explained, is_number, no_duplicates
+from data import TAGS, DataError, error_context, is_number, no_duplicates
 
 
 def read_json(path: Path) -> dict:
     """A JSON object. Raises DataError, naming the file, if it holds anything else."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    with explained(f"{path}: not JSON", ValueError, RecursionError):
+    with error_context(f"{path}: not JSON", ValueError, RecursionError):
         record = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=no_duplicates)
     if not isinstance(record, dict):
         raise DataError(f"{path}: not a JSON object")
@@ -31,7 +31,7 @@ def read_lines(path: Path) -> list[dict]:
     *lines, _ = content.split(b"\n")
     records = []
     for row, line in enumerate(lines, 1):
-        with explained(f"{path}, row {row}: not JSON", ValueError, RecursionError):
+        with error_context(f"{path}, row {row}: not JSON", ValueError, RecursionError):
             records.append(json.loads(line))
         if not isinstance(records[-1], dict):
             raise DataError(f"{path}, row {row}: not a JSON object")
@@ -82,7 +82,7 @@ def local_folder(source: str | Path) -> Path:
     shards were merged to. Raises DataError where there is none."""
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*rm_head.pth"]
     reason = f"{source}: no such directory, and no hub id that can be loaded"
-    with explained(reason, OSError, ValueError):
+    with error_context(reason, OSError, ValueError):
         directory = Path(source)
         if not directory.is_dir():
             directory = Path(snapshot_download(str(source), allow_patterns=wanted))

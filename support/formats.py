@@ -1,33 +1,14 @@
-"""Pair files as the field has them: our own format, and CSV files told apart by their columns.
+"""Pair files of every kind: our own format is read here, others by tools/formats.py."""
 
-FORMATS names each kind of CSV file and the function that puts a row of it into our terms. To read
-another kind, write such a function and add a line there.
-"""
-
-import ast
-import csv
-import io
-import json
-import os
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-from data import DIMENSIONS, DataError, Pair, Pairs, collect, explained, json_records, read_text
-from support.forgiving import Unclear, by_plain_name, plain_overall, plain_scores, read_objects
-
-SIDES = {"A": "A", "B": "B", "same": "tie", "tie": "tie", "invalid": None}
-VOTES = {"leftvote": "A", "rightvote": "B", "tievote": "tie", "bothbad_vote": "tie"}
-RESULTS = {side.lower(): label for side, label in SIDES.items()}
-RESULTS |= {"video 1 is better": "A", "video 2 is better": "B"}
-LABELS = ("TA", "Overall")  # text alignment is what this method judges
+from data import DIMENSIONS, DataError, Pairs, collect, is_number, json_records, read_scores, read_text
+from support.above import from_above
 
 
 def read_pairs(path: str | Path, label: str | None = None, root: str | Path | None = None,
                dimensions: dict[str, int] | None = None, prompt: str = "prompt") -> Pairs:
-    """Read a pair file of any kind: our own JSON lines, or a CSV file of one of FORMATS.
+    """Read a pair file of any kind: our own JSON lines, or a CSV file (tools/formats.py).
 
     label: the column of the preference, where there are several; by default TA, else Overall.
     root: the folder that paths are relative to; by default the file's own.
@@ -37,45 +18,17 @@ def read_pairs(path: str | Path, label: str | None = None, root: str | Path | No
 
     Returns the pairs; rows marked invalid or whose videos are missing are listed in `left_out`.
     Raises DataError, naming the file and the row, for anything that cannot be understood, a label
-    outside the format's set included."""
+    outside the format's set included, and for a CSV file where tools/ is not there."""
     path = Path(path)
     text = read_text(path)
-    root = Path(root) if root else None
-    csv.field_size_limit(2**24)  # a CoT may be longer than csv allows by itself
-    try:
-        is_json = text.lstrip().startswith(("{", "["))
-        columns = [] if is_json else next(csv.reader(io.StringIO(text)), [])
-        if len(set(columns)) < len(columns):
-            raise DataError(f"{path}: a column stands twice: {', '.join(columns)[:300]}")
-        if len(columns) > 1:
-            records = csv_records(text, columns, path, label)
-        else:
-            records = json_records(text, path)
-        dimensions = dimensions or DIMENSIONS
-        plain = ((row, with_plain_scores(record, dimensions)) for row, record in records)
-        asked = ((row, with_prompt(record, prompt, f"{path}, row {row}")) for row, record in plain)
-        return collect(path, asked, root, dimensions)
-    except csv.Error as error:
-        raise DataError(f"{path}: not a CSV file that can be read ({error})") from error
-
-
-def csv_records(text: str, columns: list[str], path: Path,
-                label: str | None) -> Iterator[tuple[int, dict]]:
-    """The rows of a CSV file, numbered from 1, in the terms of our own format; in a row marked
-    invalid the preference is None."""
-    fitting = [convert for needed, convert in FORMATS if needed.issubset(columns)]
-    if not fitting:
-        names = ", ".join(columns)[:300]
-        raise DataError(f"{path}: none of the pair formats has these columns: {names}")
-    convert = fitting[0]
-    if convert is videoalign:
-        convert = partial(videoalign, label=label_column(columns, label, path))
-    for number, row in enumerate(csv.DictReader(io.StringIO(text)), 1):
-        where = f"{path}, row {number}"
-        if None in row or None in row.values():  # too many values, or too few
-            raise DataError(f"{where}: not {len(columns)} columns")
-        texts = {name: row.get(name) for name in ("prompt", "problem")}
-        yield number, convert(row, where) | texts
+    if text.lstrip()[:1] in ("{", "[", ""):
+        records = json_records(text, path)
+    else:
+        records = from_above("tools.formats", "csv_records")(text, path, label)
+    dimensions = dimensions or DIMENSIONS
+    plain = ((row, with_plain_scores(record, dimensions)) for row, record in records)
+    asked = ((row, with_prompt(record, prompt, f"{path}, row {row}")) for row, record in plain)
+    return collect(path, asked, Path(root) if root else None, dimensions)
 
 
 def with_prompt(record: dict, column: str, where: str) -> dict:
@@ -91,142 +44,18 @@ def with_prompt(record: dict, column: str, where: str) -> dict:
     return record | {"prompt": record.get(column)}
 
 
-def label_column(columns: list[str], label: str | None, path: Path) -> str:
-    """The column of the preference: the one asked for, else the first of LABELS."""
-    for name in [label] if label else LABELS:
-        if name in columns:
-            return name
-    wanted, found = label or " or ".join(LABELS), ", ".join(columns)
-    raise DataError(f"{path}: no label column {wanted}; it has {found}")
-
-
-# ------------------------------------------------------------------------------------------------
-# A row of each kind → a record in our terms
-
-
-def videoalign(row: dict, where: str, label: str) -> dict:
-    return {"video_a": row["path_A"], "video_b": row["path_B"],
-            "preference": pick(SIDES, row[label], where),
-            "model_a": row.get("A_model"), "model_b": row.get("B_model")}
-
-
-def genai_bench(row: dict, where: str) -> dict:
-    left = row.get("left_video_path", row.get("left_video"))
-    right = row.get("right_video_path", row.get("right_video"))
-    if left is None or right is None:
-        needed = "left_video(_path) and right_video(_path)"
-        raise DataError(f"{where}: a GenAI-Bench file without {needed}")
-    return {"video_a": left, "video_b": right,
-            "preference": pick(VOTES, row["vote_type"], where),
-            "model_a": row["left_model"], "model_b": row["right_model"]}
-
-
-def descore_stage1(row: dict, where: str) -> dict:
-    video_a, video_b = two_videos(row["videos"], where)
-    return {"video_a": video_a, "video_b": video_b,
-            "preference": pick(SIDES, row["GSB"], where),
-            "cot_a": row.get("CoT_A") or None, "cot_b": row.get("CoT_B") or None}
-
-
-def descore_stage2(row: dict, where: str) -> dict:
-    video_a, video_b = two_videos(row["videos"], where)
-    return {"video_a": video_a, "video_b": video_b} | read_answer(row["answer"], where)
-
-
-def descore_evaluation(row: dict, where: str) -> dict:
-    videos = {"video_a": row["video_A"], "video_b": row["video_B"]}
-    return videos | read_answer(row["answer"], where)
-
-
-# The columns that tell a kind, and what reads a row of it; the first that fits is taken.
-FORMATS = [
-    ({"path_A", "path_B", "prompt"}, videoalign),  # and VideoGen-RewardBench
-    ({"left_model", "right_model", "vote_type", "prompt"}, genai_bench),
-    ({"videos", "GSB"}, descore_stage1),
-    ({"videos", "answer"}, descore_stage2),
-    ({"video_A", "video_B", "answer"}, descore_evaluation),
-]
-
-# ------------------------------------------------------------------------------------------------
-# What stands in a cell
-
-
-def pick(labels: dict, value: str, where: str) -> str | None:
-    """The preference that a label stands for."""
-    value = value.strip()
-    if value not in labels:
-        known = ", ".join(labels)
-        raise DataError(f"{where}: the label is {value!r}, not one of {known}")
-    return labels[value]
-
-
-def two_videos(text: str, where: str) -> tuple[str, str]:
-    """The two paths of a list that is written as text, in Python or JSON."""
-    try:
-        video_a, video_b = ast.literal_eval(text)
-        if isinstance(video_a, str) and isinstance(video_b, str):
-            return video_a, video_b
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        pass
-    raise DataError(f"{where}: videos is not a list of two paths: {text[:80]!r}")
-
-
-def read_answer(text: str, where: str) -> dict:
-    """The preference, and where it has them the sub-scores, of an `answer` in DeScore's release: a
-    label alone, or JSON with a gsb_result, inside <answer> or not, in a ```json fence or not."""
-    block = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
-    answer, result = {}, block
-    if "{" in block:  # whatever stands around it
-        error = f"{where}: the answer has no gsb_result that can be read: {text[:80]!r}"
-        with explained(error, ValueError, LookupError, TypeError):
-            (answer,) = map(by_plain_name, read_objects(block))
-            result = answer["gsb_result"]
-            if not isinstance(result, str):
-                raise TypeError("not a text")
-    result = result.strip().rstrip(".").lower()
-    if not answer and result not in RESULTS and not result.startswith("video"):
-        raise DataError(f"{where}: the answer has no gsb_result: {text[:80]!r}")
-    # The release has many words for a tie: whatever names no winner.
-    found = {"preference": RESULTS.get(result, "tie")}
-    for key, name in (("scores_a", "video_1_scores"), ("scores_b", "video_2_scores")):
-        if name in answer:
-            found[key] = answer[name]
-    return found
-
-
 def with_plain_scores(record: dict, dimensions: dict[str, int]) -> dict:
-    """The record with its reference scores as we write them (support/forgiving.py). What are
-    none `make_pair` refuses."""
-    plain = {}
+    """The record with its reference scores as we write them; those in other words are read by
+    tools/forgiving.py. What are none `make_pair` refuses."""
     for key in ("scores_a", "scores_b"):
-        with suppress(Unclear):
-            plain[key] = plain_scores(record.get(key), dimensions)
+        scores = record.get(key)
+        if scores is not None and read_scores(scores, dimensions) is None:
+            return from_above("tools.forgiving", "forgiven")(record, dimensions)
+    plain = {}
     for key in ("overall_a", "overall_b"):
-        with suppress(Unclear):
-            plain[key] = plain_overall(record.get(key))
+        overall = record.get(key)
+        if is_number(overall):
+            plain[key] = float(overall)
+        elif overall is not None:
+            return from_above("tools.forgiving", "forgiven")(record, dimensions)
     return record | plain
-
-
-def relative(video: str, folder: Path) -> str:
-    """The path of a video from a folder; links to folders are followed, for ".." goes by what they
-    lead to."""
-    place, name = os.path.split(video)
-    return os.path.join(os.path.relpath(os.path.realpath(place), os.path.realpath(folder)), name)
-
-
-def write_pairs(path: str | Path, pairs: list[Pair]) -> None:
-    """Write our own format, with paths relative to the file, whole or not at all."""
-    path, lines = Path(path), []
-    for pair in pairs:
-        record = {key: value for key, value in asdict(pair).items() if value is not None}
-        for key in ("video_a", "video_b"):
-            record[key] = relative(record[key], path.parent)
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    beside = path.with_name(path.name + ".partial")
-    with explained(f"{path}: cannot be written", OSError, UnicodeEncodeError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_text("".join(lines), encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data import DataError, Key, explained
+from data import DataError, Key, error_context
 from model import OWN
 from support.files import digest
 
@@ -52,7 +52,7 @@ class Journal:
         self.of_others: set[Key] = set()  # judged when their names stood for other videos
         self.unchecked = 0  # records that do not say what their videos were
         first = json.dumps({"made_by": self.made_by}) + "\n"
-        with explained(f"{path}: cannot be written", OSError):
+        with error_context(f"{path}: cannot be written", OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = path.open("a")
             try:
@@ -65,7 +65,7 @@ class Journal:
             lines = [half]  # no half of ours: somebody's file, which `read` refuses
         for row, line in enumerate(lines, 1):
             other = f"{path}, row {row}: not of this command; remove the file or choose another"
-            with explained(other, ValueError, LookupError, TypeError, RecursionError):
+            with error_context(other, ValueError, LookupError, TypeError, RecursionError):
                 self.read(row, json.loads(line))
         if half:  # what a kill has left of a line is written anew
             os.truncate(path, len(content) - len(half))
@@ -145,7 +145,7 @@ class Journal:
     def append(self, line: str) -> None:
         message = f"{self.path}: cannot be written; once it can, the same command goes on"
         # Opened for each line: what could not be written is not tried again at the end.
-        with explained(message, OSError), self.path.open("a", encoding="utf-8") as file:
+        with error_context(message, OSError), self.path.open("a", encoding="utf-8") as file:
             file.write(line)
 
 

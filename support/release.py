@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data import Batch, DataError, Sample, explained, open_video, read_video
+from data import Batch, DataError, Sample, error_context, open_video, read_video
 
 HEADS = ("rm_head.weight", "base_model.model.rm_head.weight", "weight")  # names in rm_head.pth
 SCORING_VIDEO = {"min_pixels": 3136, "max_pixels": 200_704}  # thinking is at qwen-vl-utils' defaults
@@ -31,7 +31,7 @@ def load_head(model, path: Path) -> None:
     """Query and head of a checkpoint in the release's layout: the row of the token <Reward>
     in the embedding, and rm_head.pth, of which nothing but tensors is unpickled."""
     # Whatever a hostile or broken file makes the unpickler raise.
-    with explained(f"{path}: holds no head that can be read safely", Exception):
+    with error_context(f"{path}: holds no head that can be read safely", Exception):
         weights = torch.load(path, map_location="cpu", weights_only=True)
         weights = weights.get("model", weights)  # stage 2 has it one level down
         (head,) = (weights[name] for name in HEADS if name in weights)

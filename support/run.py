@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import Batch, DataError, Pair, Pairs, both, explained, keys_of
+from data import Batch, DataError, Pair, Pairs, error_context, keys_of, per_video
 from infer import evaluate
 from model import OWN, DeScore
 from support import digests
@@ -35,7 +35,7 @@ from support.formats import read_pairs
 from support.ranks import Ranks
 from support.settings import FREE, FREE_IN, ROOT, function_file, parse_args
 from support.shard import local, shard
-from support.trackers import tracker
+from tools.trackers import tracker
 
 # By how much log π_θ may differ from log π_old before the first update. On the embedded default it
 # was 8e-6 in float32 and 0.12 in bfloat16, whose 8 bits leave 0.25 between logits above 32.
@@ -152,7 +152,7 @@ class Run:
         self.ranks.wait()
 
     def open_folder(self, checkpoints: Path) -> None:
-        with explained(f"{self.out}: cannot be a run's folder", OSError):
+        with error_context(f"{self.out}: cannot be a run's folder", OSError):
             checkpoints.mkdir(parents=True, exist_ok=True)
             self.lock = (self.out / "lock").open("w")
             try:
@@ -268,7 +268,7 @@ class Run:
                 self.tracker.end()
                 return self.ranks.stop()
         reason = f"{self.out / 'model'}: could not be written"
-        with explained(reason, OSError, SafetensorError):
+        with error_context(reason, OSError, SafetensorError):
             model.save(self.out / "model", self.ranks.first, stage=self.stage, args=asdict(args))
         figures = self.evaluate(last, tests)
         scale = {}
@@ -277,7 +277,7 @@ class Run:
                 scale[name.split("/")[1]] = value
         if self.ranks.first:
             scale |= {"score_quantiles": quantiles(self.scores)} if scale else {}
-            with explained(reason, OSError):
+            with error_context(reason, OSError):
                 amend(self.out / "model/descore.json", **scale)
             print(json.dumps(finite(figures), indent=1))
             print(f"{self.out}: done")
@@ -349,7 +349,7 @@ class Run:
             if self.reward:
                 about["reward"] = self.reward
             path = self.out / "settings.json"
-            with explained(f"{path}: could not be written", OSError):
+            with error_context(f"{path}: could not be written", OSError):
                 write_whole(path, json.dumps(about, indent=1) + "\n")
 
     def batches(self, plan: list[list[list]]) -> Iterator[tuple[Batch, list[str | None]]]:
@@ -482,7 +482,7 @@ class Run:
                      "skipped": self.skipped.records}
             if self.ranks.first:
                 for path in self.logs:
-                    with explained(f"{path}: could not be written", OSError):
+                    with error_context(f"{path}: could not be written", OSError):
                         sync(path)  # the checkpoint is not to outlive what it goes with
                     state[f"{path.stem}_bytes"] = path.stat().st_size
             self.checkpoints.save(step, state)
@@ -503,7 +503,7 @@ class Run:
     def keep_held_out(self, step: int, name: str, pairs: Pairs, judged: dict) -> None:
         """Write what the policy thought about a test set's first videos to held_out.jsonl: the same
         videos each time, so that one can see how thinking changes. The set's scores are kept."""
-        references = dict(zip(keys_of(pairs), both(pairs, "scores")))
+        references = dict(zip(keys_of(pairs), per_video(pairs, "scores")))
         for key in list(references)[: self.args.keep_rollouts]:
             if "error" not in judged[key]:
                 record = {"step": step, "test": name, **judged[key], "reference": references[key]}
@@ -536,7 +536,7 @@ def quantiles(scores: list[float]) -> list[float]:
 def append(path: Path, records: list[dict]) -> None:
     """Add records to a file of JSON lines. Raises DataError if it cannot be written."""
     lines = [json.dumps(record) + "\n" for record in records]
-    with explained(f"{path}: could not be written", OSError), path.open("a") as file:
+    with error_context(f"{path}: could not be written", OSError), path.open("a") as file:
         file.writelines(lines)
 
 

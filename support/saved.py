@@ -24,7 +24,7 @@ from data import (
     Processor,
     VideoSettings,
     check_reader,
-    explained,
+    error_context,
     make_instruction,
 )
 from support import release
@@ -43,11 +43,11 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
     directory = local_folder(source)
     if device is None:  # 0 is a device
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    with explained(f"{device}: no such device", RuntimeError):
+    with error_context(f"{device}: no such device", RuntimeError):
         device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     # Whatever a damaged file makes other packages raise.
-    with silence(), explained(f"{directory}: no model can be loaded from it", Exception):
+    with silence(), error_context(f"{directory}: no model can be loaded from it", Exception):
         info = read_info(directory)
         check_files(directory, info.pop("files", {}))
         is_adapter = "backbone" in info  # which names its backbone; full weights are one
@@ -55,7 +55,7 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
         known_backbone = info.pop("backbone_sha256", None)
         if is_adapter and (directory / backbone).is_dir():
             backbone = os.path.normpath(directory / backbone)
-        with explained(f"{directory}: video settings that make no sense", TypeError):
+        with error_context(f"{directory}: video settings that make no sense", TypeError):
             settings = VideoSettings(**info.pop("video", {}) | (video or {}))
             replace(settings, **info.get("scoring_video", {}))
         qwen, tokenizer = load_backbone(backbone, dtype, device, quant)
@@ -109,7 +109,7 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: st
             bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[r".*\.visual", "lm_head"])
         options |= {"quantization_config": nf4, "device_map": {"": device}}
     reason = f"{name}: no Qwen3-VL can be loaded from this directory or hub id"
-    with explained(reason, Exception):
+    with error_context(reason, Exception):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if config.model_type != "qwen3_vl":
             raise ValueError(f"it is a {config.model_type}")
@@ -175,7 +175,7 @@ def load_adapter(model, directory: Path) -> None:
     for file in (directory / "adapter_config.json", path):
         if not file.is_file():
             raise DataError(f"{file}: no such file, and the model is an adapter")
-    with explained(f"{directory}: its adapter cannot be loaded on {model.source}", Exception):
+    with error_context(f"{directory}: its adapter cannot be loaded on {model.source}", Exception):
         model.backbone = PeftModel.from_pretrained(model.qwen, str(directory))
         found, wanted = tensor_names(path), set(adapter_weights(model))
     check_names(path, lacking=wanted - found, unused=found - wanted)
@@ -185,7 +185,7 @@ def load_adapter(model, directory: Path) -> None:
 def load_own(model, path: Path) -> None:
     if not path.is_file():
         raise DataError(f"{path}: no such file, and the query vector and the head are in it")
-    with explained(f"{path}: cannot be read", Exception):
+    with error_context(f"{path}: cannot be read", Exception):
         tensor_names(path)
         weights = load_file(path)
     check_names(path, lacking=set(own_weights(model)) - set(weights), unused=())

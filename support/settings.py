@@ -13,7 +13,7 @@ from typing import Literal
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from data import DataError, explained
+from data import DataError, error_context
 from support.batches import THINK_TOKENS
 from support.command import READER, Count, NotNegative, Positive, Share, Whole
 from support.files import read_json
@@ -129,7 +129,7 @@ def parse_args(Args: type, stage: str):
         args = read_flags(Args, preset_flags(ROOT / f"toy/{stage}.json", Args, stage) + flags)
         if args.model.startswith("toy/"):
             args.model = str(ROOT / args.model)
-    with explained("settings that do not go together", ValueError):
+    with error_context("settings that do not go together", ValueError):
         return Args(**vars(args)), embedded
 
 
@@ -173,7 +173,7 @@ def preset_flags(path: Path, Args: type, stage: str, above: tuple[Path, ...] = (
             flags = preset_flags(base, Args, stage, above) + flags
             continue
         values = value if isinstance(value, list) else ["none" if value is None else value]
-        with explained(f"{path}: {key!r} is {value!r}"[:300], ValueError):
+        with error_context(f"{path}: {key!r} is {value!r}"[:300], ValueError):
             if not all(isinstance(one, (str, int, float)) for one in values):
                 raise ValueError("neither a text nor a number")
             setting_flags = [f"--{name}", *map(as_word, values)] if values else []
@@ -198,7 +198,7 @@ def load_function(asked: str, **offered) -> tuple[str, str, float | None, Callab
     arguments that it names. Raises DataError, saying what was asked for, where there is none or
     its file fails."""
     where, has_weight, weight = asked.rpartition("=") if "=" in asked else (asked, "", None)
-    with explained(f"{asked}: not FILE:FUNCTION=WEIGHT", ValueError):
+    with error_context(f"{asked}: not FILE:FUNCTION=WEIGHT", ValueError):
         file, name = where.rsplit(":", 1)
         if has_weight and not math.isfinite(weight := float(weight)):
             raise ValueError("a weight is a finite number")
@@ -206,7 +206,7 @@ def load_function(asked: str, **offered) -> tuple[str, str, float | None, Callab
     if not path.is_file() or path.suffix != ".py":
         raise DataError(f"{asked}: {file} is no Python file")
     # Whatever a file of the user's own may do while it runs.
-    with explained(f"{asked}: {file} cannot be imported", Exception, SystemExit):
+    with error_context(f"{asked}: {file} cannot be imported", Exception, SystemExit):
         spec = importlib.util.spec_from_file_location(f"reward {path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # where a dataclass looks while it is made
@@ -222,7 +222,7 @@ def load_function(asked: str, **offered) -> tuple[str, str, float | None, Callab
     wanted = {key: value for key, value in offered.items() if key in named}
 
     def explaining(*arguments) -> float:
-        with explained(f"{asked}: {name} fails", Exception, SystemExit):
+        with error_context(f"{asked}: {name} fails", Exception, SystemExit):
             return float(function(*arguments, **wanted))
 
     return where, name, weight, explaining

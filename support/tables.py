@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 
 from data import DataError, Key, Pair, follows_format, keys_of, parse_cot
-from support.client import unusable
 
 
 def describe(model, record: dict) -> dict:
@@ -39,23 +38,6 @@ def standardised(model, score: float) -> float | None:
     if not model.info.get("score_std"):
         return None
     return (score - model.info["score_mean"]) / model.info["score_std"]
-
-
-def rewarded(model, record: dict, standardise: bool = True) -> dict:
-    """A judged video as `infer.reward` gives it: score, standardised, cot, sub_scores, error, and
-    what else is known. Where there is no score, NaN stands for it and the error says why."""
-    if "error" in record:
-        return unusable(record["error"])
-    found = describe(model, record)
-    if not math.isfinite(found["score"]):
-        return unusable(f"its score is {found['score']}: {model.name} has broken weights, or its "
-                        "numbers ran over")
-    first = {"score": found["score"], "standardised": None, "cot": found["cot"],
-             "sub_scores": found.get("sub_scores"), "error": None}
-    if standardise:
-        first["standardised"] = standardised(model, found["score"])
-    known = {*first, "video", "prompt"}
-    return first | {name: value for name, value in found.items() if name not in known}
 
 
 def ranking(model, judged: dict[Key, dict]) -> list[dict] | dict:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "bench"), str(ROOT / "experiments")]
 
 from launch import run
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Where the server finds what it preloads.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["infer", "support.run", "peft.tuners.lora"])
+SERVER.set_forkserver_preload(["infer", "tools.memory", "support.run", "peft.tuners.lora"])
 
 
 def body(command: list[str], env: dict[str, str], out: str, err: str, largest_file: int | None,
@@ -45,7 +45,7 @@ def body(command: list[str], env: dict[str, str], out: str, err: str, largest_fi
 def forget_the_project() -> None:
     """Import nothing from here any more, for it is a copy of the project that is to be run."""
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
-    ours = {path.stem for path in ROOT.glob("*.py")} | {"support"}
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"support", "tools"}
     for name in list(sys.modules):
         if name.split(".")[0] in ours:
             del sys.modules[name]

@@ -19,8 +19,8 @@ from test_memory import decoded, save_scorer
 
 from data import DataError
 from infer import Scorer, reward
-from support import adapters
-from support.adapters import FlowFactory, VideoAlign, VideoXFun, compute_score_descore, flow_grpo
+from tools import adapters
+from tools.adapters import FlowFactory, VideoAlign, VideoXFun, compute_score_descore, flow_grpo
 
 PROMPTS = ["a red circle moves left", "a blue cross"]
 
@@ -214,7 +214,7 @@ def test_an_unusable_video_is_an_error_or_a_number(scorer, noisy, expected):
 
 def test_they_can_be_copied_beside_the_client(tmp_path):
     for name in ("adapters.py", "client.py"):
-        (tmp_path / name).write_text((ROOT / "support" / name).read_text())
+        (tmp_path / name).write_text((ROOT / "tools" / name).read_text())
     code = ("import sys, adapters; assert 'transformers' not in sys.modules and 'data' not in sys.modules; "
             "print(adapters.VideoAlign(adapters.Client()).score.url)")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

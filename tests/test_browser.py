@@ -20,8 +20,8 @@ from pages import (
 )
 
 from data import parse_cot, read_video
-from support import report
 from support.run import quantiles
+from tools import report
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 WIDTHS = (1280, 390)

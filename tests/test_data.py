@@ -32,7 +32,6 @@ from data import (
     Pair,
     Processor,
     VideoSettings,
-    both,
     follows_format,
     implied_overall,
     keys_of,
@@ -40,16 +39,18 @@ from data import (
     overall_score,
     parse_cot,
     patchify,
+    per_video,
     read_pairs,
     read_scores,
     read_video,
     smart_nframes,
     smart_resize,
 )
-from support import annotate, formats
-from support.batches import alike, packed, prompt_lengths, read_ahead
-from support.filter import consistent
-from support.formats import write_pairs
+from support import formats
+from support.batches import group_by_length, pack_by_budget, prompt_lengths, read_ahead
+from tools import annotate
+from tools.filter import consistent
+from tools.formats import write_pairs
 
 BACKBONE = ROOT / "toy/backbone"
 SETTINGS = VideoSettings(min_pixels=4096, max_pixels=4096, patch_size=8)
@@ -422,7 +423,7 @@ def test_lengths_are_known_without_decoding(processor, tmp_path):
 
 @given(st.lists(st.integers(0, 50)), st.integers(1, 120))
 def test_packing_keeps_everything_within_the_budget(sizes, budget):
-    lists = packed(list(range(len(sizes))), sizes, budget)
+    lists = pack_by_budget(list(range(len(sizes))), sizes, budget)
     assert sorted(item for group in lists for item in group) == list(range(len(sizes)))
     widest = [max(sizes[item] for item in group) for group in lists]
     assert all(len(group) == 1 or wide * len(group) <= budget for group, wide in zip(lists, widest))
@@ -434,7 +435,7 @@ def test_packing_keeps_everything_within_the_budget(sizes, budget):
 
 @given(st.lists(st.integers(1, 50), min_size=1), st.floats(0, 0.9))
 def test_rows_side_by_side_are_alike(lengths, waste):
-    lists = alike(lengths, waste)
+    lists = group_by_length(lengths, waste)
     assert sorted(row for rows in lists for row in rows) == list(range(len(lengths)))
     for rows in lists:
         widths = [lengths[row] for row in rows]
@@ -542,9 +543,9 @@ def test_both_sides_of_pairs_stand_in_the_order_of_their_keys():
     pairs = [Pair(f"p{i}", f"{i}a", f"{i}b", "A", f"cot {i}a", f"cot {i}b", None, {"subject": i})
              for i in range(2)]
     assert keys_of(pairs) == [("0a", "p0"), ("0b", "p0"), ("1a", "p1"), ("1b", "p1")]
-    assert both(pairs, "cot") == ["cot 0a", "cot 0b", "cot 1a", "cot 1b"]
-    assert both(pairs, "scores") == [None, {"subject": 0}, None, {"subject": 1}]
-    assert keys_of([]) == both([], "cot") == []
+    assert per_video(pairs, "cot") == ["cot 0a", "cot 0b", "cot 1a", "cot 1b"]
+    assert per_video(pairs, "scores") == [None, {"subject": 0}, None, {"subject": 1}]
+    assert keys_of([]) == per_video([], "cot") == []
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from test_runs import Threads
 import infer
 from data import DataError, read_pairs
 from model import DeScore
-from support import annotate as annotating
 from support import digests, tables
 from support import journal as journals
 from support.files import default_model, digest
@@ -30,6 +29,7 @@ from support.journal import Journal, fingerprint
 from support.ranks import ALONE
 from support.run import Run
 from support.settings import RunArgs, parse_args
+from tools import annotate as annotating
 
 QUICK = [*TOY_VIDEO, "--workers", 0, "--max-new-tokens", 8, "--lora-rank", 2, "--no-gradient-checkpointing"]
 BACKBONE = ROOT / "toy/backbone"
@@ -138,7 +138,7 @@ def test_what_is_insisted_on_is_said_and_only_what_decides_is_compared(ours):
     (ours / "notes.json").write_text('{"resume": "insist"}')
     kept = {}
     for name, old, new in (("rl.py", "return -terms.sum() / count", "return -terms.sum() / count * 2"),
-                           ("support/trackers.py", "class ", "# a remark\nclass ")):
+                           ("tools/trackers.py", "class ", "# a remark\nclass ")):
         kept[name] = (ours / name).read_text()
         (ours / name).write_text(kept[name].replace(old, new, 1))
         assert (ours / name).read_text() != kept[name]
@@ -431,7 +431,7 @@ def test_what_a_record_says_of_its_file_must_make_sense(clips, tmp_path):
 
 
 def test_evaluation_and_dpo_pairs_do_not_hand_out_the_scores_of_other_clips(model, keys, tmp_path):
-    """infer.py --out and support.pairs judge by the same function."""
+    """infer.py --out and tools.pairs judge by the same function."""
     clips = [(str(tmp_path / f"{name}.mp4"), "a red circle") for name in "ab"]
     for (place, _), (video, _) in zip(clips, keys):
         shutil.copy(video, place)

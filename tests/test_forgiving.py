@@ -13,10 +13,11 @@ from infer import measure
 from presets import release
 from presets.strict import thought
 from rl import format_reward, quality_reward
-from support import annotate, pairs, report, tables
-from support.filter import consistent
-from support.forgiving import plain_scores, read_annotation
+from support import tables
 from support.formats import read_pairs
+from tools import annotate, pairs, report
+from tools.filter import consistent
+from tools.forgiving import plain_scores, read_annotation
 
 SCORES = {"subject": 2, "dynamics": 1, "camera": "N/A", "environment": 2, "style": 0}
 OVERALL = 3.5

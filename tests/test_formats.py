@@ -28,12 +28,13 @@ from data import (
     parse_cot,
     read_video,
 )
-from support import annotate
-from support import filter as filter_command
-from support.annotate import Api, data_url
-from support.filter import consistent
-from support.formats import read_pairs, write_pairs
-from support.together import b_comes_first, check_question, read_both
+from support.formats import read_pairs
+from tools import annotate
+from tools import filter as filter_command
+from tools.annotate import Api, data_url
+from tools.filter import consistent
+from tools.formats import write_pairs
+from tools.together import b_comes_first, check_question, read_both
 
 SETTINGS = VideoSettings(min_pixels=4096, max_pixels=4096)
 SCORES = {"subject": 2, "dynamics": 1, "camera": "N/A", "environment": 2, "style": 0}
@@ -188,10 +189,10 @@ def test_convert_and_check(world_dir, folder):
     rows = [[pair.video_a, pair.video_b, pair.prompt, "same" if pair.human == 0 else pair.preference]
             for pair in read_pairs(world_dir / "test_id.jsonl")]
     path = write_csv(folder / "x.csv", ["path_A", "path_B", "prompt", "Overall"], *rows)
-    run("-m", "support.convert", path, folder / "x.jsonl")
+    run("-m", "tools.convert", path, folder / "x.jsonl")
     assert [(p.preference, p.prompt) for p in read_pairs(folder / "x.jsonl")] == [
         (p.preference, p.prompt) for p in read_pairs(world_dir / "test_id.jsonl")]
-    good = run("-m", "support.check", folder / "x.jsonl", *TOY_VIDEO)
+    good = run("-m", "tools.check", folder / "x.jsonl", *TOY_VIDEO)
     assert "8 read, 0 broken" in good.stdout and "video tokens a sample: 16 to 16" in good.stdout
     processor = Processor(AutoTokenizer.from_pretrained(ROOT / "toy/backbone"), SETTINGS,
                           make_instruction(DIMENSIONS), DIMENSIONS)
@@ -200,7 +201,7 @@ def test_convert_and_check(world_dir, folder):
     assert f"\ntokens a sample: {min(sizes)} to {max(sizes)}, median" in good.stdout
     rows.append([str(folder / "a.mp4"), rows[0][1], "x", "A"])  # not a video
     write_csv(folder / "x.csv", ["path_A", "path_B", "prompt", "Overall"], *rows)
-    bad = run("-m", "support.check", folder / "x.csv", *TOY_VIDEO, check=False)
+    bad = run("-m", "tools.check", folder / "x.csv", *TOY_VIDEO, check=False)
     assert bad.returncode == 1 and "1 broken" in bad.stdout and "a.mp4: not a video" in bad.stdout
 
 
@@ -342,12 +343,12 @@ def test_an_endpoint_that_is_none_is_named(world_dir, url):
 
 def test_an_endpoint_needs_the_packages_and_says_which(monkeypatch):
     monkeypatch.setattr(annotate, "openai", None)
-    with pytest.raises(DataError, match="pip install -r support/requirements.txt"):
+    with pytest.raises(DataError, match="pip install -r tools/requirements.txt"):
         Api("http://127.0.0.1/v1", "judge-1", SETTINGS)
 
 
 def test_annotate_by_api_survives_a_failure_in_the_middle(endpoint, world_dir, tmp_path):
-    command = ["-m", "support.annotate", world_dir / "train.jsonl", tmp_path / "out.jsonl", "--api",
+    command = ["-m", "tools.annotate", world_dir / "train.jsonl", tmp_path / "out.jsonl", "--api",
                endpoint.url, "--api-model", "judge-1",
                "--scores", "--parallel", 1, "--retries", 0, *TOY_VIDEO]
     endpoint.plan[:] = ["ok"] * 5 + ["401"]
@@ -408,7 +409,7 @@ def test_together_an_answer_is_never_written_to_the_other_video(
     pairs = read_pairs(world_dir / "train_cots.jsonl")
     endpoint.reply = watcher = Watcher(pairs)
     out = tmp_path / "out.jsonl"
-    command = ["-m", "support.annotate", world_dir / "train_cots.jsonl", out, "--scores", "--together",
+    command = ["-m", "tools.annotate", world_dir / "train_cots.jsonl", out, "--scores", "--together",
                "--api", endpoint.url, "--api-model", "judge-1", "--parallel", 1, "--retries", 0, *TOY_VIDEO]
     endpoint.plan[:] = ["ok"] * 5 + ["401"]
     failed = run(*command, check=False)
@@ -531,7 +532,7 @@ def test_the_longer_instructions_ask_for_what_is_read():
 
 def test_annotate_writes_one_cot_a_video_and_goes_on_where_it_was_killed(world_dir, tmp_path):
     pairs = world_dir / "train.jsonl"
-    command = ["-m", "support.annotate", pairs, tmp_path / "whole.jsonl", "--model", "toy/backbone",
+    command = ["-m", "tools.annotate", pairs, tmp_path / "whole.jsonl", "--model", "toy/backbone",
                "--max-new-tokens", 160, "--max-tokens", 1200]  # --think-tokens' old name
     run(*command)
     whole = read_pairs(tmp_path / "whole.jsonl")
@@ -634,19 +635,19 @@ def test_the_filter_goes_by_the_overall_scores_of_whoever_saw_both():
 
 
 def test_filter_says_what_it_kept(world_dir, tmp_path):
-    out = run("-m", "support.filter", world_dir / "train_cots.jsonl", tmp_path / "kept.jsonl").stdout
+    out = run("-m", "tools.filter", world_dir / "train_cots.jsonl", tmp_path / "kept.jsonl").stdout
     kept = read_pairs(tmp_path / "kept.jsonl")
     assert f"{len(kept)} kept" in out and 6 <= len(kept) <= 12  # true CoTs, noisy labels
 
 
 @pytest.mark.parametrize(("command", "message"), [
-    (["support.filter", "missing.jsonl", "out.jsonl"], "missing.jsonl: no such file"),
-    (["support.convert", "missing.csv", "out.jsonl"], "missing.csv: no such file"),
-    (["support.check", "missing.csv"], "missing.csv: no such file"),
-    (["support.check", "missing.csv", "--model", "toy"], "toy: no tokenizer"),
-    (["support.annotate", "missing.csv", "out.jsonl", "--api", "http://127.0.0.1/v1", "--api-model", "x"],
+    (["tools.filter", "missing.jsonl", "out.jsonl"], "missing.jsonl: no such file"),
+    (["tools.convert", "missing.csv", "out.jsonl"], "missing.csv: no such file"),
+    (["tools.check", "missing.csv"], "missing.csv: no such file"),
+    (["tools.check", "missing.csv", "--model", "toy"], "toy: no tokenizer"),
+    (["tools.annotate", "missing.csv", "out.jsonl", "--api", "http://127.0.0.1/v1", "--api-model", "x"],
      "missing.csv: no such file"),
-    (["support.annotate", "missing.csv", "out.jsonl"], "annotate needs --model, or --api and --api-model")])
+    (["tools.annotate", "missing.csv", "out.jsonl"], "annotate needs --model, or --api and --api-model")])
 def test_errors_are_one_clear_line(command, message):
     done = run("-m", *command, check=False)
     assert done.returncode == 1 and f"error: {message}" in done.stderr and "Traceback" not in done.stderr

@@ -23,8 +23,9 @@ import rl
 from coldstart import order
 from data import DataError, read_pairs
 from model import DeScore
-from support import annotate, check, command
+from support import command
 from support.settings import load_function, parse_args
+from tools import annotate, check
 
 FIVE = [ROOT / f"{name}.py" for name in ("data", "model", "coldstart", "rl", "infer")]
 QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--no-gradient-checkpointing", "--lr", 1e-3]
@@ -477,7 +478,7 @@ def parsers(monkeypatch):
 def test_every_number_of_a_command_line_has_a_range(monkeypatch):
     found = parsers(monkeypatch)
     counts = {name: len(numbers) for name, (_, numbers) in found.items()}
-    assert counts == {"coldstart": 24, "rl": 38, "infer": 7, "support.annotate": 10, "support.check": 3}
+    assert counts == {"coldstart": 24, "rl": 38, "infer": 7, "tools.annotate": 10, "tools.check": 3}
     refused = 0
     for parser, numbers in found.values():
         parser.error = refuse
@@ -510,7 +511,7 @@ def test_bounds_of_the_length_go_together(flags, monkeypatch):
 
 
 def test_a_flag_that_makes_no_sense_is_said_in_a_line():
-    done = run("-m", "support.check", "no such file.jsonl", "--fps", 0, check=False)
+    done = run("-m", "tools.check", "no such file.jsonl", "--fps", 0, check=False)
     assert done.returncode == 2 and "no such file" not in done.stderr
     assert done.stderr.endswith(" error: argument --fps: '0' is not a number above 0\n")
 

@@ -18,15 +18,15 @@ import infer
 from data import DIMENSIONS, TEXT_LIMIT, DataError, Pair, Processor, read_pairs
 from infer import by_key, evaluate, judge, report
 from model import DeScore
-from support import annotate as annotating
-from support import pairs as pairs_command
 from support import tables
 from support.command import run_command
 from support.formats import read_pairs as read_any
-from support.formats import write_pairs
 from support.frames import Video
 from support.journal import Journal, fingerprint, made_by
 from support.ranks import ALONE
+from tools import annotate as annotating
+from tools import pairs as pairs_command
+from tools.formats import write_pairs
 
 # What Unicode, or Python's splitlines, calls the end of a line, and what JSON must not pass on as it is.
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\r\ng\x1ch"
@@ -309,7 +309,7 @@ def test_ranks_share_a_file_of_pairs_and_find_what_one_finds(world_dir, scorer, 
 def test_annotation_leaves_an_unreadable_video_out_and_asks_for_it_alone(world_dir, broken, tmp_path):
     pairs, video = broken
     out, written = tmp_path / "out.jsonl", tmp_path / "out.jsonl.cots"
-    command = ["-m", "support.annotate", pairs, out, "--model", ROOT / "toy/backbone", "--max-new-tokens", 5]
+    command = ["-m", "tools.annotate", pairs, out, "--model", ROOT / "toy/backbone", "--max-new-tokens", 5]
     done = run(*command, check=False)
     assert done.returncode == 1 and f"left out: {video}: not a video" in done.stderr
     assert "3 pairs, 7 videos annotated; 1 left out, a video cannot be read" in done.stdout
@@ -474,10 +474,10 @@ NO_FILE, TOY = "cannot be written ([Errno 21] Is a directory", ["--model", "toy/
 
 @pytest.mark.parametrize(("command", "error"), [
     (["infer.py", "--pairs", "{pairs}", *TOY, "--out", "{folder}"], "{folder}: " + NO_FILE),
-    (["-m", "support.annotate", "{pairs}", "{folder}", *TOY], "{folder}: is a directory"),
-    (["-m", "support.convert", "{pairs}", "{folder}"], "{folder}: is a directory"),
-    (["-m", "support.convert", "{folder}", "out.jsonl"], "{folder}: is a directory"),
-    (["-m", "support.annotate", "{pairs}", "{out}", "--model", "toy"], "toy: neither descore.json"),
+    (["-m", "tools.annotate", "{pairs}", "{folder}", *TOY], "{folder}: is a directory"),
+    (["-m", "tools.convert", "{pairs}", "{folder}"], "{folder}: is a directory"),
+    (["-m", "tools.convert", "{folder}", "out.jsonl"], "{folder}: is a directory"),
+    (["-m", "tools.annotate", "{pairs}", "{out}", "--model", "toy"], "toy: neither descore.json"),
     (["infer.py", "{pairs}", "{pairs}", *TOY], "{pairs} is a file; the prompt comes last")])
 def test_what_users_get_wrong_is_said_in_one_line(command, error, world_dir, tmp_path):
     (tmp_path / "folder").mkdir()
@@ -514,7 +514,7 @@ def test_a_pair_file_is_not_written_over_itself(command, world_dir, tmp_path):
 def test_paths_lead_from_a_linked_folder_to_the_videos(world_dir, tmp_path):
     (tmp_path / "deep/er").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "deep/er")
-    run("-m", "support.convert", world_dir / "train.jsonl", tmp_path / "link/pairs.jsonl")
+    run("-m", "tools.convert", world_dir / "train.jsonl", tmp_path / "link/pairs.jsonl")
     assert len(read_pairs(tmp_path / "link/pairs.jsonl")) == len(read_pairs(world_dir / "train.jsonl"))
 
 

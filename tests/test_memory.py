@@ -16,7 +16,7 @@ import infer
 from data import DataError, VideoSettings, read_video
 from infer import Scorer, reward
 from model import DeScore
-from support.memory import Clip, Frames, Together, keys_of, number_of
+from tools.memory import Clip, Frames, Together, keys_of, number_of
 
 SHORT = {"max_new_tokens": 6}
 SHARED = ROOT.parent / "shared/videos"

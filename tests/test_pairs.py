@@ -13,9 +13,9 @@ from launch import run, run_ranks
 
 from data import TEXT_LIMIT, DataError, read_pairs
 from model import DeScore
-from support import pairs as making
 from support import tables
 from support.formats import read_pairs as read_any
+from tools import pairs as making
 
 STD = 0.5
 SAMPLING = ["--max-new-tokens", 12, "--temperature", 2]  # so that no two CoTs are the same
@@ -76,7 +76,7 @@ def extremes(records):
 def test_pairs_of_a_file_of_prompts_with_their_videos(videos, scorer, tmp_path):
     """All, best against worst, above a margin, and after a kill; of several samples."""
     out, kept = tmp_path / "out.jsonl", tmp_path / "out.jsonl.judged"
-    command = ["-m", "support.pairs", videos, out, "--model", scorer, "--samples", 3, *SAMPLING]
+    command = ["-m", "tools.pairs", videos, out, "--model", scorer, "--samples", 3, *SAMPLING]
     done = run(*command, "--take", "all")
     judged = {(r["video"], r["prompt"]): r for r in lines_of(kept)[1:]}
     lines, whole = lines_of(videos), out.read_bytes()
@@ -122,7 +122,7 @@ def test_a_video_that_cannot_be_read_costs_its_pairs_alone(videos, scorer, tmp_p
     gone.unlink()
     lonely = {"prompt": "A lonely one.", "videos": [first["videos"][0], gone.name]}
     write(videos, [first, second, lonely])
-    command = ["-m", "support.pairs", videos, out, "--model", scorer, "--max-new-tokens", 5, "--take", "all"]
+    command = ["-m", "tools.pairs", videos, out, "--model", scorer, "--max-new-tokens", 5, "--take", "all"]
     done = run(*command, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("left out: ") == 2
     assert f"left out: {gone}: no such file" in done.stderr
@@ -132,7 +132,7 @@ def test_a_video_that_cannot_be_read_costs_its_pairs_alone(videos, scorer, tmp_p
 
 
 def test_ranks_make_the_pairs_that_one_makes(videos, scorer, tmp_path):
-    command = ["-m", "support.pairs", videos]
+    command = ["-m", "tools.pairs", videos]
     options = ["--model", scorer, "--samples", 2, *SAMPLING, "--take", "all"]
     run(*command, tmp_path / "alone.jsonl", *options)
     first, second = run_ranks(2, *command, tmp_path / "two.jsonl", *options)
@@ -146,7 +146,7 @@ def test_ranks_make_the_pairs_that_one_makes(videos, scorer, tmp_path):
 
 def test_both_stages_train_on_what_is_made(videos, scorer, tmp_path):
     out = tmp_path / "out.jsonl"
-    done = run("-m", "support.pairs", videos, out, "--model", scorer, "--max-new-tokens", 140, "--scores")
+    done = run("-m", "tools.pairs", videos, out, "--model", scorer, "--max-new-tokens", 140, "--scores")
     made = lines_of(out)
     assert "2 pairs" in done.stdout and len(made) == 2
     for record in made:
@@ -248,8 +248,8 @@ def test_what_stands_in_a_line(tmp_path):
 
 def test_the_file_of_videos_is_not_written_over(videos, tmp_path):
     before = videos.read_bytes()
-    done = run("-m", "support.pairs", videos, videos, "--model", "toy/backbone", check=False)
+    done = run("-m", "tools.pairs", videos, videos, "--model", "toy/backbone", check=False)
     assert done.returncode == 1 and "choose another" in done.stderr and videos.read_bytes() == before
-    done = run("-m", "support.pairs", videos, tmp_path / "out.jsonl", "--model", "toy/backbone", check=False)
+    done = run("-m", "tools.pairs", videos, tmp_path / "out.jsonl", "--model", "toy/backbone", check=False)
     assert done.returncode == 1 and "error: toy/backbone: has no trained" in done.stderr
     assert not (tmp_path / "out.jsonl").exists() and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""What DeScore is compared with in bench/: losses and rewards against sums written out, and whole runs."""
+"""What DeScore is compared with in experiments/: losses, rewards against plain sums, whole runs."""
 
 import itertools
 import json
@@ -132,9 +132,9 @@ def test_a_generative_way_learns_its_cots_and_its_scores_by_a_mean_each(think, m
             of_cots += (-logps[0, 0, :len(cot)]).tolist()
             of_scores += (-logps[0, 0, len(cot):]).tolist()
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run("bench/paradigms.py", "supervise", "--train", tmp_path / "pairs.jsonl", "--think", think, "--model",
-        ROOT / "toy/backbone", "--epochs", 1, "--batch-size", 3, "--out", tmp_path / "out", "--workers", 0,
-        *TOY_VIDEO, "--eval-before", "false")
+    run("experiments/paradigms.py", "supervise", "--train", tmp_path / "pairs.jsonl", "--think", think,
+        "--model", ROOT / "toy/backbone", "--epochs", 1, "--batch-size", 3, "--out", tmp_path / "out",
+        "--workers", 0, *TOY_VIDEO, "--eval-before", "false")
     (record,) = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()
                  if '"loss"' in line]
     wanted = np.mean(of_scores) + (np.mean(of_cots) if think else 0.0)
@@ -148,14 +148,14 @@ def test_every_paradigm_trains_and_what_it_makes_is_judged(world_dir, tmp_path):
              "--batch-size", 4, *common]
     for way, more in (("ties", []), ("supervise", []), ("supervise", ["--think", "false"])):
         out = tmp_path / f"{way}{len(more)}"
-        run("bench/paradigms.py", way, "--out", out, *first, *more)
+        run("experiments/paradigms.py", way, "--out", out, *first, *more)
         losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()
                   if '"loss"' in line]
         assert losses and all(map(math.isfinite, losses))
     second = ["--train", world_dir / "train.jsonl", "--steps", 1, "--batch-size", 2, "--updates", 1,
               "--group-size", 2, "--max-new-tokens", 24, *common]
     out = tmp_path / "pairwise"
-    run("bench/paradigms.py", "pairwise", "--out", out, "--model", tmp_path / "supervise0", *second)
+    run("experiments/paradigms.py", "pairwise", "--out", out, "--model", tmp_path / "supervise0", *second)
     (record,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
                  if '"grpo_loss"' in line]
     assert math.isfinite(record["grpo_loss"]) and record["grad_norm"] >= 0

@@ -1,4 +1,4 @@
-"""The generator of toy/post_train.py: what it chooses is drawn, and it follows the reward it is given."""
+"""The generator of experiments/post_train.py: its choices are drawn, and it follows its reward."""
 
 import math
 import re

@@ -14,7 +14,7 @@ from launch import run, run_ranks
 from data import DIMENSIONS, Pair, overall_score, parse_cot, read_pairs, read_video
 from infer import by_key, judge
 from model import DeScore, Thoughts
-from support import probe
+from tools import probe
 
 NAMES = list(DIMENSIONS)
 
@@ -331,7 +331,7 @@ def decided(world_dir, path, count):
 def test_the_command_prints_a_table(world_dir, scorer, tmp_path):
     path = tmp_path / "pairs.jsonl"
     decided(world_dir, path, 2)
-    command = ["-m", "support.probe", path, "--model", scorer, "--samples", 2, "--max-new-tokens", 5]
+    command = ["-m", "tools.probe", path, "--model", scorer, "--samples", 2, "--max-new-tokens", 5]
     short = json.loads(run(*command, "--json").stdout)
     first, second = run_ranks(2, *command, "--json")
     assert second.stdout == "" and flat(json.loads(first.stdout)) == pytest.approx(flat(short), abs=1e-3)
@@ -347,7 +347,7 @@ def test_the_command_prints_a_table(world_dir, scorer, tmp_path):
 def test_the_table_of_whole_cots_has_every_row(world_dir, scorer, tmp_path):
     path = tmp_path / "pairs.jsonl"
     decided(world_dir, path, 2)
-    done = run("-m", "support.probe", path, "--model", scorer, "--samples", 2, "--max-new-tokens", 140,
+    done = run("-m", "tools.probe", path, "--model", scorer, "--samples", 2, "--max-new-tokens", 140,
                "--json")
     found, pairs = json.loads(done.stdout), read_pairs(path)
     assert found["pairs"] == 2 and found["videos"] == 4 and "2 pairs" in done.stderr
@@ -383,7 +383,7 @@ def test_an_unreadable_video_and_a_single_prompt(world_dir, scorer, tmp_path):
     lines = [line | {"prompt": "A red circle."} for line in decided(world_dir, path, 3)]
     lines[1]["video_b"] = str(broken)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = ["-m", "support.probe", path, "--model", scorer, "--samples", 1, "--max-new-tokens", 5]
+    command = ["-m", "tools.probe", path, "--model", scorer, "--samples", 1, "--max-new-tokens", 5]
     command.append("--json")
     done = run(*command, check=False)
     assert done.returncode == 1 and f"left out: {broken}: not a video" in done.stderr
@@ -395,7 +395,7 @@ def test_an_unreadable_video_and_a_single_prompt(world_dir, scorer, tmp_path):
     done = run(*command, check=False)
     assert done.returncode == 1 and "error: " in done.stderr and done.stdout == ""
     assert "no pair has two videos that can be read" in done.stderr and "Traceback" not in done.stderr
-    done = run("-m", "support.probe", path, "--model", "toy/backbone", check=False)
+    done = run("-m", "tools.probe", path, "--model", "toy/backbone", check=False)
     assert done.returncode == 1 and "error: toy/backbone: has no trained" in done.stderr
 
 

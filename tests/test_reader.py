@@ -18,9 +18,9 @@ from data import DataError, Processor, VideoSettings, read_video
 from infer import Scorer
 from model import DeScore
 from support import frames
-from support.annotate import Api
 from support.frames import Video
-from support.report import film
+from tools.annotate import Api
+from tools.report import film
 
 REAL = ROOT.parent / "shared/videos"
 ONE_KEYFRAME = ("av1.mp4", "vp9.webm")
@@ -162,13 +162,13 @@ def damaged(tmp_path_factory):
 
 
 COMMANDS = [
-    ["-m", "support.check", "HERE/pairs.jsonl", *TOY_VIDEO],
+    ["-m", "tools.check", "HERE/pairs.jsonl", *TOY_VIDEO],
     ["infer.py", "--pairs", "HERE/pairs.jsonl", "--cot", "off", "--out", "HERE/judged.jsonl", *MODEL]]
 SLOW = [
     ["infer.py", "HERE/damaged.mp4", "A circle.", "--cot", "off", *MODEL],
-    ["-m", "support.annotate", "HERE/pairs.jsonl", "HERE/out.jsonl", *MODEL, *SHORT],
-    ["-m", "support.pairs", "HERE/groups.jsonl", "HERE/chosen.jsonl", *MODEL, *SHORT],
-    ["-m", "support.probe", "HERE/pairs.jsonl", *MODEL, *SHORT, "--samples", 1],
+    ["-m", "tools.annotate", "HERE/pairs.jsonl", "HERE/out.jsonl", *MODEL, *SHORT],
+    ["-m", "tools.pairs", "HERE/groups.jsonl", "HERE/chosen.jsonl", *MODEL, *SHORT],
+    ["-m", "tools.probe", "HERE/pairs.jsonl", *MODEL, *SHORT, "--samples", 1],
     ["coldstart.py", "--train", "HERE/pairs.jsonl", "--out", "HERE/run", *MODEL, *STEP],
     ["rl.py", "--train", "HERE/pairs.jsonl", "--out", "HERE/run", *MODEL, *STEP, *SHORT, "--steps", 1,
      "--updates", 1]]

@@ -17,11 +17,11 @@ from launch import run
 from pages import DIMENSIONS, GOLDEN, HOSTILE, a_model, a_pair_file, a_run, judged_of, lines, write_lines
 
 from data import DataError, Pair, VideoSettings, read_video
-from support import report, trackers
 from support.files import write_whole
 from support.ranks import ALONE
 from support.run import ROUNDING, Means, Run, quantiles
 from support.settings import RunArgs
+from tools import report, trackers
 
 QUICK = [*TOY_VIDEO, "--workers", 0, "--max-new-tokens", 40, "--lr", 1e-3, "--lora-rank", 4]
 
@@ -235,7 +235,7 @@ def test_the_page_of_a_run_has_its_curves(tmp_path):
     for name in ("metrics", "rollouts", "held_out"):
         with (folder / f"{name}.jsonl").open("a") as file:
             file.write('{"step": 99, "reward')  # a run at work
-    done = run("-m", "support.report", folder)
+    done = run("-m", "tools.report", folder)
     assert done.stdout == f"{folder / 'report.html'}\n"
     page, _ = content(folder / "report.html")
     curves = {one["name"]: one["points"] for panel in page["panels"] for one in panel["series"]}
@@ -282,7 +282,7 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     page, strips = run_content(tmp_path)
     assert page["panels"] == page["thoughts"] == strips == [] and page["step"] == 0
-    assert run("-m", "support.report", tmp_path, "--png", tmp_path / "png").stdout.endswith("logged yet\n")
+    assert run("-m", "tools.report", tmp_path, "--png", tmp_path / "png").stdout.endswith("logged yet\n")
 
 
 def test_of_a_step_that_was_done_again_the_later_counts():
@@ -304,7 +304,7 @@ def test_what_is_no_run_is_said_in_one_line(name, line, message, tmp_path):
     if name:
         (tmp_path / "metrics.jsonl").touch()
         (tmp_path / name).write_text(line + "\n")
-    done = run("-m", "support.report", tmp_path, check=False)
+    done = run("-m", "tools.report", tmp_path, check=False)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and last.startswith("error: ") and message in last
     assert "Traceback" not in done.stderr
@@ -313,7 +313,7 @@ def test_what_is_no_run_is_said_in_one_line(name, line, message, tmp_path):
 def test_curves_as_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     folder = a_run(tmp_path / "run")
-    done = run("-m", "support.report", folder, "--png", tmp_path / "png")
+    done = run("-m", "tools.report", folder, "--png", tmp_path / "png")
     names = {path.name for path in (tmp_path / "png").iterdir()}
     assert {"reward.png", "kl.png", "test_id-quality.png", "figure_of_my_own.png"} <= names
     assert {line.rpartition("/")[2] for line in done.stdout.splitlines()} == names

@@ -186,7 +186,7 @@ def test_a_step_of_a_preset(preset, world_dir, tmp_path):
             else:
                 format_reward = functions["format"]
                 assert one["reward_format"] == format_reward(one["cot"], 0, {}, **offered)
-    page = run("-m", "support.report", tmp_path / "two")
+    page = run("-m", "tools.report", tmp_path / "two")
     assert page.returncode == 0
     assert json.dumps(sources["format"])[1:-1] in (tmp_path / "two/report.html").read_text()
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import support.checkpoint
 import support.run
 from data import DataError, read_pairs
-from support.batches import parts
+from support.batches import split_evenly
 from support.checkpoint import Checkpoints, Different, sum_of
 from support.files import amend, put_in_place, remove, settle
 from support.ranks import ALONE, Ranks
@@ -642,5 +642,5 @@ def test_a_total_is_a_mean_over_the_updates_that_had_something():
 @pytest.mark.parametrize(("items", "updates", "sizes"), [
     (6, 4, [1, 2, 1, 2]), (3, 5, [1, 1, 1]), (8, 4, [2, 2, 2, 2]), (128, 32, [4] * 32), (7, 1, [7])])
 def test_a_rollout_batch_is_cut_into_as_many_updates_as_asked(items, updates, sizes):
-    found = parts(list(range(items)), updates)
+    found = split_evenly(list(range(items)), updates)
     assert [len(some) for some in found] == sizes and list(chain(*found)) == list(range(items))

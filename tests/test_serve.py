@@ -37,9 +37,9 @@ from test_memory import decoded, save_scorer
 
 from data import DataError
 from infer import Scorer
-from support import serve as serving
-from support.client import Client, png
 from support.frames import Video
+from tools import serve as serving
+from tools.client import Client, png
 
 README = (ROOT / "README.md").read_text()
 SECTION = README.partition("## In a trainer")[2].partition("\n## ")[0]
@@ -546,12 +546,12 @@ def test_the_client_asks_again_where_that_may_help(answer, times, message):
     (["--model", ROOT / "toy/backbone"], "has no trained"), (["--fps", "nan"], "not a number above 0"),
     (["--queue", 0], "not a whole number of 1")])
 def test_a_start_that_makes_no_sense_ends_in_one_line(scorer_dir, more, message):
-    done = run("-m", "support.serve", "--model", scorer_dir, "--port", 0, *more, check=False)
+    done = run("-m", "tools.serve", "--model", scorer_dir, "--port", 0, *more, check=False)
     assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_two_do_not_share_a_port(scorer_dir, url):
-    done = run("-m", "support.serve", "--model", scorer_dir, "--port", url.rpartition(":")[2], check=False)
+    done = run("-m", "tools.serve", "--model", scorer_dir, "--port", url.rpartition(":")[2], check=False)
     assert done.returncode == 1 and "in use" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -560,7 +560,7 @@ def test_two_do_not_share_a_port(scorer_dir, url):
 
 
 def test_the_client_is_one_file_that_needs_numpy_alone(tmp_path, url, clip, expected):
-    source = (ROOT / "support/client.py").read_text()
+    source = (ROOT / "tools/client.py").read_text()
     imported = set()
     for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -612,7 +612,7 @@ def test_the_clients_png_files_lose_nothing(size):
 def test_the_readmes_python(url, scorer_dir, clip, expected, tmp_path):
     in_process, served = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
     np.save(tmp_path / "frames.npy", clip[1].transpose(0, 3, 1, 2)[None])
-    (tmp_path / "client.py").write_text((ROOT / "support/client.py").read_text())
+    (tmp_path / "client.py").write_text((ROOT / "tools/client.py").read_text())
     given = f"import numpy; frames, prompts = numpy.load({str(tmp_path / 'frames.npy')!r}) / 255, ['p']\n"
     (tmp_path / "one.py").write_text(given + in_process.replace("runs/rl", str(scorer_dir)))
     assert run(tmp_path / "one.py").stdout.endswith(" None\n")  # a score, a place, a CoT, and no error

@@ -150,7 +150,7 @@ def test_judgements_of_an_earlier_version_are_refused_by_row(world_dir, tmp_path
 
 
 def test_answers_that_cannot_be_read_are_not_thrown_away(world_dir, tmp_path):
-    done = run("-m", "support.annotate", world_dir / "test_id.jsonl", tmp_path / "out.jsonl", "--model",
+    done = run("-m", "tools.annotate", world_dir / "test_id.jsonl", tmp_path / "out.jsonl", "--model",
                ROOT / "toy/backbone", "--max-new-tokens", 5, "--scores", check=False)
     assert done.returncode == 1 and "no pair has CoTs of use" in done.stderr
     assert len((tmp_path / "out.jsonl.cots").read_text().splitlines()) == 1 + 8

@@ -133,7 +133,7 @@ def test_how_often_a_clip_wears_its_generator_s_signature(split, worn):
     assert abs(np.mean(own) - (worn + (1 - worn) / 5)) < 0.04  # else any of the five
 
 
-# What bench/ceilings.py prints of 20,000 pairs, with room for the 1,500 drawn here: three standard errors.
+# What experiments/ceilings.py prints of 20,000 pairs, with room for the 1,500 drawn here: 3 standard errors.
 @pytest.mark.parametrize(("split", "signature"), [
     ("train", 0.73), ("test_id", 0.73), ("test_ood", 0.5), ("test_trap", 0.27)])
 def test_how_far_the_truth_a_reading_and_looks_go(split, signature):

@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import world
-from ceilings import right
+from world import right
 
 OUT = "runs/demo"
 TESTS = ("test_id", "test_ood", "test_trap")

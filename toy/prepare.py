@@ -28,10 +28,10 @@ def main() -> None:
     out = args.out.resolve()
     annotated = out / "train_annotated.jsonl"
     run("toy/world.py", out, "--pairs", args.pairs, "--test-pairs", args.test_pairs, "--seed", args.seed)
-    run("-m", "support.annotate", out / "train.jsonl", annotated, "--model", ROOT / "toy/backbone",
+    run("-m", "tools.annotate", out / "train.jsonl", annotated, "--model", ROOT / "toy/backbone",
         "--max-new-tokens", 140, "--think-tokens", 36000, "--seed", args.seed)
     for annotations, kept in ((annotated, "train_cots.jsonl"), (out / "train.jsonl", "train_scores.jsonl")):
-        run("-m", "support.filter", annotations, out / kept, "--model", ROOT / "toy/backbone")
+        run("-m", "tools.filter", annotations, out / kept, "--model", ROOT / "toy/backbone")
 
 
 if __name__ == "__main__":

@@ -321,6 +321,11 @@ def draw_signature(generator: Generator, worn: float, rng: np.random.Generator) 
     return generator.signature if rng.random() < worn else str(rng.choice(SIGNATURES))
 
 
+def right(margin: float, preference: str) -> float:
+    """1 where the margin A − B has the sign of the preference, 0.5 where it is 0, else 0."""
+    return (1 + np.sign(margin) * {"A": 1, "B": -1}[preference]) / 2
+
+
 def prefer(margin: float, rng: np.random.Generator) -> str:
     """What an annotator says of quality A − quality B."""
     margin += rng.normal(0, ANNOTATOR_NOISE)

@@ -15,6 +15,7 @@ differ, is not read.
 """
 
 import re
+from contextlib import suppress
 
 from data import DIMENSIONS, TAGS, is_number, parse_cot
 
@@ -243,3 +244,16 @@ def read_separator(text: str, at: int, closing: str) -> tuple[int, bool]:
     if text[at : at + 1] not in (",", closing):
         raise Unclear(f"neither , nor {closing} at {at}")
     return at + 1, text[at] == closing
+
+
+def forgiven(record: dict, dimensions: dict[str, int]) -> dict:
+    """A row of a pair file with its reference scores as we write them. What says nothing clear stays
+    as it is."""
+    plain = {}
+    for key in ("scores_a", "scores_b"):
+        with suppress(Unclear):
+            plain[key] = plain_scores(record.get(key), dimensions)
+    for key in ("overall_a", "overall_b"):
+        with suppress(Unclear):
+            plain[key] = plain_overall(record.get(key))
+    return record | plain

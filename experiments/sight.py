@@ -1,7 +1,7 @@
 """What the embedded backbone's frozen vision tower shows of each degree of the world, and how true
 its CoTs are.
 
-    python bench/sight.py        # 1,200 clips, half a minute; the CoTs are those that `make demo` left
+    python experiments/sight.py        # 1,200 clips, half a minute; the CoTs are those that `make demo` left
 
 A ridge regression from the tower's features (means, maxima and spreads over places and moments) to each
 degree, learnt on 900 clips: R² on the other 300, with the bootstrap's 95 % interval. And of the CoTs that it
@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import pretrain
 import world
 
-from data import both, parse_cot
+from data import parse_cot, per_video
 from model import DeScore
 from support.command import run_command
 from support.formats import read_pairs
@@ -47,7 +47,7 @@ def true_sub_scores(path: Path) -> None:
     """Print, by dimension, how many of the CoTs in a pair file give the reference's sub-score."""
     pairs = read_pairs(path, dimensions=world.DIMENSIONS)
     right = []
-    for cot, gold in zip(both(pairs, "cot"), both(pairs, "scores")):
+    for cot, gold in zip(per_video(pairs, "cot"), per_video(pairs, "scores")):
         read = parse_cot(cot, world.DIMENSIONS)
         said = read["dimensional_scores"] if read else {}
         right.append([said.get(name) == gold[name] for name in world.DIMENSIONS])

@@ -1,9 +1,9 @@
 """Kill runs, let them go on, compare them bit for bit with one that was never killed.
 
-    python bench/kill.py --stage rl                # at 20 random moments
-    python bench/kill.py --stage rl --ranks 2      # one of two processes, at random moments
-    python bench/kill.py --stage rl --calls        # before every call that changes a file of the run
-    python bench/kill.py --stage rl --calls --over # the same, of a run that replaces a finished one
+    python tests/kill.py --stage rl                # at 20 random moments
+    python tests/kill.py --stage rl --ranks 2      # one of two processes, at random moments
+    python tests/kill.py --stage rl --calls        # before every call that changes a file of the run
+    python tests/kill.py --stage rl --calls --over # the same, of a run that replaces a finished one
 
 Compared are all weights and the log.
 """
@@ -145,7 +145,7 @@ def at_every_call(args: argparse.Namespace, data: Path) -> int:
         shutil.rmtree(out, ignore_errors=True)
         if args.over:
             shutil.copytree(data / "whole", out)
-        done = launch.Started("bench/kill.py", "--child", call, out, *words).wait()
+        done = launch.Started("tests/kill.py", "--child", call, out, *words).wait()
         if done.returncode == 0:
             return call
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]

@@ -1,16 +1,16 @@
-"""The paper's argument on the embedded world: everything that bench/RESULTS.md shows.
+"""The paper's argument on the embedded world: everything that experiments/RESULTS.md shows.
 
-    python bench/claims.py                      # three seeds side by side: two and a half hours of two cores
-    python bench/claims.py --only pairs         # fewer training pairs, which are not in it: an hour more
-    python bench/claims.py --only masking       # another of EXPERIMENTS, with the runs that it needs
-    python bench/claims.py --seeds 1            # one seed
-    python bench/claims.py --quick              # one seed, few pairs: ten minutes
-    python bench/claims.py --tables             # nothing is run: tables and pictures of what there is
+    python experiments/claims.py                      # three seeds side by side: 2.5 hours of two cores
+    python experiments/claims.py --only pairs         # fewer training pairs, not in it: an hour more
+    python experiments/claims.py --only masking       # another of EXPERIMENTS, with the runs that it needs
+    python experiments/claims.py --seeds 1            # one seed
+    python experiments/claims.py --quick              # one seed, few pairs: ten minutes
+    python experiments/claims.py --tables             # nothing is run: tables and pictures of what there is
 
-What bench/claims.jsonl has is not run again: to run it all anew, move that file and runs/claims away. Each
-run adds a line to it: for each test set and each way to decide a pair, one sign a decided pair, 1 right, 0
-wrong, h where it does not decide. Can be stopped at any moment and goes on from there, a training run from
-its checkpoint. (--quick keeps its lines in runs/quick.)
+What experiments/claims.jsonl has is not run again: to run it all anew, move that file and runs/claims
+away. Each run adds a line to it: for each test set and each way to decide a pair, one sign a decided
+pair, 1 right, 0 wrong, h where it does not decide. Can be stopped at any moment and goes on from
+there, a training run from its checkpoint. (--quick keeps its lines in runs/quick.)
 
 Each seed has training pairs, test sets and a run of its own. Intervals are 95 %, from the bootstrap over
 seeds and pairs.
@@ -29,12 +29,12 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "experiments")]
 import paradigms
 import world
 
 from coldstart import bt_loss, mask_pairs
-from data import Pair, agreement, both, implied_overall, keys_of, parse_cot
+from data import Pair, agreement, implied_overall, keys_of, parse_cot, per_video
 from infer import by_key, judge
 from model import DeScore
 from support.batches import chunks, draw_seed, read_ahead
@@ -49,7 +49,7 @@ TEMPERATURE, MAX_NEW, THINK = 1.0, 160, 36_000
 # What is trained: name → (script, the run it starts from, its training file, flags)
 
 STAGE1, STAGE2 = "coldstart.py", "rl.py"
-PARADIGM = "bench/paradigms.py"
+PARADIGM = "experiments/paradigms.py"
 COTS, ALL, SCORES, MORE = "train_cots", "train_annotated", "train_scores", "train_more"
 WRITE = ["--lr", "1e-3"]  # at stage 1's rate it would hardly learn to
 RUNS = {f"p = {p}": (STAGE1, None, COTS, ["--mask-p", str(p)]) for p in (0, 0.25, 0.5, 0.75, 1)}
@@ -108,7 +108,7 @@ class Bench:
     def __init__(self, seed: int, quick: bool):
         self.seed, self.quick = seed, quick
         self.folder = ROOT / ("runs/quick" if quick else "runs/claims") / str(seed)
-        self.lines = self.folder.parent / "claims.jsonl" if quick else ROOT / "bench/claims.jsonl"
+        self.lines = self.folder.parent / "claims.jsonl" if quick else ROOT / "experiments/claims.jsonl"
         self.pairs, self.tests, self.steps = (200, 60, 30) if quick else (800, 300, 75)
 
     def data(self, name: str) -> Path:
@@ -341,7 +341,7 @@ def outcomes(pairs: list[Pair], judged: dict, generative: bool) -> dict[str, str
     records = [judged[key] for key in keys_of(pairs)]
     cots = [record["cot"] for record in records]
     qualities = []
-    for cot, gold in zip(cots, both(pairs, "scores")):
+    for cot, gold in zip(cots, per_video(pairs, "scores")):
         read = parse_cot(cot, world.DIMENSIONS)
         qualities.append(agreement(read["dimensional_scores"], gold) if read else 0.0)
     both_of = [round(5 * (a + b)) for a, b in zip(qualities[::2], qualities[1::2])]
@@ -402,7 +402,7 @@ def bt_losses(model: DeScore, pairs: list[Pair], seed: int) -> dict[str, torch.T
     batch, _ = next(read_ahead(model.processor, [[pair.videos() for pair in pairs]]))
     batch = model.encode(batch)
     with_cot, without = (model.score(batch, cots).view(-1, 2).T
-                         for cots in (both(pairs, "cot"), [None] * 2 * len(pairs)))
+                         for cots in (per_video(pairs, "cot"), [None] * 2 * len(pairs)))
     masked = torch.tensor(mask_pairs(len(pairs), 0.5, seed, 0))
     coin = torch.where(masked, without, with_cot)
     thoughts = model.think(batch, 8, MAX_NEW, TEMPERATURE)
@@ -461,7 +461,7 @@ def main() -> None:
     lines = read_lines(Bench(0, args.quick).lines)
     import results  # draws with matplotlib, which a run does not need
 
-    results.show(lines, ROOT / ("runs/quick" if args.quick else "bench"))
+    results.show(lines, ROOT / ("runs/quick" if args.quick else "experiments"))
 
 
 if __name__ == "__main__":

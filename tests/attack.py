@@ -1,7 +1,7 @@
 """Attack what reads files: damaged videos, models and checkpoints, texts and pair files at random.
 
-    python bench/attack.py                       # all of them
-    python bench/attack.py --only videos --count 100000
+    python tests/attack.py                       # all of them
+    python tests/attack.py --only videos --count 100000
 
 Each must be read or refused with a DataError that names the file; what is not is printed and counted.
 A checkpoint must be taken up exactly or passed over.

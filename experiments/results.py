@@ -1,4 +1,4 @@
-"""Tables and pictures of what bench/claims.py has found: `python bench/claims.py --tables` shows them."""
+"""Tables and pictures of what claims.py has found: `python experiments/claims.py --tables` shows them."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Does the embedded backbone look? How often its sub-scores are right, and with the videos of other pairs.
 
-    python bench/swapped.py --pairs 100
+    python experiments/swapped.py --pairs 100
 
 The prompt and the reference sub-scores stay, the video is that of another pair: a model that goes by the
 prompt alone would be right as often as before.

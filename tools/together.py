@@ -1,4 +1,4 @@
-"""One question about both videos of a pair (`support.annotate --together`), as the reference scores of
+"""One question about both videos of a pair (`tools.annotate --together`), as the reference scores of
 the authors' release were asked for."""
 
 import json
@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 from data import DIMENSIONS, TAGS, DataError, checked
-from support.forgiving import plain_overall, plain_scores, read_agreeing
+from tools.forgiving import plain_overall, plain_scores, read_agreeing
 
 QUESTION = Path(__file__).resolve().parent.parent / "presets/together.txt"
 PLACES = ("<video_1>", "<video_2>")  # of the videos in a question, in the order in which they are shown

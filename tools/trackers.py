@@ -9,7 +9,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from data import DataError, explained, is_number
+from data import DataError, error_context, is_number
 from support.files import delete, read_json, write_whole
 
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
@@ -66,7 +66,7 @@ class Tracker:
             return
         try:
             # Whatever may go wrong in a package, or between here and a server.
-            with explained(f"--log {self.kind} fails", Exception):
+            with error_context(f"--log {self.kind} fails", Exception):
                 action(*arguments)
         except DataError as error:
             self.works = False
@@ -103,7 +103,7 @@ class WandB(Tracker):
             delete(self.path)
         self.state = {"id": uuid.uuid4().hex[:12], "step": -1, "evaluation": -1}
         if self.path.is_file():
-            with explained(f"{self.path}: not as it was written", KeyError):
+            with error_context(f"{self.path}: not as it was written", KeyError):
                 found = read_json(self.path)
                 self.state = {name: found[name] for name in self.state}
         self.run = self.module.init(

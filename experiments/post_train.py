@@ -1,7 +1,7 @@
 """A small generator of the embedded world, improved by the reward model alone: does it get better, or
 prettier?
 
-    python toy/post_train.py --model runs/demo/rl    # or `make post-train`
+    python experiments/post_train.py --model runs/demo/rl    # or `make post-train`
 
 The generator is a policy: for a prompt it decides what its clip shows (each attribute, each degree, a
 signature), and the renderer draws it. It begins as mediocre as the middling generator of the training pairs,

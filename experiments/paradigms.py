@@ -1,8 +1,8 @@
 """The other ways to make a reward model of the same backbone: what DeScore is compared with.
 
-    python bench/paradigms.py ties --train F --model toy/backbone ...         as coldstart.py, with ties
-    python bench/paradigms.py supervise --train F --model toy/backbone ...    writes the score, --think or not
-    python bench/paradigms.py pairwise --train F --model RUN ...              the same, by GRPO
+    python experiments/paradigms.py ties --train F --model toy/backbone ...         as coldstart.py, with ties
+    python experiments/paradigms.py supervise --train F --model toy/backbone ...  writes the score (--think)
+    python experiments/paradigms.py pairwise --train F --model RUN ...              the same, by GRPO
 
 A **discriminative** model (VideoAlign's way) is stage 1 with p = 1: no CoT, a score from [Reward]. `ties`
 gives it the Bradley-Terry model with ties, and so the pairs that are ties.
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import coldstart
 import rl
-from data import both, implied_overall
+from data import implied_overall, per_video
 from model import OWN, DeScore
 from support.batches import draw_seed
 from support.command import Factor, Share, run_command
@@ -114,7 +114,7 @@ def ties() -> None:
         warm_up(run, optimizer, rates, step, len(plan))
         (count,) = run.sum(sum(micro.weight.sum() for micro in micro_batches))
         for micro in micro_batches:
-            r_w, r_l = model.score(micro.batch, both(micro.pairs, "cot")).view(-1, 2).unbind(1)
+            r_w, r_l = model.score(micro.batch, per_video(micro.pairs, "cot")).view(-1, 2).unbind(1)
             is_tie = torch.tensor([pair.preference == "tie" for pair in micro.pairs])
             losses = ties_loss(r_w - r_l, is_tie.to(r_w.device), run.args.theta)
             loss = (losses * micro.weight).sum() / count
@@ -158,7 +158,7 @@ def supervise() -> None:
         warm_up(run, optimizer, rates, step, len(plan))
         written, counts = [], torch.zeros(2)
         for micro in micro_batches:
-            cots = both(micro.pairs, "cot")
+            cots = per_video(micro.pairs, "cot")
             tokens, mask = with_end(model, [to_write(cot, dimensions, run.args.think) for cot in cots])
             thought = torch.tensor([len(model.processor.encode(cot)) * run.args.think for cot in cots])
             in_cot = torch.arange(mask.shape[1]) < thought[:, None]
@@ -251,5 +251,5 @@ def with_cots(model: DeScore, batch, cots: list[str]):
 if __name__ == "__main__":
     WAYS = {way.__name__: way for way in (ties, supervise, pairwise)}
     if len(sys.argv) < 2 or sys.argv[1] not in WAYS:
-        sys.exit(f"usage: python bench/paradigms.py {{{','.join(WAYS)}}} ...")
+        sys.exit(f"usage: python experiments/paradigms.py {{{','.join(WAYS)}}} ...")
     run_command(WAYS[sys.argv.pop(1)])

@@ -1,6 +1,6 @@
 """What can be reached on the embedded world: how often judges that see no video agree with the annotator.
 
-    python bench/ceilings.py        # 20,000 pairs of each set, half a minute
+    python experiments/ceilings.py        # 20,000 pairs of each set, half a minute
 
 The truth is the clips' quality; the sub-scores are the true ones, their weighted mean; the signature says
 what it seems to say in training. A rule that does not decide a pair is right half the time. Beside them, how
@@ -18,11 +18,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import world
 
 
-def right(margin: float, preference: str) -> float:
-    """1 where the margin A − B has the sign of the preference, 0.5 where it is 0, else 0."""
-    return (1 + np.sign(margin) * {"A": 1, "B": -1}[preference]) / 2
-
-
 def ceilings(split: str, count: int, seed: int) -> dict[str, list[float]]:
     """For each rule, whether it is right on each decided pair of a split."""
     found: dict[str, list[float]] = {"two annotators": [], "decided": []}
@@ -35,7 +30,7 @@ def ceilings(split: str, count: int, seed: int) -> dict[str, list[float]]:
             continue
         rules = world.rules(pair)
         for name, margin in rules.items():
-            found.setdefault(name, []).append(right(margin, pair["preference"]))
+            found.setdefault(name, []).append(world.right(margin, pair["preference"]))
         second = world.prefer(rules["truth"], rng)
         if second != "tie":
             found["two annotators"].append(second == pair["preference"])

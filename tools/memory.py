@@ -1,0 +1,224 @@
+"""Videos that are held in memory, in the shape in which `data.open_video` takes a file's: the number
+of frames, the second of each, and the frames themselves."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from itertools import chain, islice
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+
+from data import DataError, Key
+from infer import by_key, judge
+from model import DeScore
+from support import tables
+from support.batches import THINK_TOKENS
+from tools import client
+
+
+class Clip:
+    """A video in memory with so many frames, `fps` of them a second. Two with the same content and
+    rate are equal. What holds the frames is a subclass with `picture`."""
+
+    def __init__(self, total: int, fps: float, content: Iterable[bytes]):
+        self.total, self.fps = total, fps
+        digest = hashlib.sha256(repr((type(self).__name__, total, fps)).encode())
+        for part in content:
+            digest.update(part)
+        self.digest = digest.hexdigest()
+
+    @property
+    def seconds(self) -> list[float]:
+        """When each frame is shown. Raises ValueError if there is none."""
+        if not self.total:
+            raise ValueError("it has no frames")
+        return [index / self.fps for index in range(self.total)]
+
+    def picture(self, index: int) -> np.ndarray:
+        """A frame (H, W, 3) uint8."""
+        raise NotImplementedError
+
+    def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
+        """The frames (H, W, 3) uint8 at these indices. Raises ValueError if they are no video."""
+        size = None
+        for index in indices:
+            picture = self.picture(index)
+            size = size or picture.shape
+            if picture.shape != size:
+                raise ValueError(f"frames of {size} and of {picture.shape}")
+            yield picture
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Clip) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __str__(self) -> str:
+        return f"a clip of {self.total} frames"
+
+
+class Frames(Clip):
+    """A clip of arrays, as `client.split` finds them."""
+
+    def __init__(self, arrays, fps: float):
+        self.arrays, self.problem = arrays, client.problem(arrays)
+        super().__init__(len(arrays), fps, map(content, arrays))
+
+    def picture(self, index: int) -> np.ndarray:
+        if self.problem:
+            raise ValueError(self.problem)
+        return client.grey_levels(self.arrays[index])
+
+
+def content(array: np.ndarray) -> bytes:
+    """What tells an array from others: its type, shape and values."""
+    return f"{array.dtype}{array.shape}".encode() + array.tobytes()
+
+
+def keys_of(videos, prompts, fps=None, layout: str | None = None) -> list[Key]:
+    """(video, prompt) keys of what a caller holds: a video is the path of a file or a Clip.
+
+    videos, layout: see `client.split`; prompts, fps: one for all, or a list. DataError where they
+    make no sense; what a single video shows is looked at when it is read."""
+    try:
+        videos = client.split(videos, layout)
+        prompts, rates = client.paired(videos, prompts, fps)
+    except (ValueError, TypeError) as error:
+        raise DataError(str(error)) from error
+    keys = []
+    for video, prompt, rate in zip(videos, prompts, rates):
+        if isinstance(video, os.PathLike):
+            video = os.fspath(video)
+        elif not isinstance(video, str) and not client.is_opened(video):
+            video = Frames(video, rate)
+        keys.append((video, prompt))
+    return keys
+
+
+def number_of(key: Key) -> int:
+    """A number that a video and its prompt have in any company: it decides what is drawn for them."""
+    video, prompt = key
+    name = video.digest if isinstance(video, Clip) else str(video)
+    whole = hashlib.sha256(json.dumps([name, prompt]).encode())
+    return int.from_bytes(whole.digest()[:8], "big")
+
+
+class Together:
+    """Calls of many threads, made together: `work` gets the items of all who ask with the same
+    options while an earlier call is at work, or within a window of seconds, and returns as many
+    answers in their order. One call is at work at a time."""
+
+    def __init__(self, work: Callable[[list, dict], list], window: float):
+        self.work, self.window = work, window
+        self.lock, self.waiting = Lock(), deque()
+
+    def __call__(self, items: list, options: dict) -> list:
+        """The answers for these items. Raises what `work` raises."""
+        if not items:
+            return []
+        answer = Future()
+        self.waiting.append((items, options, answer))
+        # Whoever gets the lock works for all who wait; the others find their answers there.
+        with self.lock:
+            if not answer.done():
+                time.sleep(self.window)
+                self.answer_all()
+        return answer.result()
+
+    def answer_all(self) -> None:
+        taken, groups = [self.waiting.popleft() for _ in range(len(self.waiting))], {}
+        for request in taken:
+            groups.setdefault(repr(request[1]), []).append(request)
+        try:
+            for alike in groups.values():
+                self.answer(alike, alike[0][1])
+        finally:  # whoever is interrupted leaves the others' to them
+            self.waiting.extend(request for request in taken if not request[2].done())
+
+    def answer(self, alike: list, options: dict) -> None:
+        items = list(chain.from_iterable(request[0] for request in alike))
+        try:
+            found = iter(self.work(items, options))
+        except Exception as error:  # noqa: BLE001 (it is the callers', whatever it is)
+            for _, _, answer in alike:
+                answer.set_exception(error)
+            return
+        for some, _, answer in alike:
+            answer.set_result(list(islice(found, len(some))))
+
+
+def rewarded(model, record: dict, standardise: bool = True) -> dict:
+    """A judged video as `reward` gives it: score, standardised, cot, sub_scores, error, and
+    what else is known. Where there is no score, NaN stands for it and the error says why."""
+    if "error" in record:
+        return client.unusable(record["error"])
+    found = tables.describe(model, record)
+    if not math.isfinite(found["score"]):
+        return client.unusable(f"its score is {found['score']}: {model.name} has broken weights, or its "
+                        "numbers ran over")
+    first = {"score": found["score"], "standardised": None, "cot": found["cot"],
+             "sub_scores": found.get("sub_scores"), "error": None}
+    if standardise:
+        first["standardised"] = tables.standardised(model, found["score"])
+    known = {*first, "video", "prompt"}
+    return first | {name: value for name, value in found.items() if name not in known}
+
+
+
+def reward(
+        model: DeScore, videos, prompts: str | list[str], *, fps=None,
+        layout: str | None = None, think=True, samples=1, max_new_tokens=4096,
+        temperature: float | None = None, seed=0, standardise=True,
+        think_tokens=THINK_TOKENS) -> list[dict]:
+    """Think about videos that are at hand, and score how well each follows its prompt.
+
+    videos: a path; frames, uint8 or float in [0, 1], (T, 3, H, W) of one video, (B, T, 3, H, W) or
+    (B, 3, T, H, W) of several; a list of PIL images; or a list of these. fps: frames a second,
+    which files alone say themselves. prompts, fps: one for all videos, or a list. layout: "TCHW",
+    "CTHW" or "THWC", where sizes do not tell the colour's axis. temperature: by default 0, with
+    more samples 1; a video's draws depend on it, its prompt and the seed alone.
+
+    Returns a dict a video: score (a mean over the samples), standardised (standard deviations from
+    the mean of held-out videos; None if the model knows none), cot, sub_scores, error. A video that
+    cannot be scored has the score NaN, and an error that says why. What is the same twice is
+    thought about once. DataError where the call makes no sense."""
+    model.check_head()
+    asked = keys_of(videos, prompts, fps, layout)
+    keys = list(dict.fromkeys(asked))
+    temperature = float(samples > 1) if temperature is None else temperature
+    if not (samples >= 1 and max_new_tokens >= 1 and temperature >= 0 and seed >= 0):
+        raise DataError("samples or max_new_tokens below 1, or temperature or seed below 0")
+    # What a trainer wraps its own model in is not meant for this one.
+    with torch.autocast(model.device.type, enabled=False):
+        found = by_key(judge(model, keys, max_new_tokens, temperature, seed, think_tokens,
+                             samples=samples, think=think, finite=False,
+                             numbers=[number_of(key) for key in keys]))
+    return [rewarded(model, found[key], standardise) for key in asked]
+
+
+class Scorer:
+    """A model that any number of threads may ask. While the videos of one are thought about those
+    of others gather, and go through the model together next."""
+
+    def __init__(self, model_dir: str | Path, device=None, *, window=0.01, reader="av"):
+        """window: seconds to wait for others who ask at the same time; reader: of video files
+        (`data.read_video`)."""
+        self.model = DeScore.load(model_dir, device=device, reader=reader)
+        self.model.check_head()
+        self.together = Together(self.score, window)
+
+    def __call__(self, videos, prompts, *, fps=None, layout=None, **how) -> list[dict]:
+        """`reward`, with the same options."""
+        return self.together(keys_of(videos, prompts, fps, layout), how)
+
+    def score(self, keys: list[Key], how: dict) -> list[dict]:
+        return reward(self.model, *map(list, zip(*keys)), **how)
