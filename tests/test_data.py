@@ -47,7 +47,8 @@ from data import (
     smart_resize,
 )
 from support import formats
-from support.batches import group_by_length, pack_by_budget, prompt_lengths, read_ahead
+from support.batches import group_by_length, pack_by_budget, plan_step, prompt_lengths, read_ahead
+from support.ranks import Ranks
 from tools import annotate
 from tools.filter import consistent
 from tools.formats import write_pairs
@@ -440,6 +441,37 @@ def test_rows_side_by_side_are_alike(lengths, waste):
     for rows in lists:
         widths = [lengths[row] for row in rows]
         assert 1 - sum(widths) / (len(widths) * max(widths)) <= waste + 1e-9
+
+
+def test_a_rank_without_an_item_of_its_own_repeats_anothers_for_nothing():
+    first, second = (plan_step(["a", "b", "c"], [5, 1, 3], 10, Ranks(rank, 2)) for rank in (0, 1))
+    assert first == [[[("a", 0, 1.0), ("b", 1, 1.0)]]]
+    assert second == [[[("c", 2, 1.0), ("b", 1, 0.0)]]]
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(1, 1000), st.integers(1, 4),
+       st.integers(1, 5))
+def test_a_step_plans_each_item_once_and_all_ranks_in_step(sizes, budget, world_size, updates):
+    items = [f"item {place}" for place in range(len(sizes))]
+    plans = [plan_step(items, sizes, budget, Ranks(rank, world_size), updates) for rank in range(world_size)]
+    widths = {len(items) // updates, -(-len(items) // updates)} if len(items) >= updates else {1}
+    seen = []
+    for update in zip(*plans, strict=True):
+        in_update = []
+        for turn in zip(*update, strict=True):  # a micro-batch of each rank
+            assert len({len(micro) for micro in turn}) == 1
+            for micro in turn:
+                widest = max(sizes[planned.place] for planned in micro)
+                assert len(micro) == 1 or widest * len(micro) <= budget
+                assert all(planned.item == items[planned.place] for planned in micro)
+                in_update += [planned.place for planned in micro if planned.weight == 1]
+                assert all(planned.weight in (0.0, 1.0) for planned in micro)
+        assert len(in_update) in widths
+        # Updates follow the order of the batch: only within one are items sorted by size.
+        assert not seen or max(seen) < min(in_update)
+        seen += in_update
+    assert sorted(seen) == list(range(len(items)))
+    assert len(plans[0]) == min(updates, len(items))
 
 
 def test_some_samples_of_a_batch_are_those_samples(processor):
