@@ -585,6 +585,10 @@ class Pair:
         """The (video, prompt) keys by which its judgements are known."""
         return [(self.video_a, self.prompt), (self.video_b, self.prompt)]
 
+    def said(self, field: str) -> list:
+        """What it says of its videos, such as "cot", in their order."""
+        return [getattr(self, f"{field}_a"), getattr(self, f"{field}_b")]
+
     def winner_first(self) -> "Pair":
         """The same pair with the preferred video as A. A tie stays as it is."""
         if self.preference != "B":
