@@ -330,7 +330,7 @@ MUTANTS = [
     ("support/tables.py", "json.dumps(plain(found)", "json.dumps(found", JUDGING + " -k base"),
     ("tools/annotate.py", "if not code:", "if True:", JUDGING + " -k alone"),
     ("tools/annotate.py", 'load(args.model, video=video, ', 'load(args.model, ', JUDGING + " -k looks"),
-    ("tools/formats.py", "beside.unlink(missing_ok=True)", "pass", JUDGING + " -k whole"),
+    ("support/files.py", "beside.unlink(missing_ok=True)", "pass", JUDGING + " -k whole"),
     ("tools/annotate.py", "if not kept:", "if False:", WIRES),
     ("infer.py", "draw_seed(seed, number)", "draw_seed(seed)", MODEL),
     # -- support
@@ -378,7 +378,7 @@ MUTANTS = [
      'return record | {"prompt": record["prompt"]}', FORMATS),
     ("support/saved.py", '"dimensions": processor.dimensions', '"seen": True', HACKABLE),
     ("support/saved.py", "if digest(directory / name) != wanted:", "if False:", SAVED + " -k as_it_was"),
-    ("support/files.py", "or out.samefile(pairs)", "", JUDGING + " -k over_itself"),
+    ("tools/formats.py", "or out.samefile(pairs)", "", JUDGING + " -k over_itself"),
     ("support/files.py", "if scale and scale[1] < 0:", "if False:", SAVED + " -k no_sense"),
     ("tools/formats.py", "os.path.realpath(folder)", "folder", JUDGING + " -k linked"),
     ("tools/formats.py", "len(set(columns)) < len(columns)", "False", JUDGING + " -k twice"),
