@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -601,6 +601,48 @@ def test_both_sides_of_pairs_stand_in_the_order_of_their_keys():
     assert per_video(pairs, "cot") == ["cot 0a", "cot 0b", "cot 1a", "cot 1b"]
     assert per_video(pairs, "scores") == [None, {"subject": 0}, None, {"subject": 1}]
     assert keys_of([]) == per_video([], "cot") == []
+
+
+@dataclass
+class Rated:
+    """An item that is no pair: a video and the score that people gave it."""
+
+    video: str
+    prompt: str
+    opinion: float
+
+    def videos(self):
+        return [(self.video, self.prompt)]
+
+    def said(self, field):
+        return [getattr(self, field)]
+
+
+@pytest.mark.parametrize("ranks", [Ranks(), Ranks(1, 2)])
+def test_an_item_need_not_be_a_pair(processor, ranks):
+    """Its lengths, its place in a plan and its video are found by what it says of itself."""
+    items = []
+    for n, name in enumerate(("five", "four", "two")):
+        items.append(Rated(str(ROOT / f"tests/golden/{name}.mp4"), f"{name} " * 9**n, n / 2))
+    keys = keys_of(items)
+    assert keys == [(item.video, item.prompt) for item in items]
+    assert per_video(items, "opinion") == [0.0, 0.5, 1.0]
+    lengths = prompt_lengths(processor, keys)
+    sizes = [lengths[key] for key in keys]
+    assert sizes == [len(processor(*key).input_ids) for key in keys] and len(set(sizes)) == 3
+    ((micro,),) = plan_step(items, sizes, 3 * max(sizes), ranks)
+    dealt = [item for item, _, _ in micro]
+    first = sorted(items, key=lambda item: -lengths[item.videos()[0]])
+    assert dealt == (first if ranks.world == 1 else [first[1], first[2]])
+    ((batch, errors),) = read_ahead(processor, [[item.videos() for item in dealt]])
+    assert batch.sources == keys_of(dealt) and errors == [None] * len(dealt) == [None] * len(batch)
+    assert batch.mask.sum(1).tolist() == [lengths[key] for key in keys_of(dealt)]
+
+
+def test_a_pair_says_the_same_of_both_its_videos_whatever_it_is_asked():
+    pair = Pair("p", "a.mp4", "b.mp4", "B", "cot a", "cot b", None, {"subject": 2}, overall_a=1.0)
+    assert pair.said("cot") == ["cot a", "cot b"] and pair.said("scores") == [None, {"subject": 2}]
+    assert pair.said("overall") == [1.0, None] and pair.said("video") == [video for video, _ in pair.videos()]
 
 
 # ------------------------------------------------------------------------------------------------------------
