@@ -1,11 +1,11 @@
 """What stands above: loaded by its name when it is asked for, so that nothing here needs it."""
 
 import importlib
+import runpy
+import sys
 
-from data import DataError
 
-
-class NotHere(DataError):
+class NotHere(FileNotFoundError):
     """What stands above is not in this copy of the project."""
 
 
@@ -20,3 +20,11 @@ def from_above(module: str, name: str):
         folder, _, file = module.rpartition(".")
         raise NotHere(f"{name} is in {folder}/{file}.py, and this copy of the project has no such file: "
                       f"it needs the folder {folder}/ too") from error
+
+
+def moved(old: str, new: str) -> None:
+    """Let an old module's name stand for a new module: run it where the old one is run, else be it."""
+    if old == "__main__":
+        runpy.run_module(new, run_name="__main__", alter_sys=True)
+    else:
+        sys.modules[old] = importlib.import_module(new)

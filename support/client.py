@@ -1,4 +1,4 @@
 """support/client.py is now tools/client.py; an import of the old name is one of it."""
-from support.moved import moved
+from support.above import moved
 
 moved(__name__, "tools.client")

@@ -1,4 +1,4 @@
 """python -m support.convert is now python -m tools.convert; the old name runs it."""
-from support.moved import moved
+from support.above import moved
 
 moved(__name__, "tools.convert")

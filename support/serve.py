@@ -1,4 +1,4 @@
 """python -m support.serve is now python -m tools.serve; the old name runs it."""
-from support.moved import moved
+from support.above import moved
 
 moved(__name__, "tools.serve")
