@@ -12,19 +12,26 @@ alone as well. Beyond the paper, `--mask expected` takes the expectation over th
 (1 − p) L_BT with the CoTs + p L_BT without them, both from one forward.
 """
 
+import math
+import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from data import Pair, keys_of, per_video
+from data import DataError, Pair, Processor, keys_of, per_video
 from model import OWN, DeScore
-from support.batches import chunks, draw_seed, prompt_lengths
+from support.batches import chunks, draw_seed, plan_step, prompt_lengths
 from support.command import Count, NotNegative, Positive, Share, Whole, run_command
-from support.run import Run, Unit
-from support.settings import RunArgs, setting
+from support.formats import read_pairs
+from support.means import Means
+from support.optimize import adamw, all_reduce, clip
+from support.ranks import Ranks
+from support.run import Run, check_said, prepare, read_tests
+from support.settings import RunArgs, parse_args, setting
 
 
 @dataclass
@@ -74,60 +81,111 @@ def order(count: int, epochs: int, seed: int) -> list[int]:
     return seen
 
 
-def make_plan(args: Args, pairs: list[Pair], run: Run) -> list:
-    """Which pairs each step takes, masked or not, in micro-batches of like length."""
-    plan, processor = [], run.model.processor
+def make_plan(args: Args, pairs: list[Pair], processor: Processor, ranks: Ranks) -> list:
+    """Which pairs each step takes, masked or not, in this rank's micro-batches of like length
+    (`plan_step`; a step has one update)."""
+    plan = []
     p = args.mask_p if args.mask == "coin" else 0.0
-    lengths = prompt_lengths(processor, keys_of(pairs), run.ranks)
+    lengths = prompt_lengths(processor, keys_of(pairs), ranks)
     seen = order(len(pairs), args.epochs, args.seed)
     for step, rows in enumerate(chunks(seen, args.batch_size)):
         masked = mask_pairs(len(rows), p, args.seed, step)
-        units, sizes = [], []
-        for place, row in enumerate(rows):
+        batch = []
+        sizes = []
+        for row, is_masked in zip(rows, masked):
             pair = pairs[row]
-            if masked[place]:
+            if is_masked:
                 pair = replace(pair, cot_a=None, cot_b=None)
-            a, b = (len(processor.encode_cot(cot)) for cot in (pair.cot_a, pair.cot_b))
-            key_a, key_b = pair.videos()
-            units.append(Unit(pair, place))
-            sizes.append(2 * max(lengths[key_a] + a, lengths[key_b] + b))
-        plan.append([run.deal(units, sizes, args.max_tokens)])
+            tokens = []
+            for key, cot in zip(pair.videos(), pair.said("cot")):
+                tokens.append(lengths[key] + len(processor.encode_cot(cot)))
+            batch.append(pair)
+            sizes.append(len(tokens) * max(tokens))  # padding included
+        plan.append(plan_step(batch, sizes, args.max_tokens, ranks))
     return plan
 
 
 def main() -> None:
-    run = Run(Args, "coldstart", shown=("loss", "accuracy", "margin"))
-    args = run.args
+    ranks = Ranks.start()  # those that torchrun started, or this process alone
+    args = parse_args(Args, "coldstart")
+    run = Run(args, "coldstart", ranks)
     torch.manual_seed(args.seed)
+
+    # What trains: [Reward] and the head, LoRA or the whole language model, the mergers.
     model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader)
     model.processor.use_instruction(args.instruction)
     model.set_trainable(args.lora_rank, args.train_merger, args.train_vision)
-    own = [name for name in model.trainable() if name.startswith(OWN)]
-    rest = [name for name in model.trainable() if name not in own]
+    prepare(model, args, ranks)
+    trainable = model.trainable()
+    own = [p for name, p in trainable.items() if name.startswith(OWN)]
+    rest = [p for name, p in trainable.items() if not name.startswith(OWN)]
     head_lr = args.lr if args.head_lr is None else args.head_lr
     groups = [{"params": own, "lr": head_lr}, {"params": rest, "lr": args.lr}]
-    optimizer = run.prepare(model, groups, args.weight_decay)
-    rates = [group["lr"] for group in groups]
-    pairs = run.read_train("cot", "CoTs (see tools.annotate)", ties=False)  # no winner
-    plan = make_plan(args, pairs, run)
-    warmup = max(1, round(args.warmup * len(plan)))
+    optimizer = adamw(groups, args.weight_decay, args.optim)
+
+    # What it learns from: a tie has no winner, and teaches nothing here.
+    pairs = read_pairs(args.train, args.label, args.root, model.processor.dimensions)
+    run.take_pairs(pairs)
+    pairs = [pair for pair in pairs if pair.preference != "tie"]
+    if not pairs:
+        raise DataError(f"{args.train}: nothing but ties, from which nothing is learnt here")
+    check_said(args.train, pairs, "cot", "CoTs (see support.annotate)")
+    pairs = [pair.winner_first() for pair in pairs]
+    plan = make_plan(args, pairs, model.processor, ranks)
+    tests = read_tests(args, model.processor.dimensions)
+    last = len(plan)
+    warmup = max(1, round(args.warmup * last))
     both_ways = args.mask == "expected"
     share = torch.tensor([1 - args.mask_p, args.mask_p] if both_ways else [1.0])
 
-    for step, (micro_batches,) in run.steps(plan):
-        for group, rate in zip(optimizer.param_groups, rates):
+    done = run.resume(model, optimizer)  # the steps of an earlier start
+    run.write_settings(model, last)
+    videos = run.read_ahead(plan[done:], model)
+    if done == 0 and args.eval_before:
+        run.evaluate(0, model, tests)
+    model.train()
+    bar = tqdm(range(done + 1, last + 1), "coldstart", last, initial=done, disable=not ranks.first)
+    for step in bar:
+        started = time.time()
+        means = Means()
+        (micro_batches,) = run.read(plan[step - 1], videos, model)
+        weights = [micro.weight.sum().item() for micro in micro_batches]
+        (count,) = ranks.sum([sum(weights)])  # pairs of the batch that can be read, on all ranks
+        for group, rate in zip(optimizer.param_groups, (head_lr, args.lr)):
             group["lr"] = rate * min(1.0, step / warmup)
-        (count,) = run.sum(sum(micro.weight.sum() for micro in micro_batches))
+
         for micro in micro_batches:
-            scores = model.score(micro.batch, per_video(micro.pairs, "cot"), without_cot=both_ways)
+            cots = per_video(micro.items, "cot")
+            scores = model.score(micro.batch, cots, without_cot=both_ways)
             r_w, r_l = scores.view(-1, 2, len(share)).unbind(1)  # (pairs, 1), or (pairs, 2)
             weight = micro.weight[:, None] * share.to(scores.device)
-            L_BT = bt_loss(r_w, r_l, count, weight)
+            L_BT = bt_loss(r_w, r_l, max(1.0, count), weight)
             L_BT.backward()
-            run.means.total(micro.weight, loss=L_BT)
-            run.means.add(weight, accuracy=(r_w > r_l).float(), margin=r_w - r_l)
-        run.descend(args.max_grad_norm)
-        run.means.add(lr=optimizer.param_groups[-1]["lr"])
+            means.total(0, micro.weight, loss=L_BT)
+            means.add(weight, accuracy=(r_w > r_l).float(), margin=r_w - r_l)
+
+        all_reduce(own + rest, ranks)  # a sum: each loss divides by the count over all ranks
+        norm = clip(own + rest, args.max_grad_norm)
+        if 0 < norm < math.inf:  # at 0 nothing counted: momentum and decay rest as well
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.check_gradient(norm)
+
+        means.add(grad_norm=norm, left_out=float(not math.isfinite(norm)))
+        means.add(lr=optimizer.param_groups[-1]["lr"])
+        figures = means.over(ranks)
+        run.log({"step": step, **figures, "seconds": time.time() - started})
+        bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("loss", "accuracy", "margin")})
+        if args.eval_every and step % args.eval_every == 0 and step < last:
+            run.evaluate(step, model, tests)
+        stop = run.asked_to_stop()
+        if stop or step == last or (args.save_every and step % args.save_every == 0):
+            run.save(step)
+        if stop:
+            return run.stopped(step, last)
+
+    run.save_model(model)
+    run.finish(run.evaluate(last, model, tests))
 
 
 if __name__ == "__main__":

@@ -17,22 +17,25 @@ log-probabilities are those recorded while sampling; π_ref is this model with t
 stage 1 left.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from coldstart import bt_loss, order
 from data import (
     DIMENSIONS,
     TAGS,
-    Batch,
     DataError,
     Pair,
+    Processor,
     agreement,
     follows_format,
     keys_of,
@@ -40,10 +43,14 @@ from data import (
     per_video,
 )
 from model import DeScore
-from support.batches import chunks, draw_seed, prompt_lengths, split_evenly
+from support.batches import chunks, draw_seed, plan_step, prompt_lengths
 from support.command import Count, Factor, NotNegative, Number, Positive, Share, TopP, Whole, run_command
-from support.run import MicroBatch, Run, Unit
-from support.settings import RunArgs, load_function, setting
+from support.formats import read_pairs
+from support.means import Means
+from support.optimize import adamw, all_reduce, clip
+from support.ranks import Ranks
+from support.run import MicroBatch, Run, check_said, finite, prepare, read_tests
+from support.settings import RunArgs, load_function, parse_args, setting
 from support.shard import gathered
 
 
@@ -229,59 +236,68 @@ def held(values: Tensor, bound: float | None) -> Tensor:
 
 
 @dataclass
-class Rollout:
-    """Some pairs' rollouts and all that the update needs of them. B = 2 · pairs."""
+class Rollouts:
+    """G rollouts of each of a micro-batch's B videos, and all that the update needs of them."""
 
-    batch: Batch  # its videos encoded, unless the tower trains
+    micro: MicroBatch  # its videos are encoded, unless the tower trains
     tokens: Tensor  # (B, G, C)
     mask: Tensor  # (B, G, C)
     learnt: Tensor  # (B, G, C) the tokens that L_GRPO is over
-    old_logps: Tensor  # (B, G, C)
-    ref_logps: Tensor | None  # (B, G, C)
-    advantages: Tensor  # (B, G)
-    decided: Tensor  # (B / 2, 1) 1, or 0 for a tie, which has no winner
+    old_logps: Tensor  # (B, G, C) of π_old, recorded while sampling
+    ref_logps: Tensor | None  # (B, G, C) of π_ref
+    decided: Tensor  # (pairs, 1) 1, or 0 for a tie, which has no winner
+    texts: list[str]  # B · G
+    truncated: Tensor  # (B, G) bool
+    scores: Tensor  # (B, G)
+    rewards: dict[str, Tensor]  # "reward", which is R, and its parts, each (B, G)
+    advantages: Tensor | None = None  # (B, G), which main makes of the rewards of all ranks
+
+    def figures(self) -> dict[str, Tensor]:
+        """What is logged of each rollout, by name, (B, G) or (B, 1)."""
+        R = self.rewards["reward"]
+        lengths = self.mask.sum(-1)
+        return {
+            **self.rewards, "cot_tokens": lengths, "truncated": self.truncated,
+            # −log π of what was sampled: an unbiased estimate of the entropy
+            "entropy": -self.old_logps.sum(-1) / lengths,
+            "advantage_spread": self.advantages.abs(),
+            "reward_range": R.amax(1, keepdim=True) - R.amin(1, keepdim=True),
+            "no_signal": (self.advantages == 0).all(1, keepdim=True),
+        }
 
 
 @torch.no_grad()
-def roll_out(run: Run, model: DeScore, rewards: dict, micro: MicroBatch, step: int) -> Rollout:
-    """Let the policy think about the videos of some pairs, and reward what it wrote."""
-    args, G = run.args, run.args.group_size
+def roll_out(args: Args, model: DeScore, rewards: dict, micro: MicroBatch, step: int) -> Rollouts:
+    """Let the policy think about the videos of a micro-batch, and reward what it wrote."""
     encoded = model.encode(micro.batch)
-    seeds = []
-    for place in micro.places:
-        seeds += [draw_seed(args.seed, step, place, side) for side in (0, 1)]
-    thoughts = model.think(encoded, G, args.max_new_tokens, args.temperature, args.top_p, seeds)
-    tokens, mask, old_logps, scores, _ = thoughts
-    lengths, truncated = mask.sum(-1), model.truncated(thoughts)
+    # What is drawn for a video depends on its place alone, not on ranks and micro-batches.
+    seeds = [draw_seed(args.seed, step, *place) for place in micro.places_of_videos()]
+    thoughts = model.think(encoded, args.group_size, args.max_new_tokens, args.temperature,
+                           args.top_p, seeds)
+    tokens = thoughts.tokens
+    mask = thoughts.mask
+    truncated = model.truncated(thoughts)
     texts = []
     for row, row_mask in zip(tokens.flatten(0, 1), mask.flatten(0, 1)):
         texts.append(model.processor.decode(row[row_mask]))
-    R, parts = reward_all(rewards, texts, lengths, per_video(micro.pairs, "scores"))
-    advantages = group_advantages(R.float().to(model.device), args.advantage_std)
+    gold = per_video(micro.items, "scores")
+    R, parts = reward_all(rewards, texts, mask.sum(-1), gold)
     ref_logps = None
     if args.beta:
         ref_logps = model.reference_logps(encoded, tokens, mask, args.temperature)
 
-    weight = micro.weight.repeat_interleave(2)[:, None]  # (B, 1)
-    learnt = mask & (weight > 0)[..., None]
+    weight = micro.weight_of_videos()
+    learnt = mask & (weight > 0)[:, None, None]
     if args.mask_truncated:
         learnt = learnt & ~truncated[..., None]
-    spread = R.amax(1, keepdim=True) - R.amin(1, keepdim=True)
-    run.means.add(
-        weight.expand_as(R), reward=R, **parts, cot_tokens=lengths, truncated=truncated,
-        # −log π of what was sampled: an unbiased estimate of the entropy
-        entropy=-old_logps.sum(-1) / lengths, advantage_spread=advantages.abs(),
-        reward_range=spread.expand_as(R),
-        no_signal=(advantages == 0).all(1, keepdim=True).expand_as(R))
-    run.keep_rollouts(step, micro, texts, {"reward": R, **parts, "advantage": advantages,
-                                           "score": scores})
-    decided = torch.tensor([pair.preference != "tie" for pair in micro.pairs])
+    decided = torch.tensor([pair.preference != "tie" for pair in micro.items])
     decided = decided.to(micro.weight) * micro.weight
     # The features of a rollout batch's videos would fill a GPU: they wait on the CPU. Where
     # the tower trains they are not kept, for the update needs their gradients.
-    batch = micro.batch if model.tower_trains else encoded.to("cpu")
-    return Rollout(batch, tokens, mask, learnt, old_logps, ref_logps, advantages,
-                   decided[:, None])
+    if not model.tower_trains:
+        micro = micro._replace(batch=encoded.to("cpu"))
+    return Rollouts(micro, tokens, mask, learnt, thoughts.logps, ref_logps, decided[:, None],
+                    texts, truncated, thoughts.scores, {"reward": R, **parts})
 
 
 def reward_all(
@@ -304,75 +320,164 @@ def reward_all(
     return total, parts
 
 
+def rewards_of_all(rolled: list[Rollouts], ranks: Ranks) -> tuple[list[tuple[int, int]], Tensor]:
+    """R of all videos of a rollout batch, on all ranks, (videos, G), in the order of the batch, and the
+    place of each. Spares, and videos of pairs that cannot be read, are left out."""
+    rows = []
+    for o in rolled:
+        weights = o.micro.weight_of_videos().tolist()
+        for place, weight, R in zip(o.micro.places_of_videos(), weights, o.rewards["reward"].tolist()):
+            if weight:
+                rows.append((place, R))
+    rows = sorted(ranks.gather(rows))
+    places = [place for place, _ in rows]
+    G = rolled[0].mask.shape[1]
+    return places, torch.tensor([R for _, R in rows]).reshape(len(rows), G)
+
+
+def hand_out(advantages: dict[tuple[int, int], Tensor], rolled: list[Rollouts]) -> None:
+    """Give the rollouts of each video its advantages (G,), by its place; 0 where it has none."""
+    for o in rolled:
+        nothing = torch.zeros(o.mask.shape[1])
+        rows = [advantages.get(place, nothing) for place in o.micro.places_of_videos()]
+        o.advantages = torch.stack(rows).to(o.mask.device)
+
+
+def records_of(rolled: list[Rollouts], count: int, step: int, ranks: Ranks) -> list[dict]:
+    """What rollouts.jsonl keeps of a step: the rollouts of the batch's first `count` videos."""
+    records = []
+    for o in rolled:
+        figures = {**o.rewards, "advantage": o.advantages, "score": o.scores}
+        videos = keys_of(o.micro.items)
+        references = per_video(o.micro.items, "scores")
+        weights = o.micro.weight_of_videos().tolist()
+        G = o.mask.shape[1]
+        for b, (place, side) in enumerate(o.micro.places_of_videos()):
+            number = place * len(videos) // len(o.micro.items) + side
+            if number >= count or not weights[b]:
+                continue
+            rollouts = []
+            for g, cot in enumerate(o.texts[b * G : (b + 1) * G]):
+                values = {name: value[b, g].item() for name, value in figures.items()}
+                rollouts.append({"cot": cot, **finite(values)})
+            video, prompt = videos[b]
+            records.append((number, {"step": step, "video": video, "prompt": prompt,
+                                     "reference": references[b], "rollouts": rollouts}))
+    records = sorted(ranks.gather(records), key=lambda numbered: numbered[0])
+    return [record for _, record in records]
+
+
 # ------------------------------
-# The loop
+# The run
 
 
-def counts(run: Run, rollouts: list[Rollout]) -> list[float]:
-    """What an update's two losses are means of, over all ranks: CoTs, or tokens, in L_GRPO,
-    and decided pairs in L_BT."""
-    args, cots, tokens, decided = run.args, 0, 0, 0
-    for o in rollouts:
-        cots += o.learnt.any(-1).sum()
-        tokens += o.learnt.sum()
-        decided += o.decided.sum()
-    of = {"cot": cots, "token": tokens, "constant": cots * args.max_new_tokens}
-    return run.sum(of[args.loss_mean], decided)
+def counts(args: Args, rolled: list[Rollouts], ranks: Ranks) -> tuple[float, float]:
+    """What an update's two losses are means of, over all ranks: CoTs, or tokens, in L_GRPO, and
+    decided pairs in L_BT. At least 1: losses divide by them."""
+    cots, tokens, decided = 0.0, 0.0, 0.0
+    for o in rolled:
+        cots += o.learnt.any(-1).sum().item()
+        tokens += o.learnt.sum().item()
+        decided += o.decided.sum().item()
+    terms = {"cot": cots, "token": tokens, "constant": cots * args.max_new_tokens}
+    count, decided = ranks.sum([terms[args.loss_mean], decided])
+    return max(1.0, count), max(1.0, decided)
 
 
-def make_plan(args: Args, pairs: list[Pair], run: Run) -> list:
-    """Which pairs each update of each rollout batch takes, in micro-batches of like length
-    that may fill the cache of their thoughts."""
-    plan, lengths = [], prompt_lengths(run.model.processor, keys_of(pairs), run.ranks)
+def ratio_figures(logps: Tensor, o: Rollouts) -> dict[str, Tensor]:
+    """The largest ρ = π_θ / π_old of the learnt tokens, and how far apart the two log-probabilities
+    are at most; both say what rounding does while π_θ is still the policy that sampled."""
+    log_ratio = (logps.detach() - o.old_logps)[o.learnt].double()
+    return {"ratio_max": log_ratio.max().exp(), "logp_gap": log_ratio.abs().max()}
+
+
+def make_plan(args: Args, pairs: list[Pair], processor: Processor, ranks: Ranks) -> list:
+    """Which pairs each update of each rollout batch takes, in this rank's micro-batches of like
+    length that may fill the cache of their thoughts (`plan_step`)."""
+    plan = []
+    lengths = prompt_lengths(processor, keys_of(pairs), ranks)
     epochs = -(-args.steps * args.batch_size // len(pairs))
     seen = order(len(pairs), epochs, args.seed)
     for rows in chunks(seen, args.batch_size)[: args.steps]:
-        units, updates = [], []
-        for place, row in enumerate(rows):
-            units.append(Unit(pairs[row], place))
-        for some in split_evenly(units, args.updates):
-            sizes = []
-            for unit in some:
-                prompt = max(lengths[key] for key in unit.pair.videos())
-                sizes.append(2 * (prompt + args.group_size * args.max_new_tokens))
-            updates.append(run.deal(some, sizes, args.think_tokens))
-        plan.append(updates)
+        batch = [pairs[row] for row in rows]
+        sizes = []
+        for pair in batch:
+            videos = pair.videos()
+            prompt = max(lengths[key] for key in videos)
+            sizes.append(len(videos) * (prompt + args.group_size * args.max_new_tokens))
+        plan.append(plan_step(batch, sizes, args.think_tokens, ranks, args.updates))
     return plan
 
 
 def main() -> None:
-    run = Run(Args, "rl", shown=("reward", "reward_quality", "kl", "bt_loss"))
-    args = run.args
+    ranks = Ranks.start()  # those that torchrun started, or this process alone
+    args = parse_args(Args, "rl")
+    run = Run(args, "rl", ranks)
     torch.manual_seed(args.seed)
+
+    # What trains, and π_ref: the policy as stage 1 left it.
     model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader)
     model.processor.use_instruction(args.instruction)
-    if run.ranks.first and not model.has_head:
+    if ranks.first and not model.has_head:
         print("warning: [Reward] and head begin untrained, without stage 1")
     model.set_trainable(args.lora_rank, args.train_merger)
     if args.beta:
         model.keep_reference()
-    groups = [{"params": list(model.trainable()), "lr": args.lr}]
-    run.prepare(model, groups, args.weight_decay)
-    pairs = run.read_train("scores", "reference sub-scores (scores_a, scores_b)")
+    prepare(model, args, ranks)
+    trainable = list(model.trainable().values())
+    optimizer = adamw([{"params": trainable, "lr": args.lr}], args.weight_decay, args.optim)
+
+    # What it learns from: a tie is thought about too, but L_BT has no term for it.
+    pairs = read_pairs(args.train, args.label, args.root, model.processor.dimensions)
+    run.take_pairs(pairs)
+    check_said(args.train, pairs, "scores", "reference sub-scores (scores_a, scores_b)")
+    pairs = [pair.winner_first() for pair in pairs]
     rewards = make_rewards(args, model.processor)
-    run.say_reward({reward.source: reward.weight for reward in rewards.values()})
-    plan = make_plan(args, pairs, run)
+    weights = {reward.source: reward.weight for reward in rewards.values()}
+    if ranks.first:
+        print("R = " + " + ".join(f"{weight:g} · {source}" for source, weight in weights.items()))
+    plan = make_plan(args, pairs, model.processor, ranks)
+    tests = read_tests(args, model.processor.dimensions)
+    last = len(plan)
     grpo = partial(grpo_loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta,
                    loss_mean=args.loss_mean, dual_clip=args.dual_clip,
                    log_ratio_bound=args.log_ratio_bound, kl_bound=args.kl_bound)
-    G, λ = args.group_size, args.bt_weight
+    G = args.group_size
+    λ = args.bt_weight
 
-    for step, updates in run.steps(plan):
+    done = run.resume(model, optimizer)  # the steps of an earlier start
+    run.write_settings(model, last, reward=weights)
+    videos = run.read_ahead(plan[done:], model)
+    if done == 0 and args.eval_before:
+        run.evaluate(0, model, tests)
+    model.train()
+    bar = tqdm(range(done + 1, last + 1), "rl", last, initial=done, disable=not ranks.first)
+    for step in bar:
         started = time.time()
+        means = Means()
+        updates = run.read(plan[step - 1], videos, model)
+
+        # Think: π_old is the policy as it is now, and stays it for all updates of the step.
+        thinking = time.time()
+        rolled = []
         with gathered(model):
-            rolled = []
             for micro_batches in updates:
-                rolled.append([roll_out(run, model, rewards, m, step) for m in micro_batches])
-        run.means.add(seconds_thinking=time.time() - started)
-        for rollouts in rolled:
-            count, decided = counts(run, rollouts)
-            for o in rollouts:
-                logps, scores = model.group(o.batch, o.tokens, o.mask, args.temperature)
+                rolled.append([roll_out(args, model, rewards, m, step) for m in micro_batches])
+        rollouts = list(chain.from_iterable(rolled))
+
+        # A_i, of each group by itself; R has the groups of the whole batch, on all ranks.
+        places, R = rewards_of_all(rollouts, ranks)  # (videos, G)
+        A = group_advantages(R, args.advantage_std)  # (videos, G)
+        hand_out(dict(zip(places, A)), rollouts)
+        for o in rollouts:
+            means.add(o.micro.weight_of_videos()[:, None].expand(-1, G), **o.figures())
+        means.add(seconds_thinking=time.time() - thinking)
+
+        # Learn: each update takes its part of the batch.
+        for update, of_update in enumerate(rolled):
+            count, decided = counts(args, of_update, ranks)
+            for o in of_update:
+                logps, scores = model.group(o.micro.batch, o.tokens, o.mask, args.temperature)
                 L_GRPO, figures = grpo(logps, o.old_logps, o.ref_logps, o.advantages, o.learnt,
                                        count=count)
                 r_w, r_l = scores.view(-1, 2, G).unbind(1)  # (pairs, G)
@@ -381,14 +486,42 @@ def main() -> None:
                 L_BT = bt_loss(r_w, r_l, decided * r_w.shape[1], o.decided)
                 L = L_GRPO + λ * L_BT
                 L.backward()
-                run.check_ratio(logps, o.old_logps, o.learnt)
-                run.means.total(o.learnt.any(), grpo_loss=L_GRPO)
-                run.means.total(o.decided, bt_loss=L_BT)
-                anything = o.learnt.any() | o.decided.any()
-                run.means.total(anything, loss=L)
-                run.means.add(o.learnt.sum(), **figures)
-                run.means.add(o.decided, bt_accuracy=(r_w > r_l).float().mean(1, keepdim=True))
-            run.descend(args.max_grad_norm)
+
+                if update == 0 and o.learnt.any():
+                    means.largest(**ratio_figures(logps, o))
+                means.total(update, o.learnt.any(), grpo_loss=L_GRPO)
+                means.total(update, o.decided, bt_loss=L_BT)
+                means.total(update, o.learnt.any() | o.decided.any(), loss=L)
+                means.add(o.learnt.sum(), **figures)
+                right = (r_w > r_l).float().mean(1, keepdim=True)
+                means.add(o.decided, bt_accuracy=right)
+
+            all_reduce(trainable, ranks)  # a sum: each loss divides by the count over all ranks
+            norm = clip(trainable, args.max_grad_norm)
+            if 0 < norm < math.inf:  # at 0 nothing counted: momentum and decay rest as well
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.check_gradient(norm)
+            means.add(grad_norm=norm, left_out=float(not math.isfinite(norm)))
+
+        figures = means.over(ranks)
+        run.log({"step": step, **figures, "seconds": time.time() - started})
+        run.warn_of_ratio(step, figures.get("logp_gap", 0.0), model.dtype)
+        run.warn_of_format(figures.get("reward_format", 1.0), min(2, last), rollouts[-1].texts[0])
+        for record in records_of(rollouts, args.keep_rollouts, step, ranks):
+            run.log(record, "rollouts")
+        shown = ("reward", "reward_quality", "kl", "bt_loss")
+        bar.set_postfix({name: f"{figures[name]:.3f}" for name in shown})
+        if args.eval_every and step % args.eval_every == 0 and step < last:
+            run.evaluate(step, model, tests)
+        stop = run.asked_to_stop()
+        if stop or step == last or (args.save_every and step % args.save_every == 0):
+            run.save(step)
+        if stop:
+            return run.stopped(step, last)
+
+    run.save_model(model)
+    run.finish(run.evaluate(last, model, tests))
 
 
 if __name__ == "__main__":

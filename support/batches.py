@@ -4,8 +4,10 @@ tokens, decoded ahead."""
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +68,8 @@ def read_group(processor: Processor, limit: int | None,
             side = processor.settings.patch_size * processor.settings.merge_size
             frames = processor.settings.temporal_patch_size
             black = torch.zeros(frames, 3, side, side, dtype=torch.uint8)
-            read = [processor.sample(black, [0.0] * frames, "")] * len(unit)
+            sample = processor.sample(black, [0.0] * frames, "")
+            read = [replace(sample, source=key) for key in unit]
             errors.append(str(error))
         samples += read
     return processor.collate(samples), errors
@@ -152,3 +155,29 @@ def deal(items: list, sizes: list[int], budget: int, ranks: Ranks) -> list[list[
             row = turn[0] if spare else turn[ranks.rank]
             mine[-1].append((items[row], 0.0 if spare else 1.0))
     return mine
+
+
+class Planned(NamedTuple):
+    """An item, such as a pair, in a step's plan."""
+
+    item: Any
+    place: int  # in the step's batch; what is random about it depends on (seed, step, place)
+    weight: float  # 1.0, or 0.0 where it only keeps this rank in step with the others
+
+
+def plan_step(items: list, sizes: list[int], budget: int, ranks: Ranks = ALONE,
+              updates: int = 1) -> list[list[list[Planned]]]:
+    """What this rank does in a step: for each optimiser update its micro-batches, each a list of
+    items that go through the model together.
+
+    items: the step's batch, over all ranks; sizes: the tokens that each of them takes. The batch
+    is split into so many updates, as even as can be and in its order (`split_evenly`); within an
+    update items of like size go together, each micro-batch within the budget (`deal`). Pure: what
+    a step does can be planned before the run begins, and each rank plans its own part alone."""
+    plan = []
+    for places in split_evenly(list(range(len(items))), updates):
+        micro_batches = []
+        for micro in deal(places, [sizes[place] for place in places], budget, ranks):
+            micro_batches.append([Planned(items[place], place, weight) for place, weight in micro])
+        plan.append(micro_batches)
+    return plan

@@ -34,14 +34,18 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, ranks: Ranks):
         self.folder, self.keep, self.ranks = folder, keep, ranks
 
-    def attach(self, model, optimizer: torch.optim.Optimizer) -> None:
-        """What is to be saved and restored. Raises DataError if the disk cannot hold
-        `keep` + 1 checkpoints: weights and their two moments."""
+    def attach(self, model, optimizer: torch.optim.Optimizer,
+               more: dict[str, dict[str, torch.Tensor]] | None = None) -> None:
+        """What is to be saved and restored: what trains, the optimiser's state, and `more` tensors by
+        kind and name. Raises DataError if the disk cannot hold `keep` + 1 checkpoints: weights and
+        their two moments."""
         self.optimizer, self.device = optimizer, model.device
-        self.parameters = model.trainable()
+        self.tensors = {}  # what is restored in place
+        for kind, tensors in {"weight": model.trainable(), **(more or {})}.items():
+            self.tensors |= {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
         groups = optimizer.param_groups
         self.optimized = [p for group in groups for p in group["params"]]
-        weights = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        weights = sum(p.numel() * p.element_size() for p in self.tensors.values())
         size = 3 * weights * (self.keep + 1)
         free = shutil.disk_usage(self.folder).free if self.ranks.first else size
         if free < size:
@@ -88,8 +92,7 @@ class Checkpoints:
             if self.ranks.first:
                 delete(beside)
                 beside.mkdir()
-        tensors = {f"weight/{name}": p for name, p in self.parameters.items()}
-        numbers = {}
+        tensors, numbers = dict(self.tensors), {}
         for i, parameter in enumerate(self.optimized):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
@@ -155,10 +158,10 @@ class Checkpoints:
         check(path / f"rank-{rank}.safetensors")
         tensors = load_file(path / f"rank-{rank}.safetensors")
         weights, moments = {}, {}
-        for name, parameter in self.parameters.items():
-            weights[name], like = tensors[f"weight/{name}"], local(parameter)
+        for name, tensor in self.tensors.items():
+            weights[name], like = tensors[name], local(tensor)
             if weights[name].shape != like.shape or weights[name].dtype != like.dtype:
-                raise ValueError(f"{name} has another shape or type than the model's")
+                raise ValueError(f"{name.removeprefix('weight/')} has another shape or type than the model's")
         numbers = {f"optimizer/{name}": value for name, value in state["optimizer"].items()}
         for name, value in [*tensors.items(), *numbers.items()]:
             if name.startswith("optimizer/"):
@@ -169,8 +172,8 @@ class Checkpoints:
 
     def restore(self, weights: dict, moments: dict) -> None:
         """Put what `read` has found in place."""
-        for name, parameter in self.parameters.items():
-            local(parameter).data.copy_(weights[name])
+        for name, tensor in self.tensors.items():
+            local(tensor).data.copy_(weights[name])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 

@@ -8,14 +8,13 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from data import DataError, Pair
 from support import release
-from support.files import digest, local_folder, read_json
+from support.files import digest, local_folder, read_json, write_whole
 
 # What is smaller is read again each time, which is as quick as looking up what it was.
 REMEMBERED_FROM = 2**26  # bytes
@@ -91,7 +90,10 @@ def remembered(path: Path) -> str:
             return entry["sha256"]
     sha256 = digest(path)
     with contextlib.suppress(*NOTHING_KEPT):
-        write_entry(entry_of(about["path"]), about | {"sha256": sha256})
+        place = entry_of(about["path"])
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # Each rank may be writing it just now.
+        write_whole(place, json.dumps(about | {"sha256": sha256}), f"{os.getpid()}.partial")
     return sha256
 
 
@@ -99,14 +101,6 @@ def entry_of(path: str) -> Path:
     """Where a file's digest is kept; the folder is the XDG Base Directory Specification's."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "descore" / f"{of_json(path)}.json"
-
-
-def write_entry(place: Path, entry: dict) -> None:
-    """Write what other processes may be reading or writing: each of them finds a whole entry."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as file:
-        json.dump(entry, file)
-    os.replace(file.name, place)
 
 
 # ------------------------------

@@ -26,6 +26,9 @@ def shard(model) -> None:
         fully_shard(block, mp_policy=policy)
     own = {model.query, *model.head.parameters()}
     fully_shard(model, mp_policy=policy, ignored_params=own)
+    for part in (*blocks, model):  # gradients are added up over ranks, as those of what is whole
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
     # Which block is gathered ahead in the backward. Left to itself FSDP goes by the order of
     # the forwards, those of thinking included, of which ranks make different numbers.
     for block, before in zip(blocks, [model, *blocks]):

@@ -225,8 +225,9 @@ def test_a_difference_stops_every_rank(world_dir, tmp_path):
     ([], {"resume": True}, "true"), (["--resume", "insist"], {"resume": False}, "insist")])
 def test_resume_is_true_false_or_insist(flags, preset, found, tmp_path, monkeypatch):
     (tmp_path / "preset.json").write_text(json.dumps(preset))
-    monkeypatch.setattr("sys.argv", ["x", "--preset", str(tmp_path / "preset.json"), "--train", "x", *flags])
-    assert parse_args(RunArgs, ROOT / "toy/coldstart.json")[0].resume == found
+    preset = ["--preset", str(tmp_path / "preset.json")]
+    monkeypatch.setattr("sys.argv", ["x", *preset, "--train", "x", "--model", "x", *flags])
+    assert parse_args(RunArgs, "coldstart").resume == found
 
 
 def test_a_rate_of_0_for_query_and_head_is_none(ours):

@@ -31,7 +31,7 @@ def lines(path):
 
 def settings_of(stage, monkeypatch, *flags):
     monkeypatch.setattr("sys.argv", ["stage", "--train", "x", "--model", "y", *map(str, flags)])
-    return parse_args(stage.Args, stage.__name__)[0]
+    return parse_args(stage.Args, stage.__name__)
 
 
 # ------------------------------------------------------------------------------------------------------------

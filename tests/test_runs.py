@@ -26,8 +26,9 @@ from data import DataError, read_pairs
 from support.batches import split_evenly
 from support.checkpoint import Checkpoints, Different, sum_of
 from support.files import amend, put_in_place, remove, settle
+from support.means import Means
 from support.ranks import ALONE, Ranks
-from support.run import Means, Run, append, cut
+from support.run import Run, append, cut
 from support.settings import RunArgs
 
 QUICK = [*TOY_VIDEO, "--workers", 0, "--max-new-tokens", 40, "--lr", 1e-3]
@@ -216,10 +217,9 @@ def test_what_cannot_be_a_runs_folder_is_not_said_to_be_in_use(name, tmp_path, m
         def refuse(path, mode):
             raise PermissionError(13, "Permission denied", str(path))
         monkeypatch.setattr(Path, "open", refuse)
-    started = object.__new__(Run)
-    started.out = tmp_path / name
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
     with pytest.raises(DataError, match="cannot be a run's folder"):
-        started.open_folder(started.out / "checkpoints")
+        Run(RunArgs(out=str(tmp_path / name)), "rl", ALONE)
 
 
 @pytest.mark.parametrize(("stage", "processes", "extra"), [
@@ -610,16 +610,15 @@ def test_a_log_is_cut_at_a_whole_line_and_never_grows(tmp_path, capsys):
 
 
 def test_the_logs_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
-    going, done = object.__new__(Run), []
-    going.out, going.ranks, going.stop_asked = tmp_path, ALONE, False
-    going.args, going.skipped, going.digests = RunArgs(), SimpleNamespace(records=[]), {}
-    going.logs = [tmp_path / "metrics.jsonl", tmp_path / "rollouts.jsonl"]
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
+    going, done = Run(RunArgs(out=str(tmp_path), train="x"), "rl", ALONE), []
+    going.skipped = SimpleNamespace(records=[])
     for path in going.logs:
         path.write_text("{}\n")
     monkeypatch.setattr(support.run, "sync", lambda path: done.append(path.name))
     going.checkpoints = SimpleNamespace(save=lambda step, state: done.append(state["rollouts_bytes"]))
-    assert not going.stops(50, 100)
-    assert done == ["metrics.jsonl", "rollouts.jsonl", 3]
+    going.save(50)
+    assert done == ["metrics.jsonl", "rollouts.jsonl", "held_out.jsonl", 3]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -628,15 +627,15 @@ def test_the_logs_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_
 
 def test_a_total_is_a_mean_over_the_updates_that_had_something():
     means = Means()
-    for losses, decided in (((1.0, 2.0), (1, 1)), ((0.0, 0.0), (0, 0)), ((5.0, 0.0), (1, 0))):
+    updates = (((1.0, 2.0), (1, 1)), ((0.0, 0.0), (0, 0)), ((5.0, 0.0), (1, 0)))
+    for update, (losses, decided) in enumerate(updates):
         for loss, weight in zip(losses, decided):
-            means.total(weight, bt_loss=loss)
-            means.total(0, nothing=0.0)
-            means.total(grpo_loss=loss)
-        means.update += 1
-    found = means.take(ALONE)
+            means.total(update, weight, bt_loss=loss)
+            means.total(update, 0, nothing=0.0)
+            means.total(update, grpo_loss=loss)
+    found = means.over(ALONE)
     assert found["bt_loss"] == 4 and found["grpo_loss"] == pytest.approx(8 / 3)
-    assert math.isnan(found["nothing"]) and not means.sums and means.update == 0
+    assert math.isnan(found["nothing"])
 
 
 @pytest.mark.parametrize(("items", "updates", "sizes"), [

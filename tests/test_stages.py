@@ -14,6 +14,7 @@ from coldstart import order
 from data import DIMENSIONS, DataError, follows_format, read_pairs
 from model import DeScore
 from support.run import read_tests
+from support.settings import RunArgs
 
 QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--no-gradient-checkpointing"]
 
@@ -178,10 +179,10 @@ def test_infer_ranks_and_evaluates(world_dir, stage2, tmp_path):
 
 def test_test_sets_go_by_the_names_of_their_files(world_dir):
     paths = [str(world_dir / "test_id.jsonl"), str(world_dir / "test_ood.jsonl")]
-    tests = read_tests(paths, None, None, DIMENSIONS)
+    tests = read_tests(RunArgs(test=paths), DIMENSIONS)
     assert {name: len(pairs) for name, pairs in tests.items()} == {"test_id": 4, "test_ood": 4}
     with pytest.raises(DataError, match="the same name"):
-        read_tests([paths[0], paths[0]], None, None, DIMENSIONS)
+        read_tests(RunArgs(test=paths[:1] * 2), DIMENSIONS)
 
 
 @pytest.mark.parametrize(("command", "message"), [

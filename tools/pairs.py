@@ -36,10 +36,10 @@ from model import DeScore, check_penalty
 from support import tables
 from support.batches import THINK_TOKENS
 from support.command import READER, Count, NotNegative, Positive, Whole, run_command
-from support.files import MODELS, check_out, default_model
+from support.files import MODELS, default_model
 from support.ranks import Ranks
 from tools.forgiving import read_annotation
-from tools.formats import write_pairs
+from tools.formats import check_out, write_pairs
 
 SHOWN = 20  # how many of the least sure pairs are printed
 
