@@ -78,7 +78,8 @@ def ours(world_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("project")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, root)
-    shutil.copytree(ROOT / "support", root / "support")
+    for folder in ("support", "tools"):
+        shutil.copytree(ROOT / folder, root / folder)
     shutil.copytree(BACKBONE, root / "backbone")
     pairs = []
     for line in (world_dir / "train_cots.jsonl").read_text().splitlines():
@@ -86,7 +87,9 @@ def ours(world_dir, tmp_path_factory):
         pair |= {key: str(world_dir / pair[key]) for key in ("video_a", "video_b")}
         pairs += [pair] * (pair["preference"] != "tie")
     (root / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:4]))
-    (root / "mine.py").write_text("def longer(text, n_tokens, gold):\n    return float(n_tokens)\n")
+    # What it imports is among the run's code, but for files that decide nothing (`ONLY_WRITE`).
+    reward = "import tools.trackers\n\ndef longer(text, n_tokens, gold):\n    return float(n_tokens)\n"
+    (root / "mine.py").write_text(reward)
     (root / "ask.txt").write_text("<video><prompt>\nThink, then judge.")
     for stage in ("coldstart", "rl"):
         run(*command(stage), root=root)
