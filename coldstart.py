@@ -30,7 +30,7 @@ from support.formats import read_pairs
 from support.means import Means
 from support.optimize import adamw, all_reduce, clip
 from support.ranks import Ranks
-from support.run import Run, check_said, prepare, read_tests
+from support.run import Run, check_said, due, prepare, read_tests, show
 from support.settings import RunArgs, parse_args, setting
 
 
@@ -69,7 +69,8 @@ def bt_loss(
 def mask_pairs(count: int, p: float, seed: int, step: int) -> list[bool]:
     """Which of a step's pairs lose their CoTs, both videos of a pair together."""
     generator = torch.Generator().manual_seed(draw_seed(seed, step))
-    return (torch.rand(count, generator=generator) < p).tolist()
+    coins = torch.rand(count, generator=generator)
+    return (coins < p).tolist()
 
 
 def order(count: int, epochs: int, seed: int) -> list[int]:
@@ -89,17 +90,17 @@ def make_plan(args: Args, pairs: list[Pair], processor: Processor, ranks: Ranks)
     lengths = prompt_lengths(processor, keys_of(pairs), ranks)
     seen = order(len(pairs), args.epochs, args.seed)
     for step, rows in enumerate(chunks(seen, args.batch_size)):
-        masked = mask_pairs(len(rows), p, args.seed, step)
-        batch = []
-        sizes = []
-        for row, is_masked in zip(rows, masked):
-            pair = pairs[row]
+        batch = [pairs[row] for row in rows]
+        masked = mask_pairs(len(batch), p, args.seed, step)
+        for place, is_masked in enumerate(masked):
             if is_masked:
-                pair = replace(pair, cot_a=None, cot_b=None)
+                batch[place] = replace(batch[place], cot_a=None, cot_b=None)
+        sizes = []
+        for pair in batch:
             tokens = []
             for key, cot in zip(pair.videos(), pair.said("cot")):
-                tokens.append(lengths[key] + len(processor.encode_cot(cot)))
-            batch.append(pair)
+                cot_tokens = len(processor.encode_cot(cot))
+                tokens.append(lengths[key] + cot_tokens)
             sizes.append(len(tokens) * max(tokens))  # padding included
         plan.append(plan_step(batch, sizes, args.max_tokens, ranks))
     return plan
@@ -120,7 +121,11 @@ def main() -> None:
     own = [p for name, p in trainable.items() if name.startswith(OWN)]
     rest = [p for name, p in trainable.items() if not name.startswith(OWN)]
     head_lr = args.lr if args.head_lr is None else args.head_lr
-    groups = [{"params": own, "lr": head_lr}, {"params": rest, "lr": args.lr}]
+    rates = [head_lr, args.lr]
+    groups = [
+        {"params": own, "lr": head_lr},
+        {"params": rest, "lr": args.lr},
+    ]
     optimizer = adamw(groups, args.weight_decay, args.optim)
 
     # What it learns from: a tie has no winner, and teaches nothing here.
@@ -136,7 +141,8 @@ def main() -> None:
     last = len(plan)
     warmup = max(1, round(args.warmup * last))
     both_ways = args.mask == "expected"
-    share = torch.tensor([1 - args.mask_p, args.mask_p] if both_ways else [1.0])
+    p = args.mask_p
+    share = torch.tensor([1 - p, p] if both_ways else [1.0])
 
     done = run.resume(model, optimizer)  # the steps of an earlier start
     run.write_settings(model, last)
@@ -149,20 +155,20 @@ def main() -> None:
         started = time.time()
         means = Means()
         (micro_batches,) = run.read(plan[step - 1], videos, model)
-        weights = [micro.weight.sum().item() for micro in micro_batches]
-        (count,) = ranks.sum([sum(weights)])  # pairs of the batch that can be read, on all ranks
-        for group, rate in zip(optimizer.param_groups, (head_lr, args.lr)):
+        count = sum(micro.weight.sum().item() for micro in micro_batches)
+        (count,) = ranks.sum([count])  # pairs of the batch that can be read, on all ranks
+        for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * min(1.0, step / warmup)
 
         for micro in micro_batches:
             cots = per_video(micro.items, "cot")
             scores = model.score(micro.batch, cots, without_cot=both_ways)
             r_w, r_l = scores.view(-1, 2, len(share)).unbind(1)  # (pairs, 1), or (pairs, 2)
-            weight = micro.weight[:, None] * share.to(scores.device)
+            weight = micro.weight[:, None] * share.to(model.device)
             L_BT = bt_loss(r_w, r_l, max(1.0, count), weight)
             L_BT.backward()
             means.total(0, micro.weight, loss=L_BT)
-            means.add(weight, accuracy=(r_w > r_l).float(), margin=r_w - r_l)
+            means.add(weight, accuracy=r_w > r_l, margin=r_w - r_l)
 
         all_reduce(own + rest, ranks)  # a sum: each loss divides by the count over all ranks
         norm = clip(own + rest, args.max_grad_norm)
@@ -171,15 +177,15 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         run.check_gradient(norm)
 
-        means.add(grad_norm=norm, left_out=float(not math.isfinite(norm)))
+        means.add(grad_norm=norm, left_out=not math.isfinite(norm))
         means.add(lr=optimizer.param_groups[-1]["lr"])
         figures = means.over(ranks)
         run.log({"step": step, **figures, "seconds": time.time() - started})
-        bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("loss", "accuracy", "margin")})
-        if args.eval_every and step % args.eval_every == 0 and step < last:
+        show(bar, figures, "loss", "accuracy", "margin")
+        if due(step, args.eval_every) and step < last:
             run.evaluate(step, model, tests)
         stop = run.asked_to_stop()
-        if stop or step == last or (args.save_every and step % args.save_every == 0):
+        if stop or step == last or due(step, args.save_every):
             run.save(step)
         if stop:
             return run.stopped(step, last)

@@ -41,7 +41,6 @@ from support.batches import (
 from support.command import READER, Count, NotNegative, Positive, Whole, run_command
 from support.files import MODELS, default_model
 from support.formats import read_pairs
-from support.journal import Journal, made_by
 from support.ranks import ALONE, Ranks
 from support.shard import gathered
 
@@ -276,7 +275,7 @@ def judge_all(
     if args.repetition_penalty is None:
         args.repetition_penalty = release.repetition_penalty(model, args.temperature)
     if args.out and ranks.first:
-        journal = Journal(args.out, made_by(model, args), keys)
+        journal = from_above("tools.journal", "open_journal")(args.out, model, args, keys)
     judged = by_key(ranks.gather([*journal.records.values()] if journal else []))
     new = judge(model, keys, args.max_new_tokens, args.temperature, args.seed, args.think_tokens,
                 {*judged}, args.samples, args.cot == "on", bool(args.pairs), args.workers,

@@ -49,7 +49,7 @@ from support.formats import read_pairs
 from support.means import Means
 from support.optimize import adamw, all_reduce, clip
 from support.ranks import Ranks
-from support.run import MicroBatch, Run, check_said, finite, prepare, read_tests
+from support.run import MicroBatch, Run, check_said, due, finite, prepare, read_tests, show
 from support.settings import RunArgs, load_function, parse_args, setting
 from support.shard import gathered
 
@@ -122,10 +122,13 @@ def length_reward(n_tokens: int, low: int = 500, high: int = 2000,
     """R_l = 0 up to `low` tokens of a CoT, linear to 1 at `high`; from `excess` on, where set,
     it falls back to 0 with the same slope, for a CoT can be too long as well. Raises
     ValueError unless low < high ≤ excess."""
-    if not low < high <= (high if excess is None else excess):
+    end = high if excess is None else excess
+    if not low < high <= end:
         raise ValueError(f"R_l needs low < high ≤ excess, not {low}, {high}, {excess}")
     rise = (n_tokens - low) / (high - low)
-    fall = 1.0 if excess is None else 1.0 - (n_tokens - excess) / (high - low)
+    fall = 1.0
+    if excess is not None:
+        fall = 1.0 - (n_tokens - excess) / (high - low)
     return max(0.0, min(1.0, rise, fall))
 
 
@@ -175,13 +178,16 @@ def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
 
     A group whose rewards are all equal, or that has one element, carries no signal: its
     advantages are 0."""
-    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
+    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)  # (B, 1)
     # Equal but for rounding counts as equal.
-    has_signal = spread > 1e-6 * rewards.abs().amax(1, keepdim=True)
+    largest = rewards.abs().amax(1, keepdim=True)
+    has_signal = spread > 1e-6 * largest
+    mean = rewards.mean(1, keepdim=True)
     std = torch.ones_like(spread)
     if divide_by_std and rewards.shape[1] > 1:
         std = rewards.std(1, keepdim=True)
-    return torch.where(has_signal, (rewards - rewards.mean(1, keepdim=True)) / std, 0.0)
+    advantages = (rewards - mean) / std
+    return torch.where(has_signal, advantages, 0.0)
 
 
 def grpo_loss(
@@ -217,12 +223,15 @@ def grpo_loss(
     if loss_mean == "cot":
         terms = terms / lengths.clamp(min=1)  # 1/|o_i| Σ_k
     if count is None:
-        of = {"cot": lengths.numel(), "token": lengths.sum(), "constant": mask.numel()}
-        count = of[loss_mean]
+        counts = {"cot": lengths.numel(), "token": lengths.sum(), "constant": mask.numel()}
+        count = counts[loss_mean]
     with torch.no_grad():
         tokens = lengths.sum().clamp(min=1)
         is_clipped = (clipped * A < ratio * A) & mask
-        figures = {"clip_fraction": is_clipped.sum() / tokens, "kl": (kl * mask).sum() / tokens}
+        figures = {
+            "clip_fraction": is_clipped.sum() / tokens,
+            "kl": (kl * mask).sum() / tokens,
+        }
     return -terms.sum() / count, figures
 
 
@@ -306,12 +315,16 @@ def reward_all(
     """R = Σ w R_part of B groups' rollouts (B, G), and the parts by the names under which they
     are logged, in float64 on the CPU. texts: B · G; lengths (B, G) in tokens; gold: B
     references."""
-    parts, total = {}, torch.zeros(lengths.shape, dtype=torch.double)
+    G = lengths.shape[1]
+    counts = lengths.flatten().tolist()
+    parts = {}
+    total = torch.zeros(lengths.shape, dtype=torch.double)
     for name, reward in rewards.items():
         values = []
-        for i, (text, n_tokens) in enumerate(zip(texts, lengths.flatten().tolist())):
-            reference = dict(gold[i // lengths.shape[1]])  # a copy: it is others' too
-            values.append(float(reward.function(text, n_tokens, reference)))
+        for i, (text, n_tokens) in enumerate(zip(texts, counts)):
+            reference = dict(gold[i // G])  # a copy: it is others' too
+            value = reward.function(text, n_tokens, reference)
+            values.append(float(value))
         if not all(abs(value) < 1e30 for value in values):  # NaN is not, nor what overflows
             raise DataError(f"the reward {name!r} gave {values}")
         part = torch.tensor(values, dtype=torch.double).view(lengths.shape)
@@ -325,21 +338,25 @@ def rewards_of_all(rolled: list[Rollouts], ranks: Ranks) -> tuple[list[tuple[int
     place of each. Spares, and videos of pairs that cannot be read, are left out."""
     rows = []
     for o in rolled:
+        places = o.micro.places_of_videos()
         weights = o.micro.weight_of_videos().tolist()
-        for place, weight, R in zip(o.micro.places_of_videos(), weights, o.rewards["reward"].tolist()):
+        for place, weight, R in zip(places, weights, o.rewards["reward"].tolist()):
             if weight:
                 rows.append((place, R))
     rows = sorted(ranks.gather(rows))
     places = [place for place, _ in rows]
+    R = torch.tensor([R for _, R in rows])
     G = rolled[0].mask.shape[1]
-    return places, torch.tensor([R for _, R in rows]).reshape(len(rows), G)
+    return places, R.reshape(len(rows), G)
 
 
 def hand_out(advantages: dict[tuple[int, int], Tensor], rolled: list[Rollouts]) -> None:
     """Give the rollouts of each video its advantages (G,), by its place; 0 where it has none."""
     for o in rolled:
-        nothing = torch.zeros(o.mask.shape[1])
-        rows = [advantages.get(place, nothing) for place in o.micro.places_of_videos()]
+        G = o.mask.shape[1]
+        nothing = torch.zeros(G)
+        places = o.micro.places_of_videos()
+        rows = [advantages.get(place, nothing) for place in places]
         o.advantages = torch.stack(rows).to(o.mask.device)
 
 
@@ -374,7 +391,9 @@ def records_of(rolled: list[Rollouts], count: int, step: int, ranks: Ranks) -> l
 def counts(args: Args, rolled: list[Rollouts], ranks: Ranks) -> tuple[float, float]:
     """What an update's two losses are means of, over all ranks: CoTs, or tokens, in L_GRPO, and
     decided pairs in L_BT. At least 1: losses divide by them."""
-    cots, tokens, decided = 0.0, 0.0, 0.0
+    cots = 0.0
+    tokens = 0.0
+    decided = 0.0
     for o in rolled:
         cots += o.learnt.any(-1).sum().item()
         tokens += o.learnt.sum().item()
@@ -387,7 +406,8 @@ def counts(args: Args, rolled: list[Rollouts], ranks: Ranks) -> tuple[float, flo
 def ratio_figures(logps: Tensor, o: Rollouts) -> dict[str, Tensor]:
     """The largest ρ = π_θ / π_old of the learnt tokens, and how far apart the two log-probabilities
     are at most; both say what rounding does while π_θ is still the policy that sampled."""
-    log_ratio = (logps.detach() - o.old_logps)[o.learnt].double()
+    log_ratio = logps.detach() - o.old_logps
+    log_ratio = log_ratio[o.learnt].double()
     return {"ratio_max": log_ratio.max().exp(), "logp_gap": log_ratio.abs().max()}
 
 
@@ -439,9 +459,10 @@ def main() -> None:
     plan = make_plan(args, pairs, model.processor, ranks)
     tests = read_tests(args, model.processor.dimensions)
     last = len(plan)
-    grpo = partial(grpo_loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta,
-                   loss_mean=args.loss_mean, dual_clip=args.dual_clip,
-                   log_ratio_bound=args.log_ratio_bound, kl_bound=args.kl_bound)
+    grpo = partial(
+        grpo_loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta,
+        loss_mean=args.loss_mean, dual_clip=args.dual_clip,
+        log_ratio_bound=args.log_ratio_bound, kl_bound=args.kl_bound)
     G = args.group_size
     λ = args.bt_weight
 
@@ -462,7 +483,7 @@ def main() -> None:
         rolled = []
         with gathered(model):
             for micro_batches in updates:
-                rolled.append([roll_out(args, model, rewards, m, step) for m in micro_batches])
+                rolled.append([roll_out(args, model, rewards, micro, step) for micro in micro_batches])
         rollouts = list(chain.from_iterable(rolled))
 
         # A_i, of each group by itself; R has the groups of the whole batch, on all ranks.
@@ -470,7 +491,8 @@ def main() -> None:
         A = group_advantages(R, args.advantage_std)  # (videos, G)
         hand_out(dict(zip(places, A)), rollouts)
         for o in rollouts:
-            means.add(o.micro.weight_of_videos()[:, None].expand(-1, G), **o.figures())
+            weight = o.micro.weight_of_videos()[:, None]
+            means.add(weight.expand(-1, G), **o.figures())
         means.add(seconds_thinking=time.time() - thinking)
 
         # Learn: each update takes its part of the batch.
@@ -487,14 +509,15 @@ def main() -> None:
                 L = L_GRPO + λ * L_BT
                 L.backward()
 
-                if update == 0 and o.learnt.any():
+                learns = o.learnt.any()
+                if update == 0 and learns:  # π_θ is still π_old
                     means.largest(**ratio_figures(logps, o))
-                means.total(update, o.learnt.any(), grpo_loss=L_GRPO)
+                means.total(update, learns, grpo_loss=L_GRPO)
                 means.total(update, o.decided, bt_loss=L_BT)
-                means.total(update, o.learnt.any() | o.decided.any(), loss=L)
+                means.total(update, learns | o.decided.any(), loss=L)
                 means.add(o.learnt.sum(), **figures)
-                right = (r_w > r_l).float().mean(1, keepdim=True)
-                means.add(o.decided, bt_accuracy=right)
+                right = (r_w > r_l).float()
+                means.add(o.decided, bt_accuracy=right.mean(1, keepdim=True))
 
             all_reduce(trainable, ranks)  # a sum: each loss divides by the count over all ranks
             norm = clip(trainable, args.max_grad_norm)
@@ -502,20 +525,19 @@ def main() -> None:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.check_gradient(norm)
-            means.add(grad_norm=norm, left_out=float(not math.isfinite(norm)))
+            means.add(grad_norm=norm, left_out=not math.isfinite(norm))
 
         figures = means.over(ranks)
         run.log({"step": step, **figures, "seconds": time.time() - started})
-        run.warn_of_ratio(step, figures.get("logp_gap", 0.0), model.dtype)
-        run.warn_of_format(figures.get("reward_format", 1.0), min(2, last), rollouts[-1].texts[0])
+        run.warn_of_ratio(step, figures, model.dtype)
+        run.warn_of_format(figures, min(2, last), example=rollouts[-1].texts[0])
         for record in records_of(rollouts, args.keep_rollouts, step, ranks):
             run.log(record, "rollouts")
-        shown = ("reward", "reward_quality", "kl", "bt_loss")
-        bar.set_postfix({name: f"{figures[name]:.3f}" for name in shown})
-        if args.eval_every and step % args.eval_every == 0 and step < last:
+        show(bar, figures, "reward", "reward_quality", "kl", "bt_loss")
+        if due(step, args.eval_every) and step < last:
             run.evaluate(step, model, tests)
         stop = run.asked_to_stop()
-        if stop or step == last or (args.save_every and step % args.save_every == 0):
+        if stop or step == last or due(step, args.save_every):
             run.save(step)
         if stop:
             return run.stopped(step, last)

@@ -26,7 +26,7 @@ ONLY_WRITE = {
     "tools/report.py",  # makes pages of a run's log and of judged videos
     "tools/trackers.py",  # passes figures on to TensorBoard or Weights & Biases
     "tools/client.py",  # asks a served model; a run serves none
-    "support/journal.py",  # keeps judgements of infer.py and tools.annotate; a run keeps none
+    "tools/journal.py",  # keeps judgements of infer.py and tools.annotate; a run keeps none
     "tools/memory.py",  # holds videos of whoever trains a generator; a run reads files
 }
 # What no entry, half of one, a folder that nobody may write to, or no home at all make of looking up.
@@ -65,7 +65,8 @@ def of_backbone(source: str | Path) -> str:
 def of_model(model, source: str | Path) -> str:
     """A fingerprint of a model as it was loaded from `source`: of its backbone, of the adapter, query
     and head on top of it, and of what it judges and reads."""
-    directory, processor = local_folder(source), model.processor
+    directory = local_folder(source)
+    processor = model.processor
     on_top = [directory / name for name in ON_TOP]
     on_top = [path for path in [*on_top, release.head_file(directory)] if path.is_file()]
     return of_json([
@@ -110,14 +111,14 @@ def entry_of(path: str) -> Path:
 def of_code(root: Path) -> dict[str, str]:
     """SHA-256 of each file of the project in `root` that is imported by now, by its path there; not of
     tests, nor of what `ONLY_WRITE` names."""
-    found = {}
+    digest_of = {}
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or os.devnull).resolve()
         if root in path.parents and "site-packages" not in path.parts and path.is_file():
             name = path.relative_to(root).as_posix()
             if name not in ONLY_WRITE and not name.startswith("tests/"):
-                found[name] = digest(path)
-    return found
+                digest_of[name] = digest(path)
+    return digest_of
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:

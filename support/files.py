@@ -47,7 +47,8 @@ KINDS = {"backbone": str, "backbone_sha256": str, "video": dict, "instruction": 
 def read_info(directory: Path) -> dict:
     """descore.json of a directory, {} for a bare backbone. Raises DataError if it is neither
     a saved DeScore nor a backbone, or what it says is of the wrong type."""
-    path, own = directory / "descore.json", directory / "descore.safetensors"
+    path = directory / "descore.json"
+    own = directory / "descore.safetensors"
     if own.is_file() and not path.is_file():
         raise DataError(f"{path}: no such file, and it says how {own.name} is to be used")
     if not path.is_file() and not (directory / "config.json").is_file():

@@ -13,8 +13,8 @@ import numpy as np
 
 # Files that hold a video themselves. FFmpeg knows playlists too, which make it open other files.
 CONTAINERS = "mov,matroska,avi,mpeg,mpegts,flv,asf,ogg,gif"
-# In these each packet has its time, and of these codecs each is one frame that is shown.
-TIMED, PLAIN = ("mov", "matroska"), ("h264", "hevc", "av1", "vp9")
+TIMED = ("mov", "matroska")  # in these each packet has its time,
+PLAIN = ("h264", "hevc", "av1", "vp9")  # and of these codecs each is one frame that is shown
 READERS = ("av", "decord")
 MAX_PIXELS = 8192 * 8192  # a frame
 # What is raised for a file that cannot be read.
@@ -97,7 +97,10 @@ class Packet(NamedTuple):
 def read_packets(container, stream) -> list[Packet]:
     """The packets of a stream. ValueError if it is damaged or, where that can be seen, cut short:
     a file of FLV, MPEG-TS or -PS may end anywhere."""
-    packets, samples, end, last = [], 0, 0.0, b""
+    packets = []
+    samples = 0
+    end = 0.0  # in seconds, of the last packet of any stream
+    last = b""
     for packet in container.demux():
         if packet.size and packet.pts is not None:
             end = max(end, float((packet.pts + packet.duration) * packet.time_base))
@@ -154,7 +157,8 @@ def timing(stamps: list[int | None], tick: float, rate: float) -> tuple[float, l
         if not rate:
             raise ValueError("it has no frame rate")
         return rate, steady
-    seconds = [(stamp - min(stamps)) * tick for stamp in sorted(stamps)]
+    stamps = sorted(stamps)
+    seconds = [(stamp - stamps[0]) * tick for stamp in stamps]
     if rate:
         # Stamps are rounded to a tick, often of a millisecond.
         slack = 1.001 * min(max(tick, 0.001), 0.25 / rate)

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
 from data import Batch, DataError, Pair, Pairs, error_context, keys_of, per_video
 from infer import evaluate
@@ -319,9 +320,10 @@ class Run:
 
     # -- what is said of rollouts
 
-    def warn_of_ratio(self, step: int, gap: float, dtype: torch.dtype) -> None:
-        """Warn, once, where ρ before a step's first update is not 1 but for the rounding of a type. gap:
-        by how much log-probabilities differ."""
+    def warn_of_ratio(self, step: int, figures: dict[str, float], dtype: torch.dtype) -> None:
+        """Warn, once, where ρ before a step's first update is not 1 but for the rounding of a type.
+        figures: the step's, of which `logp_gap` says by how much log-probabilities differ."""
+        gap = figures.get("logp_gap", 0.0)
         bound = ROUNDING_HALF if dtype in (torch.bfloat16, torch.float16) else ROUNDING
         if self.ranks.first and not (self.warned_of_ratio or gap <= bound):
             self.warned_of_ratio = True
@@ -329,17 +331,28 @@ class Run:
                   f"by up to {gap:.3g} from those that sampling recorded, and rounding makes up to "
                   f"{bound:g}: ρ is not 1. `logp_gap` in the log has all steps", file=sys.stderr)
 
-    def warn_of_format(self, share: float, steps: int, example: str) -> None:
+    def warn_of_format(self, figures: dict[str, float], steps: int, example: str) -> None:
         """Warn, once, where in so many first steps no rollout has kept the format, and show one: R_f
-        and R_q are 0 then, and nobody would know. share: of a step's rollouts, those that kept it; NaN
-        where there were none."""
+        and R_q are 0 then, and nobody would know. figures: the step's; R_f is NaN where there were no
+        rollouts."""
         if self.without_format is None:
             return
-        self.without_format = self.without_format + 1 if share == 0 else None
+        kept = figures.get("reward_format", 1.0)
+        self.without_format = self.without_format + 1 if kept == 0 else None
         if self.ranks.first and self.without_format == steps:
             beginning = json.dumps(example[:300], ensure_ascii=False)
             print("warning: no rollout of the first steps keeps the format, so R_f is 0 for all. "
                   f"One of them is {beginning}", file=sys.stderr)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something is to be done after this step that is done every so many; 0: never."""
+    return every > 0 and step % every == 0
+
+
+def show(bar: tqdm, figures: dict[str, float], *names: str) -> None:
+    """Show figures of these names beside a progress bar."""
+    bar.set_postfix({name: f"{figures[name]:.3f}" for name in names})
 
 
 def prepare(model: DeScore, args: RunArgs, ranks: Ranks) -> None:

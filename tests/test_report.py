@@ -414,17 +414,16 @@ def test_a_ratio_that_is_not_1_is_logged_and_warned_of_once(capsys, tmp_path, mo
     figures = rl.ratio_figures(new, SimpleNamespace(old_logps=old, learnt=learnt))
     assert figures["ratio_max"].item() == pytest.approx(math.exp(0.2))
     assert figures["logp_gap"].item() == pytest.approx(0.5)
-    gap = figures["logp_gap"].item()
     going = Run(RunArgs(out=str(tmp_path), train="x"), "rl", ALONE)
-    going.warn_of_ratio(1, ROUNDING, torch.float32)
+    going.warn_of_ratio(1, {"logp_gap": ROUNDING}, torch.float32)
     assert capsys.readouterr().err == ""
     for step in (2, 3):
-        going.warn_of_ratio(step, gap, torch.float32)
+        going.warn_of_ratio(step, figures, torch.float32)
     assert re.findall(r"warning: step \d", capsys.readouterr().err) == ["warning: step 2"]
     going = Run(RunArgs(out=str(tmp_path), train="x"), "rl", ALONE)
-    going.warn_of_ratio(4, gap, torch.bfloat16)  # which rounds to that
+    going.warn_of_ratio(4, figures, torch.bfloat16)  # which rounds to that
     assert capsys.readouterr().err == ""
-    going.warn_of_ratio(5, math.nan, torch.bfloat16)
+    going.warn_of_ratio(5, {"logp_gap": math.nan}, torch.bfloat16)
     assert "warning: step 5" in capsys.readouterr().err
 
 

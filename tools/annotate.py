@@ -44,10 +44,11 @@ from data import (
     read_video,
 )
 from model import DeScore
-from support import journal, release, tables
+from support import release, tables
 from support.batches import THINK_TOKENS
 from support.command import READER, Count, NotNegative, Positive, Whole, run_command
 from support.formats import read_pairs
+from tools import journal
 from tools.forgiving import read_annotation
 from tools.formats import check_out, write_pairs
 from tools.together import PLACES, QUESTION, b_comes_first, check_question, read_both
