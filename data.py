@@ -215,6 +215,13 @@ def read_video(video, settings=VideoSettings(), reader="av") -> tuple[Tensor, li
     return torch.cat(frames), seconds
 
 
+def sampled_rate(seconds: list[float]) -> float | None:
+    """How many of the sampled frames (`read_video`) there are a second, from the second of each:
+    (T − 1) / (last − first). None where all are of one moment: a single frame is shown twice."""
+    span = seconds[-1] - seconds[0]
+    return (len(seconds) - 1) / span if span > 0 else None
+
+
 def patchify(frames: Tensor, settings: VideoSettings) -> tuple[Tensor, Grid]:
     """Cut frames (T, 3, H, W) into uint8 patches (N, 3 · t · p · p), N = grid_t · grid_h · grid_w,
     as Qwen3-VL orders them: the merge_size² patches that become one token stand together."""
@@ -232,11 +239,16 @@ def patchify(frames: Tensor, settings: VideoSettings) -> tuple[Tensor, Grid]:
 
 @dataclass
 class Sample:
-    """A video and its prompt, ready for the model (one row of a Batch)."""
+    """A video and its prompt, ready for the model (one row of a Batch).
+
+    fps is the rate at which the frames that the model sees were sampled, in frames a second of
+    the video: `sampled_rate` of the seconds that `read_video` gives with them."""
 
     input_ids: Tensor  # (P,)
     patches: Tensor  # (N, D) uint8
     grid: Grid
+    source: Key | None = None  # the video and the prompt it was made of, where both are known
+    fps: float | None = None
 
 
 @dataclass
@@ -250,6 +262,7 @@ class Batch:
     # What `DeScore.encode` adds: positions, and what the vision tower made of the patches.
     position_ids: Tensor | None = None  # (3, B, P)
     features: tuple[Tensor, list[Tensor]] | None = None
+    sources: list[Key] | None = None  # B videos and prompts; None where one is unknown
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -267,9 +280,10 @@ class Batch:
             parts = values.split(tokens)
             return torch.cat([parts[row] for row in rows])
 
+        sources = self.sources and [self.sources[row] for row in rows]
         return Batch(self.input_ids[rows, :P], self.mask[rows, :P], self.patches, self.grid[rows],
                      self.position_ids[:, rows, :P],
-                     (pick(features), [pick(level) for level in levels]))
+                     (pick(features), [pick(level) for level in levels]), sources)
 
     def to(self, device: torch.device | str) -> "Batch":
         """On another device."""
@@ -278,7 +292,7 @@ class Batch:
         features = self.features
         if features:
             features = features[0].to(device), [level.to(device) for level in features[1]]
-        return Batch(*tensors, features)
+        return Batch(*tensors, features, self.sources)
 
 
 class Processor:
@@ -359,7 +373,8 @@ class Processor:
 
     def __call__(self, video, prompt: str) -> Sample:
         """Read a video (`open_video`) and put it into the instruction with its prompt."""
-        return self.sample(*read_video(video, self.settings, self.reader), prompt)
+        sample = self.sample(*read_video(video, self.settings, self.reader), prompt)
+        return replace(sample, source=(video, prompt))
 
     def sample(self, frames: Tensor, seconds: list[float], prompt: str) -> Sample:
         """Frames (T, 3, H, W) uint8 and the second of each, as `read_video` returns them, with
@@ -373,7 +388,8 @@ class Processor:
             raise DataError(f"{frames.dtype} {tuple(frames.shape)} with {T} times: not frames as "
                             f"read_video makes them, uint8 (T, 3, H, W), sides multiples of {side}")
         patches, grid = patchify(frames, self.settings)
-        return Sample(self.prompt_ids(grid, seconds, prompt), patches, grid)
+        ids = self.prompt_ids(grid, seconds, prompt)
+        return Sample(ids, patches, grid, fps=sampled_rate(seconds))
 
     def outline(self, video, prompt: str) -> Sample:
         """The sample of a video (`open_video`) without any patches: one frame is decoded."""
@@ -383,7 +399,8 @@ class Processor:
         p, t = s.patch_size, s.temporal_patch_size
         grid = (len(indices) // t, height // p, width // p)
         ids = self.prompt_ids(grid, seconds, prompt)
-        return Sample(ids, torch.empty(0, 3 * t * p * p, dtype=torch.uint8), grid)
+        patches = torch.empty(0, 3 * t * p * p, dtype=torch.uint8)
+        return Sample(ids, patches, grid, (video, prompt), sampled_rate(seconds))
 
     def prompt_ids(
             self, grid: Grid, seconds: list[float], prompt: str,
@@ -425,10 +442,12 @@ class Processor:
         """Samples side by side."""
         ids = [sample.input_ids for sample in samples]
         ones = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+        sources = [sample.source for sample in samples]
         return Batch(pad_sequence(ids, batch_first=True, padding_value=self.eos_id),
                      pad_sequence(ones, batch_first=True),
                      torch.cat([sample.patches for sample in samples]),
-                     torch.tensor([sample.grid for sample in samples]))
+                     torch.tensor([sample.grid for sample in samples]),
+                     sources=None if None in sources else sources)
 
 
 # ------------------------------

@@ -4,6 +4,7 @@ tokens, decoded ahead."""
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -66,7 +67,8 @@ def read_group(processor: Processor, limit: int | None,
             side = processor.settings.patch_size * processor.settings.merge_size
             frames = processor.settings.temporal_patch_size
             black = torch.zeros(frames, 3, side, side, dtype=torch.uint8)
-            read = [processor.sample(black, [0.0] * frames, "")] * len(unit)
+            sample = processor.sample(black, [0.0] * frames, "")
+            read = [replace(sample, source=key) for key in unit]
             errors.append(str(error))
         samples += read
     return processor.collate(samples), errors

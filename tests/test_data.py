@@ -464,6 +464,29 @@ def test_some_samples_of_a_batch_are_those_samples(processor):
     assert encoded.select([0, 1, 2]) is encoded
 
 
+def test_a_sample_knows_its_video_its_prompt_and_the_rate_of_its_frames(processor, tmp_path):
+    """Of clips of twelve frames a second: where all of a clip's are sampled, that is their rate."""
+    world.write_video(tmp_path / "long.mp4", clip(24), fps=12)
+    world.write_video(tmp_path / "short.mp4", clip(2), fps=12)
+    world.write_video(tmp_path / "one.mp4", clip(1), fps=12)
+    keys = [(str(tmp_path / f"{name}.mp4"), f"A {name} clip.") for name in ("long", "short", "one")]
+    samples = [processor(*key) for key in keys]
+    for key, sample in zip(keys, samples):
+        outline = processor.outline(*key)
+        assert sample.source == outline.source == key
+        assert sample.fps == outline.fps
+    frames = int(samples[0].grid[0]) * 2
+    assert samples[0].fps == pytest.approx((frames - 1) / (23 / 12), rel=1e-6)
+    assert samples[1].fps == pytest.approx(12) and samples[2].fps is None
+    batch = processor.collate(samples)
+    assert batch.sources == batch.to("cpu").sources == keys
+    features = torch.zeros(int(batch.grid.prod(1).sum()) // 4, 3)
+    encoded = replace(batch, position_ids=torch.zeros(3, *batch.input_ids.shape), features=(features, []))
+    assert encoded.select([2, 0]).sources == [keys[2], keys[0]]
+    unnamed = processor.sample(*read_video(keys[0][0], processor.settings), "A clip.")
+    assert unnamed.source is None and processor.collate([samples[0], unnamed]).sources is None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Dimensions of one's own
 
@@ -566,6 +589,7 @@ def test_batches_hold_each_group_and_stand_ins_for_what_cannot_be_read(model, tm
     assert errors[0] is errors[3] is None and no_errors == [None]
     assert errors[1].startswith(f"{broken[0]}: not a video that can be read")
     assert errors[2] == f"{long[0]}: a prompt of {len(processor(*long).input_ids)} tokens, more than {limit}"
+    assert batch.sources == [key for unit in units for key in unit]
     # Both videos of such a unit are stood in for: two black frames, of the smallest size.
     grids = batch.grid.tolist()
     read = [list(processor(*key).grid) for key in good]
