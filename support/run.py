@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import Batch, DataError, Pair, Pairs, error_context, keys_of, per_video
-from infer import evaluate
+from infer import Thinking, evaluate
 from model import OWN, DeScore
 from support import digests
 from support.batches import deal, read_ahead
@@ -493,8 +493,9 @@ class Run:
 
     def evaluate(self, step: int, tests: dict[str, Pairs]) -> dict[str, float]:
         args, judged = self.args, {}
-        figures = evaluate(self.model, tests, self.ranks, args.max_new_tokens,
-                           args.eval_temperature, args.think_tokens, args.workers, judged)
+        thinking = Thinking(args.max_new_tokens, args.eval_temperature,
+                            think_tokens=args.think_tokens)
+        figures = evaluate(self.model, tests, self.ranks, thinking, args.workers, judged)
         self.log({"step": step, **figures})
         for name, pairs in tests.items():
             self.keep_held_out(step, name, pairs, judged[name])

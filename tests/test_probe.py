@@ -12,7 +12,7 @@ from conftest import ROOT
 from launch import run, run_ranks
 
 from data import DIMENSIONS, Pair, overall_score, parse_cot, read_pairs, read_video
-from infer import by_key, judge
+from infer import Thinking, by_key, judge
 from model import DeScore, Thoughts
 from tools import probe
 
@@ -94,8 +94,8 @@ def pairs(world_dir):
 
 def probed(stub, pairs, others, samples=1, ranks=probe.ALONE):
     keys = [key for pair in pairs for key in pair.videos()]
-    records = by_key(probe.shown(stub, keys, others, samples, max_new_tokens=400, think_tokens=4000,
-                                 ranks=ranks))
+    thinking = Thinking(400, samples=samples, think_tokens=4000)
+    records = by_key(probe.shown(stub, keys, others, thinking, ranks))
     own = {key: record["cot"] for key, record in records.items()}
     cots = probe.exchanged(pairs, own, others, DIMENSIONS, random.Random(0))
     for record in probe.behind(stub, cots, think_tokens=500, ranks=ranks):
@@ -292,7 +292,7 @@ def test_the_score_as_it_is_is_that_of_judge(model, keys, layout):
     judged = by_key(judge(model, keys[:2], max_new_tokens=40))
     others = {keys[0][1]: keys[1][1], keys[1][1]: keys[0][1]}
     records, cots = {}, {}
-    for record in probe.shown(model, keys[:2], others, 1, max_new_tokens=40):
+    for record in probe.shown(model, keys[:2], others, Thinking(40)):
         records[record["video"], record["prompt"]] = record
     own = {key: record["cot"] for key, record in records.items()}
     for record in probe.behind(model, {"cot_own": own, "swapped": dict(zip(own, reversed(own.values())))}):
