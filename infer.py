@@ -31,7 +31,7 @@ from data import (
     per_video,
 )
 from model import DeScore, check_penalty
-from support import release, tables
+from support import tables
 from support.above import from_above
 from support.batches import (
     THINK_TOKENS,
@@ -42,7 +42,7 @@ from support.batches import (
     split_unreadable,
 )
 from support.command import READER, Count, NotNegative, Positive, Whole, run_command
-from support.files import MODELS, default_model
+from support.files import LAYOUTS, MODELS, default_model
 from support.formats import read_pairs
 from support.journal import Journal, made_by
 from support.ranks import ALONE, Ranks
@@ -143,37 +143,27 @@ def judge_batch(
     batch = model.encode(batch).select(rows)
     numbers, keys = zip(*[group[row] for row in rows])
     seeds = [draw_seed(thinking.seed, number) for number in numbers]
-    is_release = model.info.get("scoring_layout") == "release"
     records = [{"video": video, "prompt": prompt} for video, prompt in keys]
-    none, no_cot = [None] * len(keys), None
-    watched = release.watch(model, keys, batch) if is_release else None
+    no_cot = None
     if think:
-        penalty = thinking.repetition_penalty
-        if penalty is None:
-            penalty = release.repetition_penalty(model, thinking.temperature)
         # What stands for `think` need know no penalty.
-        penalty = {} if penalty == 1 else {"repetition_penalty": penalty}
+        penalty = {}
+        if thinking.repetition_penalty is not None:
+            penalty["repetition_penalty"] = thinking.repetition_penalty
         thoughts = model.think(batch, thinking.samples, thinking.max_new_tokens,
-                               thinking.temperature, seeds=seeds,
-                               without_cot=without_cot and not is_release, **penalty)
+                               thinking.temperature, seeds=seeds, without_cot=without_cot,
+                               **penalty)
         scores, no_cot = thoughts.scores, thoughts.scores_no_cot
         truncated = model.truncated(thoughts)
-        cots = []
-        for tokens, mask in zip(thoughts.tokens, thoughts.mask):
-            cots.append([model.processor.decode(t[m]) for t, m in zip(tokens, mask)])
-        if is_release:
-            scores = [release.score(model, keys, watched, list(some)) for some in zip(*cots)]
-            scores = torch.stack(scores, 1)
         for i, record in enumerate(records):
-            record |= {"cot": cots[i][0], "truncated": truncated[i, 0].item(),
+            tokens = thoughts.tokens[i, 0][thoughts.mask[i, 0]]
+            record |= {"cot": model.processor.decode(tokens), "truncated": truncated[i, 0].item(),
                        "score": scores[i].mean().item()}
             if thinking.samples > 1:
                 record["score_std"] = scores[i].std().item()
     if without_cot:
-        if is_release:
-            no_cot = release.score(model, keys, watched, none)
-        elif no_cot is None:
-            no_cot = model.score(batch, none)
+        if no_cot is None:
+            no_cot = model.score(batch, [None] * len(keys))
         for record, score in zip(records, no_cot.tolist()):
             record["score_no_cot"] = score
     return records + unread
@@ -320,8 +310,6 @@ def judge_all(
     """Judge each key once. With --out, judgements are appended to a file; a run that was cut
     off goes on there."""
     journal = None
-    if args.repetition_penalty is None:
-        args.repetition_penalty = release.repetition_penalty(model, args.temperature)
     if args.out and ranks.first:
         journal = Journal(args.out, made_by(model, args), keys)
     judged = by_key(ranks.gather([*journal.records.values()] if journal else []))
@@ -384,7 +372,7 @@ def parse_args() -> argparse.Namespace:
     add("--cot", choices=("on", "off"), default="on", help="off: score without thinking")
     add("--instruction", help="a file with <video> and <prompt> in it [the model's own]; "
         "problem: the pair file's column")
-    add("--scoring-layout", choices=("ours", "release"), help="release: as the authors score "
+    add("--scoring-layout", choices=LAYOUTS, help="release: as the authors score "
         "[the model's own]")
     add_thinking(parser, think_tokens={"also": ["--max-tokens"]})
     add("--workers", type=Whole, default=0, help="processes that decode videos ahead")
@@ -410,9 +398,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args, ranks = parse_args(), Ranks.start()
     args.model = args.model or default_model()
-    model = DeScore.load(args.model, reader=args.reader)
-    if args.scoring_layout:
-        model.info["scoring_layout"] = args.scoring_layout
+    model = DeScore.load(args.model, reader=args.reader, layout=args.scoring_layout)
     model.processor.use_instruction(args.instruction)
     dimensions, pairs = model.processor.dimensions, None
     if args.pairs:

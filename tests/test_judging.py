@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, in_layout
 from launch import Started, run, run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -211,7 +211,7 @@ def test_what_decides_a_judgement_is_written_down(model, extra, named, monkeypat
     for more in ([], extra):
         monkeypatch.setattr("sys.argv", ["infer.py", "--pairs", "p", "--model", "m", *more])
         made.append(made_by(model, infer.parse_args()))
-    assert {name for name in made[0] if made[0][name] != made[1][name]} == named
+    assert {name for name in made[0] | made[1] if made[0].get(name) != made[1].get(name)} == named
     release, asks, small = (made_by(changed, infer.parse_args()) for changed in changes(model))
     assert {name for name in made[1] if made[1][name] != release[name]} == {"layout"}
     assert {name for name in made[1] if made[1][name] != asks[name]} == {"instruction"}
@@ -326,7 +326,7 @@ def evaluated(model, pairs):
 
 @pytest.mark.parametrize("layout", ["ours", "release"])
 def test_evaluation_leaves_an_unreadable_video_out(model, broken, layout, capsys):
-    model.info["scoring_layout"] = layout
+    in_layout(model, layout)
     pairs = read_pairs(broken[0])
     figures = evaluated(model, pairs)
     assert figures.pop("test/unreadable") == 1 and f"left out: {broken[1]}: not" in capsys.readouterr().err
@@ -611,7 +611,7 @@ def test_the_release_reads_a_video_once_for_all_its_scores(model, keys, monkeypa
     monkeypatch.setattr(DeScore, "encode", lambda self, batch: (
         encoded.append(batch.features is None) or encode(self, batch)))
     model.set_trainable(2)
-    model.info["scoring_layout"] = "release"
+    in_layout(model, "release")
     for size, more in ((None, 0), ({"max_pixels": 4096}, 1)):
         read.clear()
         encoded.clear()

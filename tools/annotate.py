@@ -44,7 +44,7 @@ from data import (
     read_video,
 )
 from model import DeScore
-from support import journal, release, tables
+from support import journal, tables
 from support.command import READER, Count, Positive, Whole, run_command
 from support.files import check_out
 from support.formats import read_pairs
@@ -340,7 +340,6 @@ def main() -> None:
         model = DeScore.load(args.model, video=video, reader=args.reader)
         if instruction is not None:
             model.processor.set_instruction(instruction)
-        args.repetition_penalty = release.repetition_penalty(model, args.temperature)
         write = partial(infer.judge, model, thinking=infer.read_thinking(args), finite=False)
         dimensions, tags = model.processor.dimensions, model.processor.tags
         made_by = journal.made_by(model, args, scores=False)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from data import TAGS, Batch, DataError, Key, Pair, keys_of, overall_score, parse_cot, read_video
 from infer import Thinking, add_thinking, by_key, read_thinking
 from model import DeScore
-from support import release, tables
+from support import tables
 from support.batches import THINK_TOKENS, chunks, draw_seed, pack_by_budget, prompt_lengths
 from support.command import READER, Count, run_command
 from support.files import MODELS, default_model
@@ -152,49 +153,47 @@ def read(model: DeScore, key: Key) -> list[Clip]:
     """A video with its prompt as it is seen for thinking; behind it as it is seen for scoring where
     that has a size of its own, as in the authors' layout. Raises DataError."""
     video, prompt = key
-    settings, own_size = [model.processor.settings], model.info.get("scoring_video")
-    reader = model.processor.reader
-    if is_release(model) and own_size:
-        settings.append(replace(settings[0], **own_size))
+    settings, reader = [model.processor.settings], model.processor.reader
+    if model.scoring_settings != settings[0]:
+        settings.append(model.scoring_settings)
     return [Clip(*read_video(video, each, reader), prompt) for each in settings]
 
 
-def is_release(model: DeScore) -> bool:
-    return model.info.get("scoring_layout") == "release"
+class Held:
+    """A clip in the shape in which `data.open_video` takes a video. Whoever reads it with the
+    settings with which the clip was read gets the same frames and seconds."""
+
+    def __init__(self, clip: Clip, fps: float):
+        self.clip = clip
+        self.total = len(clip.frames)
+        self.fps = fps
+        self.seconds = clip.seconds
+
+    def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
+        for index in indices:
+            yield self.clip.frames[index].permute(1, 2, 0).numpy()
 
 
-def encode(model: DeScore, clips: list[list[Clip]]) -> list[Batch]:
-    """A batch of all videos for each size in which they are seen."""
-    batches = []
-    for size in zip(*clips):
-        samples = [model.processor.sample(*clip) for clip in size]
-        batches.append(model.encode(model.processor.collate(samples)))
-    return batches
-
-
-def score(model: DeScore, clips: list[list[Clip]], batches: list[Batch], cots: list[str]) -> Tensor:
-    """Scores (B,) of videos behind CoTs, in the layout that is the model's."""
-    if not is_release(model):
-        return model.score(batches[-1], cots)
-    watched = batches[-1], [clip[-1].seconds for clip in clips]
-    return release.score(model, [("", clip[-1].prompt) for clip in clips], watched, cots)
+def encode(model: DeScore, clips: list[list[Clip]]) -> Batch:
+    """A batch of videos as they are seen for thinking. What reads them again, for scoring, sees
+    what is shown of them."""
+    samples = []
+    for clip in clips:
+        held = Held(clip[-1], model.scoring_settings.fps)
+        sample = model.processor.sample(*clip[0])
+        samples.append(replace(sample, source=(held, clip[0].prompt)))
+    return model.encode(model.processor.collate(samples))
 
 
 def think(model: DeScore, clips: list[list[Clip]], seeds: list[int],
           thinking: Thinking) -> tuple[list[str], Tensor]:
     """The first CoT about each video, and the scores (B, samples) behind all."""
-    batches = encode(model, clips)
-    thoughts = model.think(
-        batches[0], thinking.samples, thinking.max_new_tokens, thinking.temperature, seeds=seeds,
-        repetition_penalty=release.repetition_penalty(model, thinking.temperature))
+    thoughts = model.think(encode(model, clips), thinking.samples, thinking.max_new_tokens,
+                           thinking.temperature, seeds=seeds)
     cots = []
-    for tokens, mask in zip(thoughts.tokens, thoughts.mask):
-        cots.append([model.processor.decode(t[m]) for t, m in zip(tokens, mask)])
-    scores = thoughts.scores
-    if is_release(model):
-        scores = [score(model, clips, batches, list(some)) for some in zip(*cots)]
-        scores = torch.stack(scores, 1)
-    return [some[0] for some in cots], scores
+    for tokens, mask in zip(thoughts.tokens[:, 0], thoughts.mask[:, 0]):
+        cots.append(model.processor.decode(tokens[mask]))
+    return cots, thoughts.scores
 
 
 @torch.no_grad()
@@ -258,12 +257,12 @@ def behind(model: DeScore, cots: dict[str, dict[Key, str | None]],
 
     def judged(some: list[Key]) -> list[dict]:
         clips = [read(model, key) for key in some]
-        batches = encode(model, clips)
+        batch = model.watch(encode(model, clips))
         records = [{"video": video, "prompt": prompt} for video, prompt in some]
         for name, given in cots.items():
             texts = [given[key] for key in some]
             # What has none stands there with an empty one, which nobody looks at.
-            scores = score(model, clips, batches, [text or "" for text in texts]).tolist()
+            scores = model.score(batch, [text or "" for text in texts]).tolist()
             for key, record, text, found in zip(some, records, texts, scores):
                 if text is not None:
                     same = name != "cot_own" and text == cots["cot_own"][key]
