@@ -36,7 +36,7 @@ from data import (
     make_instruction,
     per_video,
 )
-from infer import evaluate
+from infer import Thinking, evaluate
 from model import OWN, DeScore
 from support import digests
 from support.above import from_above
@@ -256,9 +256,10 @@ class Run:
     def evaluate(self, step: int, model: DeScore, tests: dict[str, Pairs]) -> dict[str, float]:
         """Measure a model on the test sets, and log it. What it thinks about a set's first videos, the
         same each time, goes to held_out.jsonl."""
-        args, judged = self.args, {}
-        figures = evaluate(model, tests, self.ranks, args.max_new_tokens,
-                           args.eval_temperature, args.think_tokens, args.workers, judged)
+        args = self.args
+        judged: dict[str, dict] = {}
+        thinking = Thinking(args.max_new_tokens, args.eval_temperature, think_tokens=args.think_tokens)
+        figures = evaluate(model, tests, self.ranks, thinking, args.workers, judged)
         self.log({"step": step, **figures})
         for name, pairs in tests.items():
             references = dict(zip(keys_of(pairs), per_video(pairs, "scores")))

@@ -441,14 +441,16 @@ def test_evaluation_and_dpo_pairs_do_not_hand_out_the_scores_of_other_clips(mode
         shutil.copy(video, place)
     args = Namespace(out=tmp_path / "judged", max_new_tokens=3, temperature=0.0, seed=0, think_tokens=10**4,
                      samples=1, cot="on", pairs="pairs.jsonl", workers=0, repetition_penalty=None)
-    before = infer.judge_all(model, clips, args, ALONE)
+    thinking = infer.read_thinking(args)
+    before = infer.judge_all(model, clips, thinking, args, ALONE)
     for (place, _), (video, _) in zip(clips, keys[1::-1]):
         shutil.copy(video, place)
-    after = infer.judge_all(model, clips, args, ALONE)
+    after = infer.judge_all(model, clips, thinking, args, ALONE)
     a, b = clips
     assert before[a]["score"] != before[b]["score"]
     assert (after[a]["score"], after[b]["score"]) == pytest.approx((before[b]["score"], before[a]["score"]))
-    assert "files" not in tables.describe(model, infer.judge_all(model, clips, args, ALONE)[a])
+    again = infer.judge_all(model, clips, thinking, args, ALONE)
+    assert "files" not in tables.describe(model, again[a])
 
 
 def test_annotation_by_a_bare_backbone_goes_on_with_other_random_weights(

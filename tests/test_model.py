@@ -7,7 +7,7 @@ from dataclasses import replace
 import bitsandbytes
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, in_layout
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import model as descore
@@ -496,8 +496,7 @@ def test_a_release_is_read_and_scores_in_its_own_layout(release, keys, key):
     assert text.endswith(model.processor.instruction.split("<prompt>")[1] + record["cot"])
     assert text.count("<|im_start|>") == 1
     assert abs(record["score"] - plain(model, sample, [])[1].item()) < 1e-5
-    ours = DeScore.load(release, dtype=torch.float64, device="cpu").double()
-    ours.info["scoring_layout"] = "ours"
+    ours = DeScore.load(release, dtype=torch.float64, device="cpu", layout="ours").double()
     assert abs(next(judge(ours, keys[:1], max_new_tokens=5))["score"] - record["score"]) > 1e-3
 
 
@@ -588,19 +587,19 @@ def test_a_penalty_lowers_each_token_that_is_held_once():
 
 
 def test_a_model_of_the_release_thinks_with_its_penalty_when_it_thinks_greedily(model, keys, monkeypatch):
-    penalties, think = [], DeScore.think
+    penalties = []
 
-    def watched(self, *args, repetition_penalty=1.0, **options):
-        penalties.append(repetition_penalty)
-        return think(self, *args, repetition_penalty=repetition_penalty, **options)
+    def watched(logits, held, penalty):
+        penalties.append(penalty)
+        return penalised(logits, held, penalty)
 
-    monkeypatch.setattr(DeScore, "think", watched)
+    monkeypatch.setattr(descore, "penalised", watched)
     for layout, options, expected in (
             ("ours", {}, 1.0), ("release", {}, 1.05), ("release", {"temperature": 1.0}, 1.0),
             ("release", {"repetition_penalty": 1.0}, 1.0), ("ours", {"repetition_penalty": 1.2}, 1.2)):
-        model.info["scoring_layout"] = layout
-        list(judge(model, keys[:1], 2, **options))
-        assert penalties.pop() == expected
+        penalties.clear()
+        list(judge(in_layout(model, layout), keys[:1], 2, **options))
+        assert penalties == ([] if expected == 1 else [expected] * 2)  # of two tokens
     for penalty, temperature, message in (
             (1.1, 0.7, "1.1 is for temperature 0, not 0.7"), (0.0, 0.0, "0.0 is not above 0"),
             (-1.0, 0.0, "-1.0 is not above 0")):
