@@ -109,7 +109,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     # What trains: [Reward] and the head, LoRA or the whole language model, the mergers.
-    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader)
+    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader,
+                         layout="ours")
     model.processor.use_instruction(args.instruction)
     model.set_trainable(args.lora_rank, args.train_merger, args.train_vision)
     prepare(model, args, ranks)
@@ -126,7 +127,9 @@ def main() -> None:
 
     # What it learns from: a tie has no winner, and teaches nothing here.
     pairs = read_pairs(args.train, args.label, args.root, model.processor.dimensions)
-    run.take_pairs(pairs)
+    run.train_on(pairs)
+    ties = sum(pair.preference == "tie" for pair in pairs)
+    run.say(f"{pairs.summary()}; {ties} of them ties, which have no winner")
     pairs = [pair for pair in pairs if pair.preference != "tie"]
     if not pairs:
         raise DataError(f"{args.train}: nothing but ties, from which nothing is learnt here")

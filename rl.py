@@ -436,10 +436,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     # What trains, and π_ref: the policy as stage 1 left it.
-    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader)
+    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader,
+                         layout="ours")
     model.processor.use_instruction(args.instruction)
-    if ranks.first and not model.has_head:
-        print("warning: [Reward] and head begin untrained, without stage 1")
+    if not model.has_head:
+        run.say("warning: [Reward] and head begin untrained, without stage 1")
     model.set_trainable(args.lora_rank, args.train_merger)
     if args.beta:
         model.keep_reference()
@@ -449,13 +450,15 @@ def main() -> None:
 
     # What it learns from: a tie is thought about too, but L_BT has no term for it.
     pairs = read_pairs(args.train, args.label, args.root, model.processor.dimensions)
-    run.take_pairs(pairs)
+    run.train_on(pairs)
+    ties = sum(pair.preference == "tie" for pair in pairs)
+    run.say(f"{pairs.summary()}; {ties} of them ties, which have no winner")
     check_said(args.train, pairs, "scores", "reference sub-scores (scores_a, scores_b)")
     pairs = [pair.winner_first() for pair in pairs]
     rewards = make_rewards(args, model.processor)
     weights = {reward.source: reward.weight for reward in rewards.values()}
-    if ranks.first:
-        print("R = " + " + ".join(f"{weight:g} · {source}" for source, weight in weights.items()))
+    terms = [f"{weight:g} · {source}" for source, weight in weights.items()]
+    run.say(f"R = {' + '.join(terms)}")
     plan = make_plan(args, pairs, model.processor, ranks)
     tests = read_tests(args, model.processor.dimensions)
     last = len(plan)

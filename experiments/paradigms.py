@@ -141,7 +141,8 @@ def begin(Args: type, stage: str) -> tuple[Run, DeScore]:
     run = Run(parse_args(Args, stage), stage, Ranks.start())
     args = run.args
     torch.manual_seed(args.seed)
-    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader)
+    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader,
+                         layout="ours")
     model.processor.use_instruction(args.instruction)
     model.set_trainable(args.lora_rank, args.train_merger, getattr(args, "train_vision", False))
     prepare(model, args, run.ranks)
@@ -204,7 +205,7 @@ def pairs_of(run: Run, model: DeScore, field: str, what: str, ties: bool) -> lis
     """The pairs of --train that say `field`, the winner first, with ties or without."""
     args = run.args
     pairs = read_pairs(args.train, args.label, args.root, model.processor.dimensions)
-    run.take_pairs(pairs)
+    run.train_on(pairs)
     pairs = [pair for pair in pairs if ties or pair.preference != "tie"]
     check_said(args.train, pairs, field, what)
     return [pair.winner_first() for pair in pairs]

@@ -85,7 +85,6 @@ class Run:
         is at work in it."""
         self.args, self.stage, self.ranks = args, stage, ranks
         self.out = Path(args.out)
-        self.pairs: list[Pair] = []  # of --train, as they were read
         self.digests: dict[str, str] = {}  # of what the run depends on, by name
         self.scores: list[float] = []  # of the test set measured last
         self.stop_asked = False
@@ -122,15 +121,17 @@ class Run:
 
     # -- before the loop
 
-    def take_pairs(self, pairs: Pairs) -> None:
-        """Take up the pairs of --train: say how many there are, list those whose videos are missing.
-        Raises DataError where these are more than --max-skipped allows."""
-        self.pairs = pairs
-        self.skipped = Skipped(self.out / "skipped.jsonl", pairs, self.args.max_skipped,
+    def train_on(self, items: Pairs) -> None:
+        """Keep in mind what the run trains on, pairs or other items, and list those whose videos are
+        missing. Raises DataError where these are more than --max-skipped allows."""
+        self.items = items
+        self.skipped = Skipped(self.out / "skipped.jsonl", items, self.args.max_skipped,
                                write=self.ranks.first)
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
         if self.ranks.first:
-            ties = sum(pair.preference == "tie" for pair in pairs)
-            print(f"{pairs.summary()}; {ties} of them ties, which have no winner")
+            print(text, flush=True)
 
     def resume(self, model: DeScore, optimizer: torch.optim.Optimizer,
                **more: dict[str, Tensor]) -> int:
@@ -170,7 +171,7 @@ class Run:
         """What the run depends on beside its settings, by the names that messages give it."""
         args = self.args
         sums = {
-            f"{digests.PAIRS} ({args.train})": digests.of_pairs(self.pairs),
+            f"{digests.PAIRS} ({args.train})": digests.of_pairs(self.items),
             f"the model it began from ({args.model})": digests.of_model(model, args.model),
             "the instruction": digests.of_json(model.processor.instruction),
         }
@@ -296,9 +297,7 @@ class Run:
 
     def stopped(self, step: int, last: int) -> None:
         """The end of a run that a signal has stopped."""
-        if self.ranks.first:
-            print(f"{self.out}: stopped after step {step} of {last}; the same command goes on "
-                  "from here", flush=True)
+        self.say(f"{self.out}: stopped after step {step} of {last}; the same command goes on from here")
         self.close()
 
     def save_model(self, model: DeScore) -> None:
@@ -394,7 +393,8 @@ def check_said(path: str, pairs: list[Pair], field: str, what: str) -> None:
     """DataError, that a pair has no `what`, unless each says `field`, such as "cot", of all its videos."""
     for pair in pairs:
         if None in pair.said(field):
-            raise DataError(f"{path}: the pair of {pair.video_a} has no {what}")
+            video, _ = pair.videos()[0]
+            raise DataError(f"{path}: the pair of {video} has no {what}")
 
 
 def prepare_toy(args: RunArgs, stage: str) -> None:
