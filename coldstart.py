@@ -8,14 +8,12 @@ For each pair of videos, scored behind their CoTs,
     L_BT = −E log σ(r_w − r_l)
 
 With probability p the CoTs of a pair are masked, so that r must be readable from the video
-alone as well. Beyond the paper, `--mask expected` takes the expectation over that coin,
-(1 − p) L_BT with the CoTs + p L_BT without them, both from one forward.
+alone as well.
 """
 
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +38,6 @@ class Args(RunArgs):
 
     out: str = setting("runs/coldstart", "the run's folder")
     mask_p: Share = setting(0.5, "p: chance that the CoTs of a pair are masked")
-    mask: Literal["coin", "expected"] = setting("coin", "a coin a pair, or its expectation")
     epochs: Count = setting(2, "passes over the pairs")
     batch_size: Count = setting(32, "pairs a step, over all ranks")
     lr: NotNegative = setting(2e-6, "learning rate after warm-up, constant")
@@ -86,12 +83,11 @@ def make_plan(args: Args, pairs: list[Pair], processor: Processor, ranks: Ranks)
     """Which pairs each step takes, masked or not, in this rank's micro-batches of like length
     (`plan_step`; a step has one update)."""
     plan = []
-    p = args.mask_p if args.mask == "coin" else 0.0
     lengths = prompt_lengths(processor, keys_of(pairs), ranks)
     seen = order(len(pairs), args.epochs, args.seed)
     for step, rows in enumerate(chunks(seen, args.batch_size)):
         batch = [pairs[row] for row in rows]
-        masked = mask_pairs(len(batch), p, args.seed, step)
+        masked = mask_pairs(len(batch), args.mask_p, args.seed, step)
         for place, is_masked in enumerate(masked):
             if is_masked:
                 batch[place] = replace(batch[place], cot_a=None, cot_b=None)
@@ -140,9 +136,6 @@ def main() -> None:
     tests = read_tests(args, model.processor.dimensions)
     last = len(plan)
     warmup = max(1, round(args.warmup * last))
-    both_ways = args.mask == "expected"
-    p = args.mask_p
-    share = torch.tensor([1 - p, p] if both_ways else [1.0])
 
     done = run.resume(model, optimizer)  # the steps of an earlier start
     run.write_settings(model, last)
@@ -161,14 +154,13 @@ def main() -> None:
             group["lr"] = rate * min(1.0, step / warmup)
 
         for micro in micro_batches:
-            cots = per_video(micro.items, "cot")
-            scores = model.score(micro.batch, cots, without_cot=both_ways)
-            r_w, r_l = scores.view(-1, 2, len(share)).unbind(1)  # (pairs, 1), or (pairs, 2)
-            weight = micro.weight[:, None] * share.to(model.device)
-            L_BT = bt_loss(r_w, r_l, max(1.0, count), weight)
+            cots = per_video(micro.items, "cot")  # None where masked
+            scores = model.score(micro.batch, cots)
+            r_w, r_l = scores.view(-1, 2).unbind(1)  # (pairs,)
+            L_BT = bt_loss(r_w, r_l, max(1.0, count), micro.weight)
             L_BT.backward()
             means.total(0, micro.weight, loss=L_BT)
-            means.add(weight, accuracy=r_w > r_l, margin=r_w - r_l)
+            means.add(micro.weight, accuracy=r_w > r_l, margin=r_w - r_l)
 
         all_reduce(own + rest, ranks)  # a sum: each loss divides by the count over all ranks
         norm = clip(own + rest, args.max_grad_norm)

@@ -9,7 +9,9 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from data import (
     TAGS,
+    Batch,
     Key,
     Pair,
     agreement,
@@ -28,7 +31,7 @@ from data import (
     per_video,
 )
 from model import DeScore, check_penalty
-from support import release, tables
+from support import tables
 from support.above import from_above
 from support.batches import (
     THINK_TOKENS,
@@ -39,93 +42,127 @@ from support.batches import (
     split_unreadable,
 )
 from support.command import READER, Count, NotNegative, Positive, Whole, run_command
-from support.files import MODELS, default_model
+from support.files import LAYOUTS, MODELS, default_model
 from support.formats import read_pairs
 from support.ranks import ALONE, Ranks
 from support.shard import gathered
 
 
-def judge(
-        model: DeScore, keys: list[Key], max_new_tokens=4096, temperature=0.0,
-        seed=0, think_tokens=THINK_TOKENS, done: Collection[Key] = (), samples=1,
-        think=True, without_cot=False, workers=0, finite=True, ranks: Ranks = ALONE,
-        numbers: list[int] | None = None,
-        repetition_penalty: float | None = None) -> Iterator[dict]:
-    """Think about and score many (video, prompt) keys but those that are `done`. Keys of like
-    length go together, the longest first, as many as make think_tokens with the CoTs they may
-    write. Ranks that are given share the work, and all get what each of them finds. What is
-    sampled for a key depends on its number alone, by default its place in `keys`.
-    repetition_penalty: by default `release.repetition_penalty`.
+@dataclass(frozen=True)
+class Thinking:
+    """How a model thinks about the videos that it judges."""
 
-    Yields a dict a key: video, prompt, cot, truncated, score; with more `samples` than one, score
-    is the mean over so many CoTs, score_std their spread, and cot the first. `without_cot` adds
-    score_no_cot; without `think` that is all there is. Of a video that cannot be read: video,
-    prompt, error. DataError where a score is not finite, if it is to be `finite`."""
+    max_new_tokens: int = 4096
+    """tokens of the longest CoT"""
+    temperature: float = 0.0
+    """of the sampling; 0: the likeliest token"""
+    samples: int = 1
+    """CoTs per video; their scores are averaged"""
+    seed: int = 0
+    """of the sampling at a temperature above 0"""
+    think_tokens: int = THINK_TOKENS
+    """tokens in memory at a time, of prompts and the longest CoTs that they may get"""
+    repetition_penalty: float | None = None
+    """at temperature 0; above 1, tokens of the prompt and the CoT become less likely. None: the
+    model's own"""
+
+
+# What `judge` took by place when it took these one by one.
+BY_PLACE = ("max_new_tokens", "temperature", "seed", "think_tokens")
+
+
+def takes_fields(judge: Callable) -> Callable:
+    """Let `judge` also take the fields of `thinking` one by one, by name or by place, as calls from
+    before there was a record do."""
+
+    @wraps(judge)
+    def wrapped(model, keys, *places, **options):
+        thinking = options.pop("thinking", Thinking())
+        if places and isinstance(places[0], Thinking):
+            thinking, *places = places
+        by_field = dict(zip(BY_PLACE, places))
+        for field in fields(Thinking):
+            if field.name in options:
+                by_field[field.name] = options.pop(field.name)
+        thinking = replace(thinking, **by_field)
+        return judge(model, keys, thinking, *places[len(BY_PLACE):], **options)
+
+    return wrapped
+
+
+@takes_fields
+def judge(
+        model: DeScore, keys: list[Key], thinking: Thinking = Thinking(), *,
+        done: Collection[Key] = (), think=True, without_cot=False, workers=0, finite=True,
+        ranks: Ranks = ALONE, numbers: list[int] | None = None) -> Iterator[dict]:
+    """Think about many (video, prompt) keys and score them, except those that are `done`.
+
+    Keys of like length go through the model together, the longest first, as many as fill
+    thinking.think_tokens with the CoTs that they may get. `ranks` share the work, and each of
+    them gets all records. What is sampled for a key depends on its number alone, by default its
+    place in `keys`. `workers` are processes that decode videos ahead.
+
+    Yields one dict per key: video, prompt, cot, truncated, score. With more samples than one,
+    score is the mean over them, score_std their spread, and cot the first. `without_cot` adds
+    score_no_cot; without `think` that alone is there. For an unreadable video: video, prompt,
+    error. Raises DataError for a score that is not finite, unless `finite` is False."""
     if finite:
         model.check_head()
-    if repetition_penalty is None:
-        repetition_penalty = release.repetition_penalty(model, temperature)
     numbered = ranks.share(list(zip(numbers or range(len(keys)), keys)))
     lengths = prompt_lengths(model.processor, [key for _, key in numbered])
-    sizes = [lengths[key] + samples * max_new_tokens * think for _, key in numbered]
-    groups, to_read = [], []
-    for group in pack_by_budget(numbered, sizes, think_tokens):
-        # What is still to do keeps the company it would have had.
+    longest_cots = thinking.samples * thinking.max_new_tokens if think else 0
+    sizes = [lengths[key] + longest_cots for _, key in numbered]
+    groups = []
+    for group in pack_by_budget(numbered, sizes, thinking.think_tokens):
+        # A group with one key to do is judged whole: in other company rounding would differ.
         if any(key not in done for _, key in group):
             groups.append(group)
-            to_read.append([[key] for _, key in group])
+    to_read = [[[key] for _, key in group] for group in groups]
 
-    def found() -> Iterator[list[dict]]:
-        read = read_ahead(model.processor, to_read, workers)
-        for group, (batch, errors) in zip(groups, read):
-            records = judge_batch(model, group, batch, errors, seed, max_new_tokens,
-                                  temperature, samples, think, without_cot or not think,
-                                  repetition_penalty)
+    def judged() -> Iterator[list[dict]]:
+        batches = read_ahead(model.processor, to_read, workers)
+        for group, (batch, errors) in zip(groups, batches):
+            records = judge_batch(model, group, batch, errors, thinking, think,
+                                  without_cot or not think)
             if finite:
                 tables.check_finite(model, records)
             yield [record for key, record in by_key(records).items() if key not in done]
 
-    yield from ranks.in_turn(found())
+    yield from ranks.in_turn(judged())
 
 
 @torch.no_grad()
 def judge_batch(
-        model, group, batch, errors, seed, max_new_tokens, temperature, samples, think,
-        without_cot, repetition_penalty) -> list[dict]:
-    """`judge` for the numbered keys of one batch, of which some could not be read."""
+        model: DeScore, group: list[tuple[int, Key]], batch: Batch, errors: list[str | None],
+        thinking: Thinking, think: bool, without_cot: bool) -> list[dict]:
+    """`judge` for the numbered keys of one batch, and what is wrong with each, or None."""
     rows, unread = split_unreadable(group, errors)
     if not rows:
         return unread
     batch = model.encode(batch).select(rows)
     numbers, keys = zip(*[group[row] for row in rows])
-    seeds = [draw_seed(seed, number) for number in numbers]
-    is_release = model.info.get("scoring_layout") == "release"
+    seeds = [draw_seed(thinking.seed, number) for number in numbers]
     records = [{"video": video, "prompt": prompt} for video, prompt in keys]
-    none, no_cot = [None] * len(keys), None
-    watched = release.watch(model, keys, batch) if is_release else None
+    no_cot = None
     if think:
         # What stands for `think` need know no penalty.
-        penalty = {} if repetition_penalty == 1 else {"repetition_penalty": repetition_penalty}
-        thoughts = model.think(batch, samples, max_new_tokens, temperature, seeds=seeds,
-                               without_cot=without_cot and not is_release, **penalty)
+        penalty = {}
+        if thinking.repetition_penalty is not None:
+            penalty["repetition_penalty"] = thinking.repetition_penalty
+        thoughts = model.think(batch, thinking.samples, thinking.max_new_tokens,
+                               thinking.temperature, seeds=seeds, without_cot=without_cot,
+                               **penalty)
         scores, no_cot = thoughts.scores, thoughts.scores_no_cot
         truncated = model.truncated(thoughts)
-        cots = []
-        for tokens, mask in zip(thoughts.tokens, thoughts.mask):
-            cots.append([model.processor.decode(t[m]) for t, m in zip(tokens, mask)])
-        if is_release:
-            scores = [release.score(model, keys, watched, list(some)) for some in zip(*cots)]
-            scores = torch.stack(scores, 1)
         for i, record in enumerate(records):
-            record |= {"cot": cots[i][0], "truncated": truncated[i, 0].item(),
+            tokens = thoughts.tokens[i, 0][thoughts.mask[i, 0]]
+            record |= {"cot": model.processor.decode(tokens), "truncated": truncated[i, 0].item(),
                        "score": scores[i].mean().item()}
-            if samples > 1:
+            if thinking.samples > 1:
                 record["score_std"] = scores[i].std().item()
     if without_cot:
-        if is_release:
-            no_cot = release.score(model, keys, watched, none)
-        elif no_cot is None:
-            no_cot = model.score(batch, none)
+        if no_cot is None:
+            no_cot = model.score(batch, [None] * len(keys))
         for record, score in zip(records, no_cot.tolist()):
             record["score_no_cot"] = score
     return records + unread
@@ -228,23 +265,22 @@ def measure(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> d
 
 
 def evaluate(
-        model: DeScore, tests: dict[str, list[Pair]], ranks: Ranks,
-        max_new_tokens: int, temperature: float, think_tokens: int,
-        workers: int = 0, found_by_set: dict[str, Judged] | None = None) -> dict[str, float]:
+        model: DeScore, tests: dict[str, list[Pair]], ranks: Ranks, thinking: Thinking,
+        workers: int = 0, judged_by_set: dict[str, Judged] | None = None) -> dict[str, float]:
     """Measure a model on test sets by name: figures by "name/figure". Every video of a set is
-    judged once, with a CoT and without one, the work split over ranks. `found_by_set` gets the
+    judged once, with a CoT and without one, the work split over ranks. `judged_by_set` gets the
     judgements of each set."""
     figures = {}
     for name, pairs in tests.items():
         keys = list(dict.fromkeys(keys_of(pairs)))
         with gathered(model):
-            found = judge(model, keys, max_new_tokens, temperature, think_tokens=think_tokens,
-                          without_cot=True, workers=workers, ranks=ranks)
-            judged = by_key(tqdm(found, f"evaluate {name}", len(keys), leave=False,
+            records = judge(model, keys, thinking, without_cot=True, workers=workers,
+                            ranks=ranks)
+            judged = by_key(tqdm(records, f"evaluate {name}", len(keys), leave=False,
                                  disable=not ranks.first))
         tables.list_unreadable(judged if ranks.first else {})
-        if found_by_set is not None:
-            found_by_set[name] = judged
+        if judged_by_set is not None:
+            judged_by_set[name] = judged
         measured = measure(pairs, judged, model.processor.dimensions, model.processor.tags)
         figures |= {f"{name}/{key}": value for key, value in measured.items()}
     return figures
@@ -268,24 +304,58 @@ def report(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> di
 
 
 def judge_all(
-        model: DeScore, keys: list[Key], args: argparse.Namespace, ranks: Ranks) -> Judged:
+        model: DeScore, keys: list[Key], thinking: Thinking, args: argparse.Namespace,
+        ranks: Ranks) -> Judged:
     """Judge each key once. With --out, judgements are appended to a file; a run that was cut
     off goes on there."""
     journal = None
-    if args.repetition_penalty is None:
-        args.repetition_penalty = release.repetition_penalty(model, args.temperature)
     if args.out and ranks.first:
         journal = from_above("tools.journal", "open_journal")(args.out, model, args, keys)
     judged = by_key(ranks.gather([*journal.records.values()] if journal else []))
-    new = judge(model, keys, args.max_new_tokens, args.temperature, args.seed, args.think_tokens,
-                {*judged}, args.samples, args.cot == "on", bool(args.pairs), args.workers,
-                ranks=ranks, repetition_penalty=args.repetition_penalty)
+    new = judge(model, keys, thinking, done={*judged}, think=args.cot == "on",
+                without_cot=bool(args.pairs), workers=args.workers, ranks=ranks)
     for record in tqdm(new, "judge", len(keys), initial=len(judged), unit="video",
                        disable=not ranks.first or len(keys) < 2):
         judged |= by_key([record])
         if journal:
             journal.add(record)
     return judged
+
+
+# The flags of a `Thinking`, by field, where a command says nothing else.
+FLAGS = {
+    "samples": {"type": Count, "default": 1, "help": "CoTs a video, their scores averaged"},
+    "max_new_tokens": {"type": Count, "default": 4096, "help": "longest CoT"},
+    "temperature": {
+        "type": NotNegative, "help": "0: the likeliest token [0; with --samples 1]"},
+    "repetition_penalty": {
+        "type": Positive, "help": "at temperature 0: above 1, what the prompt or the CoT holds "
+        "becomes less likely [1; 1.05 in the release's layout]"},
+    "seed": {"type": Whole, "default": 0, "help": "of the sampling at a temperature above 0"},
+    "think_tokens": {
+        "type": Count, "default": THINK_TOKENS,
+        "help": "tokens thought at a time, of prompts and their longest CoTs"},
+}
+
+
+def add_thinking(parser: argparse.ArgumentParser, **changes: dict | None) -> None:
+    """Add the flags of a `Thinking` to a command. `changes` has, by field, what add_argument
+    gets in place of FLAGS, other names of the flag under "also", or None for no such flag."""
+    for name, options in FLAGS.items():
+        if changes.get(name, {}) is not None:
+            options = options | changes.get(name, {})
+            also = options.pop("also", [])
+            parser.add_argument("--" + name.replace("_", "-"), *also, **options)
+
+
+def read_thinking(args: argparse.Namespace) -> Thinking:
+    """The record of what a command line says. Where it gives no temperature, args gets 0, or 1
+    with more samples than one. DataError for a penalty that does not go with it."""
+    if args.temperature is None:
+        args.temperature = 0.0 if args.samples == 1 else 1.0
+    thinking = Thinking(**{name: getattr(args, name) for name in FLAGS if name in args})
+    check_penalty(thinking.repetition_penalty or 1.0, thinking.temperature)
+    return thinking
 
 
 def parse_args() -> argparse.Namespace:
@@ -299,18 +369,11 @@ def parse_args() -> argparse.Namespace:
     add("--root", help="with --pairs: the folder that its paths are relative to [its own]")
     add("--out", type=Path, help="with --pairs: a file for the judgements, a line a video")
     add("--cot", choices=("on", "off"), default="on", help="off: score without thinking")
-    add("--samples", type=Count, default=1, help="CoTs a video, their scores averaged")
     add("--instruction", help="a file with <video> and <prompt> in it [the model's own]; "
         "problem: the pair file's column")
-    add("--scoring-layout", choices=("ours", "release"), help="release: as the authors score "
+    add("--scoring-layout", choices=LAYOUTS, help="release: as the authors score "
         "[the model's own]")
-    add("--max-new-tokens", type=Count, default=4096, help="longest CoT")
-    add("--temperature", type=NotNegative, help="0: the likeliest token [0; with --samples 1]")
-    add("--repetition-penalty", type=Positive, help="at temperature 0: above 1, what the prompt or "
-        "the CoT holds becomes less likely [1; 1.05 in the release's layout]")
-    add("--seed", type=Whole, default=0, help="of the sampling at a temperature above 0")
-    add("--think-tokens", "--max-tokens", type=Count, default=THINK_TOKENS,
-        help="tokens thought at a time, of prompts and their longest CoTs")
+    add_thinking(parser, think_tokens={"also": ["--max-tokens"]})
     add("--workers", type=Whole, default=0, help="processes that decode videos ahead")
     add("--reader", **READER)
     add("--json", action="store_true", help="print JSON instead of text")
@@ -327,18 +390,14 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"argument --report: {error}")
     if args.out and not args.pairs:
         parser.error("--out keeps the judgements of --pairs")
-    if args.temperature is None:
-        args.temperature = 0.0 if args.samples == 1 else 1.0
-    check_penalty(args.repetition_penalty or 1.0, args.temperature)
+    args.thinking = read_thinking(args)
     return args
 
 
 def main() -> None:
     args, ranks = parse_args(), Ranks.start()
     args.model = args.model or default_model()
-    model = DeScore.load(args.model, reader=args.reader)
-    if args.scoring_layout:
-        model.info["scoring_layout"] = args.scoring_layout
+    model = DeScore.load(args.model, reader=args.reader, layout=args.scoring_layout)
     model.processor.use_instruction(args.instruction)
     dimensions, pairs = model.processor.dimensions, None
     if args.pairs:
@@ -349,7 +408,7 @@ def main() -> None:
             print(pairs.summary(), file=sys.stderr)
     else:
         keys = [(video, args.inputs[-1]) for video in args.inputs[:-1]]
-    judged = judge_all(model, list(dict.fromkeys(keys)), args, ranks)
+    judged = judge_all(model, list(dict.fromkeys(keys)), args.thinking, args, ranks)
     ranks.stop()
     if not ranks.first:
         return

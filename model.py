@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
-from data import Batch, DataError, Processor, checked
+from data import Batch, DataError, Processor, VideoSettings, checked
 from support import saved
 from support.attention import GroupCache, pack_rows
 from support.batches import group_by_length, pack_by_budget
@@ -148,19 +148,26 @@ class DeScore(nn.Module):
 
     # -- think, then score
 
+    def own_penalty(self, temperature: float) -> float:
+        """The repetition penalty with which it thinks unless told otherwise: 1, none."""
+        return 1.0
+
     @torch.no_grad()
     def think(
             self, batch: Batch, n: int = 1, max_new_tokens: int = 4096,
             temperature: float = 1.0, top_p: float = 1.0,
             seeds: list[int] | None = None, without_cot: bool = False,
-            repetition_penalty: float = 1.0) -> Thoughts:
+            repetition_penalty: float | None = None) -> Thoughts:
         """Write n CoTs for each of the batch's B videos and score each where it ends (Section
         "Inference"); one that reaches max_new_tokens is scored as it stands.
 
         `seeds`, one a video, by default from torch's own generator, decide what is drawn for it
         in any company. `without_cot` also scores the videos themselves, on the same prefill.
         `repetition_penalty`, above 1, makes what the prompt or the CoT holds less likely to be
-        chosen at temperature 0 (`penalised`); logps stay those of the policy, without it."""
+        chosen at temperature 0 (`penalised`), by default `own_penalty`; logps stay those of the
+        policy, without it."""
+        if repetition_penalty is None:
+            repetition_penalty = self.own_penalty(temperature)
         check_penalty(repetition_penalty, temperature)
         was_training = self.training
         self.eval()
@@ -261,6 +268,16 @@ class DeScore(nn.Module):
         return ~(is_end & thoughts.mask).any(-1)
 
     # -- CoTs that are there already: their scores and log-probabilities
+
+    @property
+    def scoring_settings(self) -> VideoSettings:
+        """How it sees a video that it scores; for thinking the processor's settings hold."""
+        return self.processor.settings
+
+    def watch(self, batch: Batch) -> Batch:
+        """Encode a batch as its videos are seen for scoring: here no otherwise than for thinking.
+        What it returns can be scored behind many CoTs."""
+        return self.encode(batch)
 
     def score(
             self, batch: Batch, cots: list[str | None], without_cot: bool = False) -> Tensor:
@@ -414,15 +431,16 @@ class DeScore(nn.Module):
     def load(
             cls, source: str | Path, dtype: torch.dtype | None = None,
             device: torch.device | str | None = None, video: dict | None = None,
-            quant: str | None = None, reader: str = "av") -> "DeScore":
+            quant: str | None = None, reader: str = "av", layout: str | None = None) -> "DeScore":
         """Load a saved DeScore, or a bare Qwen3-VL, which can think, and score once trained.
 
         source: a directory, a run's folder or a hub id; dtype: of frozen weights [bfloat16 on a
         GPU, else float32]; video: other `VideoSettings` than those saved; quant: "4bit" for the
-        frozen linear layers; reader: of video files (`data.read_video`). Raises DataError, naming
-        the file, where a weight is missing, damaged or left over, and where an adapter was trained
-        on another backbone."""
-        return saved.load(cls, source, dtype, device, video, quant, reader)
+        frozen linear layers; reader: of video files (`data.read_video`); layout: in which it
+        scores, "ours" or the authors' "release" [the model's own; see tools/release.py]. Raises
+        DataError, naming the file, where a weight is missing, damaged or left over, and where an
+        adapter was trained on another backbone."""
+        return saved.load(cls, source, dtype, device, video, quant, reader, layout)
 
     def save(self, directory: str | Path, write: bool = True, **info) -> None:
         """Write the model to a directory, with `info` in its descore.json (`saved.save`)."""

@@ -35,7 +35,7 @@ import world
 
 from coldstart import bt_loss, mask_pairs
 from data import Pair, agreement, implied_overall, keys_of, parse_cot, per_video
-from infer import by_key, judge
+from infer import Thinking, by_key, judge
 from model import DeScore
 from support.batches import chunks, draw_seed, read_ahead
 from support.command import run_command
@@ -57,7 +57,7 @@ RUNS |= {
     "p = 0.5, unfiltered": (STAGE1, None, ALL, ["--mask-p", "0.5"]),
     "p = 1, unfiltered": (STAGE1, None, ALL, ["--mask-p", "1"]),
     "with ties, unfiltered": (f"{PARADIGM} ties", None, ALL, []),
-    "expected mask": (STAGE1, None, COTS, ["--mask", "expected"]),
+    "expected mask": (f"{PARADIGM} expected", None, COTS, []),
     "supervised": (f"{PARADIGM} supervise", None, COTS, WRITE),
     "coupled": (f"{PARADIGM} pairwise", "supervised", SCORES, ["--max-new-tokens", str(MAX_NEW),
                                                                "--keep-rollouts", "1000"]),
@@ -215,8 +215,8 @@ class Bench:
             if name in UNTHINKING:
                 sets[test] = {"no CoT": signs(pairs, score_all(model, pairs, [None] * 2 * len(pairs)))}
                 continue
-            found = judge(model, keys_of(pairs), MAX_NEW, TEMPERATURE, self.seed, THINK, without_cot=True)
-            judged = by_key(found)
+            thinking = Thinking(MAX_NEW, TEMPERATURE, seed=self.seed, think_tokens=THINK)
+            judged = by_key(judge(model, keys_of(pairs), thinking, without_cot=True))
             cots = [judged[key]["cot"] for key in keys_of(pairs)]
             sets[test] = outcomes(pairs, judged, name in GENERATIVE)
             if name in GENERATIVE:

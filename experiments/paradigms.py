@@ -1,5 +1,6 @@
 """The other ways to make a reward model of the same backbone: what DeScore is compared with.
 
+    python experiments/paradigms.py expected --train F --model toy/backbone ...     as coldstart.py, no coin
     python experiments/paradigms.py ties --train F --model toy/backbone ...         as coldstart.py, with ties
     python experiments/paradigms.py supervise --train F --model toy/backbone ...  writes the score (--think)
     python experiments/paradigms.py pairwise --train F --model RUN ...              the same, by GRPO
@@ -80,6 +81,50 @@ def written_score(text: str) -> float:
     """The score that a text ends with, 10 to 50; NaN where there is none."""
     found = WRITTEN.fullmatch(text, max(0, text.rfind(" so ")))
     return float(found[1]) if found and int(found[1]) <= 50 else float("nan")
+
+
+# ------------------------------
+# Beyond the paper: the expectation over the mask
+
+
+def expected_loss(scores: Tensor, p: float, count: float, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 − p) L_BT with the CoTs + p L_BT without them, what stage 1's coin has as its mean. scores
+    (pairs, 2, 2): of the winner and the loser, behind the CoT and without one; weight (pairs,). Returns
+    the loss and each term's weight (pairs, 2)."""
+    share = torch.tensor([1 - p, p], device=scores.device)
+    weight = weight[:, None] * share
+    r_w, r_l = scores.unbind(1)  # (pairs, 2)
+    return coldstart.bt_loss(r_w, r_l, count, weight), weight
+
+
+def cots_and_none(model: DeScore, cots: list[str]) -> tuple[Tensor, Tensor]:
+    """Two CoTs of each of B videos as `DeScore.group` takes them: its own, and none. (B, 2, C)"""
+    ids = [torch.tensor(model.processor.encode_cot(cot), dtype=torch.long) for cot in cots]
+    lengths = torch.tensor([[len(i), 0] for i in ids])
+    tokens = pad_sequence(ids, batch_first=True)[:, None].expand(-1, 2, -1)
+    return tokens, torch.arange(tokens.shape[-1]) < lengths[..., None]
+
+
+def expected() -> None:
+    """Stage 1 without its coin: both scores of a video from one forward."""
+    run, model = begin(coldstart.Args, "coldstart")
+    args = run.args
+    pairs = pairs_of(run, model, "cot", "CoTs", ties=False)
+    plan = coldstart.make_plan(replace(args, mask_p=0.0), pairs, model.processor, run.ranks)
+
+    def backward(step, micro_batches, means, update):
+        (count,) = run.ranks.sum([sum(micro.weight.sum().item() for micro in micro_batches)])
+        for micro in micro_batches:
+            tokens, mask = cots_and_none(model, per_video(micro.items, "cot"))
+            _, scores = model.group(micro.batch, tokens, mask)
+            scores = scores.view(-1, 2, 2)
+            loss, weight = expected_loss(scores, args.mask_p, max(1.0, count), micro.weight)
+            loss.backward()
+            r_w, r_l = scores.unbind(1)
+            means.total(update, micro.weight, loss=loss)
+            means.add(weight, accuracy=r_w > r_l, margin=r_w - r_l)
+
+    train(run, model, two_groups(args, model), plan, backward)
 
 
 # ------------------------------
@@ -311,7 +356,7 @@ def with_cots(model: DeScore, batch, cots: list[str]):
 
 
 if __name__ == "__main__":
-    WAYS = {way.__name__: way for way in (ties, supervise, pairwise)}
+    WAYS = {way.__name__: way for way in (expected, ties, supervise, pairwise)}
     if len(sys.argv) < 2 or sys.argv[1] not in WAYS:
         sys.exit(f"usage: python experiments/paradigms.py {{{','.join(WAYS)}}} ...")
     run_command(WAYS[sys.argv.pop(1)])

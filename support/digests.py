@@ -13,8 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import DataError, Pair
-from support import release
-from support.files import digest, local_folder, read_json, write_whole
+from support.files import digest, head_file, local_folder, read_json, write_whole
 
 # What is smaller is read again each time, which is as quick as looking up what it was.
 REMEMBERED_FROM = 2**26  # bytes
@@ -68,7 +67,7 @@ def of_model(model, source: str | Path) -> str:
     directory = local_folder(source)
     processor = model.processor
     on_top = [directory / name for name in ON_TOP]
-    on_top = [path for path in [*on_top, release.head_file(directory)] if path.is_file()]
+    on_top = [path for path in [*on_top, head_file(directory)] if path.is_file()]
     return of_json([
         model.backbone_sha256, of_files(directory, on_top), processor.dimensions, processor.tags,
         processor.opening, processor.tokenizer.backend_tokenizer.to_str()])

@@ -43,6 +43,8 @@ KINDS = {"backbone": str, "backbone_sha256": str, "video": dict, "instruction": 
          "dimensions": dict, "tags": list, "files": dict, "score_quantiles": list,
          "scoring_layout": str, "scoring_video": dict}
 
+LAYOUTS = ("ours", "release")  # in which a model scores
+
 
 def read_info(directory: Path) -> dict:
     """descore.json of a directory, {} for a bare backbone. Raises DataError if it is neither
@@ -65,7 +67,7 @@ def read_info(directory: Path) -> dict:
         raise DataError(f"{path}: score_mean and score_std are not two numbers")
     if scale and scale[1] < 0:
         raise DataError(f"{path}: score_std is {scale[1]}")
-    if info.get("scoring_layout", "ours") not in ("ours", "release"):
+    if info.get("scoring_layout", "ours") not in LAYOUTS:
         raise DataError(f"{path}: scoring_layout is {info['scoring_layout']!r}, not ours or release")
     tags = info.get("tags", TAGS)
     names = [tag for tag in tags if isinstance(tag, str) and tag.isidentifier()]
@@ -91,6 +93,11 @@ def local_folder(source: str | Path) -> Path:
             if (directory / inside / file).is_file():
                 return directory / inside
     return directory
+
+
+def head_file(directory: Path) -> Path:
+    """Where a release of the authors has its rm_head.pth: with the weights, after stage 2 above them."""
+    return (directory.parent if directory.name == "huggingface" else directory) / "rm_head.pth"
 
 
 LEFT_BEHIND = ("runs/rl", "runs/coldstart", "runs/demo/rl", "runs/demo/coldstart")

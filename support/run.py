@@ -9,6 +9,7 @@ number are functions of (seed, step), and all else is in the checkpoint.
 import fcntl
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -24,8 +25,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Batch, DataError, Pair, Pairs, error_context, keys_of, per_video
-from infer import evaluate
+from data import (
+    DIMENSIONS,
+    Batch,
+    DataError,
+    Pair,
+    Pairs,
+    error_context,
+    keys_of,
+    make_instruction,
+    per_video,
+)
+from infer import Thinking, evaluate
 from model import OWN, DeScore
 from support import digests
 from support.above import from_above
@@ -245,9 +256,10 @@ class Run:
     def evaluate(self, step: int, model: DeScore, tests: dict[str, Pairs]) -> dict[str, float]:
         """Measure a model on the test sets, and log it. What it thinks about a set's first videos, the
         same each time, goes to held_out.jsonl."""
-        args, judged = self.args, {}
-        figures = evaluate(model, tests, self.ranks, args.max_new_tokens,
-                           args.eval_temperature, args.think_tokens, args.workers, judged)
+        args = self.args
+        judged: dict[str, dict] = {}
+        thinking = Thinking(args.max_new_tokens, args.eval_temperature, think_tokens=args.think_tokens)
+        figures = evaluate(model, tests, self.ranks, thinking, args.workers, judged)
         self.log({"step": step, **figures})
         for name, pairs in tests.items():
             references = dict(zip(keys_of(pairs), per_video(pairs, "scores")))
@@ -375,7 +387,7 @@ def prepare(model: DeScore, args: RunArgs, ranks: Ranks) -> None:
     for old in ("scoring_layout", "score_mean", "score_std", "score_quantiles"):
         model.info.pop(old, None)
     if ranks.first:
-        print(summary(model))
+        print(*summary(model), sep="\n")
 
 
 def check_said(path: str, pairs: list[Pair], field: str, what: str) -> None:
@@ -431,8 +443,8 @@ def finite(record: dict) -> dict:
     return record | dict.fromkeys(odd)
 
 
-def summary(model: DeScore) -> str:
-    """What trains, with counts, in one line."""
+def summary(model: DeScore) -> Iterator[str]:
+    """What trains, with counts; what LoRA does not cover; what the model brings that is not data.py's."""
     kinds = {".lora_": "LoRA", "merger": "mergers", ".visual.": "vision tower"}
     counts = Counter()
     for name, parameter in model.trainable().items():
@@ -441,7 +453,26 @@ def summary(model: DeScore) -> str:
         counts[kind] += parameter.numel()
     total = sum(p.numel() for p in model.parameters())
     trains = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
-    return f"{trains} parameters train, of {total:,}"
+    yield f"{trains} parameters train, of {total:,}"
+    if "LoRA" in counts:
+        yield f"LoRA leaves as they are, beside the tower: {', '.join(without_adapter(model))}"
+    processor = model.processor
+    if processor.dimensions != DIMENSIONS:
+        yield f"{model.name} has dimensions of its own: {', '.join(processor.dimensions)}"
+    if processor.instruction != make_instruction(processor.dimensions, processor.tags):
+        yield f"{model.name} is asked with an instruction of its own"
+
+
+def without_adapter(model: DeScore) -> list[str]:
+    """The matrices of the language model that have no adapter, such as embeddings, or the experts of
+    another backbone; * stands for the number of a layer."""
+    names = {}  # in their order
+    for name, parameter in model.qwen.named_parameters():
+        adapted = ".lora_" in name or ".base_layer." in name
+        if parameter.ndim > 1 and not adapted and ".visual." not in name:
+            name = name.removeprefix("model.language_model.").removesuffix(".weight")
+            names[re.sub(r"\.\d+\.", ".*.", name)] = None
+    return list(names)
 
 
 class Skipped:

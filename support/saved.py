@@ -27,19 +27,29 @@ from data import (
     error_context,
     make_instruction,
 )
-from support import release
+from support.above import from_above
 from support.command import PeftModel, get_peft_model_state_dict
 from support.digests import of_backbone
-from support.files import digest, local_folder, put_in_place, read_info, read_json
+from support.files import (
+    LAYOUTS,
+    digest,
+    head_file,
+    local_folder,
+    put_in_place,
+    read_info,
+    read_json,
+)
 from support.shard import whole
 
 MOST_LAYERS = 1000  # a config.json with more is damaged, and making them would fill the memory
 
 
 def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.device | str | None,
-         video: dict | None, quant: str | None, reader: str):
-    """`DeScore.load`; cls is DeScore."""
+         video: dict | None, quant: str | None, reader: str, layout: str | None):
+    """`DeScore.load`; cls is DeScore or a subclass."""
     check_reader(reader)
+    if layout not in (None, *LAYOUTS):
+        raise DataError(f"there is no scoring layout {layout!r}, but {' and '.join(LAYOUTS)}")
     directory = local_folder(source)
     if device is None:  # 0 is a device
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,6 +80,11 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
         tags = info.pop("tags", TAGS)
         instruction = info.pop("instruction", make_instruction(dimensions, tags))
         processor = Processor(tokenizer, settings, instruction, dimensions, tags, reader)
+        layout = layout or own_layout(directory, info, is_adapter)
+        info.pop("scoring_layout", None)
+        if layout == "release":
+            cls = from_above("tools.release", "in_its_layout")(cls)
+            info["scoring_layout"] = layout
         model = cls(qwen, processor, backbone)
         model.name, model.dtype, model.quant, model.info = str(source), dtype, quant, info
         model.backbone_sha256 = backbone_sha256
@@ -141,11 +156,20 @@ def load_rest(model, directory: Path, is_adapter: bool) -> None:
     adapter = directory if is_adapter else directory / "lora_adapter"  # the release's stage 1
     if is_adapter or adapter.is_dir():
         load_adapter(model, adapter)
-    path, head = directory / "descore.safetensors", release.head_file(directory)
+    path = directory / "descore.safetensors"
     if path.is_file() or is_adapter:
         load_own(model, path)
-    elif head.is_file():
-        release.load_head(model, head)
+    elif head_file(directory).is_file():
+        from_above("tools.release", "load_head")(model, head_file(directory))
+
+
+def own_layout(directory: Path, info: dict, is_adapter: bool) -> str:
+    """The layout in which a model scores unless told otherwise. A head of the release, which is
+    read where there is no other (`load_rest`), was trained in the release's."""
+    is_ours = is_adapter or (directory / "descore.safetensors").is_file()
+    if head_file(directory).is_file() and not is_ours:
+        return "release"
+    return info.get("scoring_layout", "ours")
 
 
 def check_files(directory: Path, sums: dict[str, str]) -> None:

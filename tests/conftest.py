@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "bench"), str(ROOT / "e
 from launch import run
 
 from model import DeScore
+from tools.release import Release
 
 TOY_VIDEO = ["--min-pixels", "4096", "--max-pixels", "4096"]
 
@@ -48,6 +49,13 @@ def model():
     torch.manual_seed(0)
     model = DeScore.load(ROOT / "toy/backbone", dtype=torch.float64, device="cpu").double()
     model.has_head = True
+    return model
+
+
+def in_layout(model, layout):
+    """The same model, which scores in our layout or the release's."""
+    model.__class__ = {"ours": DeScore, "release": Release}[layout]
+    model.info["scoring_layout"] = layout
     return model
 
 

@@ -78,7 +78,8 @@ def ours(world_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("project")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, root)
-    shutil.copytree(ROOT / "support", root / "support")
+    for folder in ("support", "tools"):
+        shutil.copytree(ROOT / folder, root / folder)
     shutil.copytree(BACKBONE, root / "backbone")
     pairs = []
     for line in (world_dir / "train_cots.jsonl").read_text().splitlines():
@@ -86,7 +87,9 @@ def ours(world_dir, tmp_path_factory):
         pair |= {key: str(world_dir / pair[key]) for key in ("video_a", "video_b")}
         pairs += [pair] * (pair["preference"] != "tie")
     (root / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:4]))
-    (root / "mine.py").write_text("def longer(text, n_tokens, gold):\n    return float(n_tokens)\n")
+    # What it imports is among the run's code, but for files that decide nothing (`ONLY_WRITE`).
+    reward = "import tools.trackers\n\ndef longer(text, n_tokens, gold):\n    return float(n_tokens)\n"
+    (root / "mine.py").write_text(reward)
     (root / "ask.txt").write_text("<video><prompt>\nThink, then judge.")
     for stage in ("coldstart", "rl"):
         run(*command(stage), root=root)
@@ -438,14 +441,16 @@ def test_evaluation_and_dpo_pairs_do_not_hand_out_the_scores_of_other_clips(mode
         shutil.copy(video, place)
     args = Namespace(out=tmp_path / "judged", max_new_tokens=3, temperature=0.0, seed=0, think_tokens=10**4,
                      samples=1, cot="on", pairs="pairs.jsonl", workers=0, repetition_penalty=None)
-    before = infer.judge_all(model, clips, args, ALONE)
+    thinking = infer.read_thinking(args)
+    before = infer.judge_all(model, clips, thinking, args, ALONE)
     for (place, _), (video, _) in zip(clips, keys[1::-1]):
         shutil.copy(video, place)
-    after = infer.judge_all(model, clips, args, ALONE)
+    after = infer.judge_all(model, clips, thinking, args, ALONE)
     a, b = clips
     assert before[a]["score"] != before[b]["score"]
     assert (after[a]["score"], after[b]["score"]) == pytest.approx((before[b]["score"], before[a]["score"]))
-    assert "files" not in tables.describe(model, infer.judge_all(model, clips, args, ALONE)[a])
+    again = infer.judge_all(model, clips, thinking, args, ALONE)
+    assert "files" not in tables.describe(model, again[a])
 
 
 def test_annotation_by_a_bare_backbone_goes_on_with_other_random_weights(

@@ -21,9 +21,10 @@ import coldstart
 import infer
 import rl
 from coldstart import order
-from data import DataError, read_pairs
+from data import DataError, make_instruction, read_pairs
 from model import DeScore
 from support import command
+from support.run import summary
 from support.settings import load_function, parse_args
 from tools import annotate, check
 
@@ -123,6 +124,23 @@ def test_both_stages_train_on_dimensions_of_ones_own(dimensions, world_dir, tmp_
                   check=False, root=root)
     message = 'five.jsonl, row 1: scores_a is not 0, 1, 2 or "N/A" for each of ' + ", ".join(dimensions)
     assert refused.returncode == 1 and message in refused.stderr
+
+
+def test_a_run_says_what_lora_leaves_out_and_what_is_the_models_own(model):
+    layer = model.qwen.model.language_model.layers[1]
+    layer.mlp.experts = torch.nn.Module()  # of a mixture of experts, in one matrix: no linear layer
+    layer.mlp.experts.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    model.processor.instruction = make_instruction(model.processor.dimensions, model.processor.tags)
+    model.set_trainable(4)
+    trains, left = summary(model)
+    assert re.fullmatch(r"\[Reward\] and head 384, LoRA [\d,]+ parameters train, of [\d,]+", trains)
+    assert left.endswith(": embed_tokens, layers.*.mlp.experts.gate_up_proj")
+    model.processor.dimensions = THREE
+    *_, dimensions, instruction = summary(model)
+    assert dimensions.endswith("has dimensions of its own: object, motion, text rendering")
+    assert instruction.endswith("is asked with an instruction of its own")
+    model.set_trainable(0)
+    assert not any("LoRA" in line for line in summary(model))
 
 
 @pytest.mark.parametrize("dimensions", [DEFAULT, SIX, THREE])

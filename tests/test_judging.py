@@ -1,22 +1,24 @@
 """What judges videos: files of judgements that go on, videos that cannot be read, scores that are none."""
 
+import importlib
 import json
 import os
 import resource
 import shutil
+from argparse import ArgumentParser
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, in_layout
 from launch import Started, run, run_ranks
 from safetensors.torch import load_file, save_file
 
 import infer
 from data import DIMENSIONS, TEXT_LIMIT, DataError, Pair, Processor, read_pairs
-from infer import by_key, evaluate, judge, report
+from infer import Thinking, by_key, evaluate, judge, report
 from model import DeScore
 from support import tables
 from support.command import run_command
@@ -55,6 +57,52 @@ def broken(world_dir, tmp_path):
     pairs = absolute(world_dir)
     pairs[1] |= {"video_b": str(video)}
     return write(tmp_path / "pairs.jsonl", pairs), video
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One record of how a model thinks
+
+
+def test_judge_takes_the_record_or_its_fields_by_name_or_by_place(model, keys):
+    thinking = Thinking(6, 3.0, samples=2, seed=3, think_tokens=900)
+    expected = list(judge(model, keys, thinking))
+    assert all(record["score_std"] > 0 for record in expected)
+    by_name = {"max_new_tokens": 6, "temperature": 3.0, "samples": 2, "seed": 3, "think_tokens": 900}
+    for places, options in (((), {"thinking": thinking}), ((), by_name), ((6, 3.0, 3, 900), {"samples": 2}),
+                            ((Thinking(6, seed=3, think_tokens=900),), {"temperature": 3.0, "samples": 2})):
+        assert list(judge(model, keys, *places, **options)) == expected
+    assert list(judge(model, keys, thinking, seed=4)) != expected
+    with pytest.raises(TypeError, match="max_token"):
+        judge(model, keys, max_token=6)
+    with pytest.raises(TypeError, match="positional"):
+        judge(model, keys, 6, 3.0, 3, 900, ())
+
+
+@pytest.mark.parametrize(("module", "words", "default"), [
+    ("infer", ["--pairs", "p"], Thinking()), ("tools.pairs", ["v", "p"], Thinking()),
+    ("tools.probe", ["p"], Thinking(samples=4)), ("tools.serve", [], Thinking()),
+    ("tools.annotate", ["p", "o"], Thinking(temperature=1.0))])
+def test_a_command_thinks_as_its_flags_say(module, words, default, monkeypatch):
+    parsers = []
+
+    def keep(parser):
+        parsers.append(parser)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArgumentParser, "parse_args", keep)
+        with pytest.raises(SystemExit):
+            importlib.import_module(module).main()
+    (parser,) = parsers
+    assert infer.read_thinking(parser.parse_args(words)) == default
+    flags = ["--max-new-tokens", "7", "--temperature", "0.5", "--seed", "3", "--think-tokens", "99"]
+    asked = replace(default, max_new_tokens=7, temperature=0.5, seed=3, think_tokens=99)
+    assert infer.read_thinking(parser.parse_args([*words, *flags])) == asked
+    if module != "tools.annotate":
+        flags += ["--samples", "2"]
+        assert infer.read_thinking(parser.parse_args([*words, *flags])) == replace(asked, samples=2)
+        warm = infer.read_thinking(parser.parse_args([*words, "--samples", "2"]))
+        assert warm.temperature == (0.0 if module == "tools.probe" else 1.0)  # whose samples are a spread
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,7 +211,7 @@ def test_what_decides_a_judgement_is_written_down(model, extra, named, monkeypat
     for more in ([], extra):
         monkeypatch.setattr("sys.argv", ["infer.py", "--pairs", "p", "--model", "m", *more])
         made.append(made_by(model, infer.parse_args()))
-    assert {name for name in made[0] if made[0][name] != made[1][name]} == named
+    assert {name for name in made[0] | made[1] if made[0].get(name) != made[1].get(name)} == named
     release, asks, small = (made_by(changed, infer.parse_args()) for changed in changes(model))
     assert {name for name in made[1] if made[1][name] != release[name]} == {"layout"}
     assert {name for name in made[1] if made[1][name] != asks[name]} == {"instruction"}
@@ -273,12 +321,12 @@ def test_the_best_of_those_that_can_be_read(world_dir, scorer, broken):
 
 
 def evaluated(model, pairs):
-    return evaluate(model, {"test": pairs}, ALONE, max_new_tokens=5, temperature=0, think_tokens=2000)
+    return evaluate(model, {"test": pairs}, ALONE, Thinking(max_new_tokens=5, think_tokens=2000))
 
 
 @pytest.mark.parametrize("layout", ["ours", "release"])
 def test_evaluation_leaves_an_unreadable_video_out(model, broken, layout, capsys):
-    model.info["scoring_layout"] = layout
+    in_layout(model, layout)
     pairs = read_pairs(broken[0])
     figures = evaluated(model, pairs)
     assert figures.pop("test/unreadable") == 1 and f"left out: {broken[1]}: not" in capsys.readouterr().err
@@ -563,7 +611,7 @@ def test_the_release_reads_a_video_once_for_all_its_scores(model, keys, monkeypa
     monkeypatch.setattr(DeScore, "encode", lambda self, batch: (
         encoded.append(batch.features is None) or encode(self, batch)))
     model.set_trainable(2)
-    model.info["scoring_layout"] = "release"
+    in_layout(model, "release")
     for size, more in ((None, 0), ({"max_pixels": 4096}, 1)):
         read.clear()
         encoded.clear()

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import world
-from conftest import ROOT
+from conftest import ROOT, in_layout
 
-import infer
 from data import DataError, VideoSettings, read_video
 from infer import Scorer, reward
 from model import DeScore
+from tools import memory
 from tools.memory import Clip, Frames, Together, keys_of, number_of
 
 SHORT = {"max_new_tokens": 6}
@@ -66,6 +66,7 @@ def model(loaded):
     """The same for all; what a test changes of it is put back."""
     info, head = dict(loaded.info), loaded.head.weight.data.clone()
     yield loaded
+    in_layout(loaded, "ours")
     loaded.info, loaded.head.weight.data = info, head
 
 
@@ -123,7 +124,7 @@ def test_frames_have_their_files_score_however_it_is_asked(model, clips, how):
 
 @pytest.mark.parametrize("size", [None, {"max_pixels": 1024, "min_pixels": 256}])
 def test_frames_have_their_files_score_in_the_releases_layout(model, clips, size):
-    model.info |= {"scoring_layout": "release"} | ({"scoring_video": size} if size else {})
+    in_layout(model, "release").info |= {"scoring_video": size} if size else {}
     expected, found = files_and_frames(model, clips, "float32 CTHW", **SHORT)
     assert found == expected
 
@@ -325,13 +326,13 @@ def test_what_the_model_is_shown_is_of_one_type_and_fits(model, frames, seconds)
 @pytest.fixture
 def judged(monkeypatch):
     """The keys of each call of `judge`."""
-    calls, judge = [], infer.judge
+    calls, judge = [], memory.judge
 
     def counted(model, keys, *args, **kwargs):
         calls.append(list(keys))
         yield from judge(model, keys, *args, **kwargs)
 
-    monkeypatch.setattr(infer, "judge", counted)
+    monkeypatch.setattr(memory, "judge", counted)
     return calls
 
 

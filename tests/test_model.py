@@ -7,7 +7,7 @@ from dataclasses import replace
 import bitsandbytes
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, in_layout
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import model as descore
@@ -231,7 +231,7 @@ def drawn_by_number(model, monkeypatch):
 
 
 def test_letting_finished_rollouts_go_changes_nothing(model, keys, drawn_by_number, monkeypatch):
-    sizes, real = [], descore.let_go
+    sizes, real = [], descore.drop_finished
 
     def watched(cache, rows, hidden, live):
         rows, hidden = real(cache, rows, hidden, live)
@@ -242,13 +242,13 @@ def test_letting_finished_rollouts_go_changes_nothing(model, keys, drawn_by_numb
         return model.think(make_batch(model, [keys[b] for b in which]), 12, 160, temperature=2.0,
                            seeds=[5 + b for b in which])
 
-    monkeypatch.setattr("model.let_go", watched)
+    monkeypatch.setattr("model.drop_finished", watched)
     together = think([0, 1, 2])
     assert sizes[0] == 36 and len(set(sizes)) > 2  # they left by and by
     lengths = together.mask.sum(-1)
     assert lengths.min() < 40 and lengths.max() > 100
     alone = [think([b]) for b in range(3)]
-    monkeypatch.setattr("model.let_go", lambda cache, rows, hidden, live: (rows, hidden))
+    monkeypatch.setattr("model.drop_finished", lambda cache, rows, hidden, live: (rows, hidden))
     all_stay = think([0, 1, 2])
     for b in range(3):
         for other in (alone[b], type(together)(*(x[b:b + 1] for x in all_stay[:4]))):
@@ -496,8 +496,7 @@ def test_a_release_is_read_and_scores_in_its_own_layout(release, keys, key):
     assert text.endswith(model.processor.instruction.split("<prompt>")[1] + record["cot"])
     assert text.count("<|im_start|>") == 1
     assert abs(record["score"] - plain(model, sample, [])[1].item()) < 1e-5
-    ours = DeScore.load(release, dtype=torch.float64, device="cpu").double()
-    ours.info["scoring_layout"] = "ours"
+    ours = DeScore.load(release, dtype=torch.float64, device="cpu", layout="ours").double()
     assert abs(next(judge(ours, keys[:1], max_new_tokens=5))["score"] - record["score"]) > 1e-3
 
 
@@ -588,19 +587,19 @@ def test_a_penalty_lowers_each_token_that_is_held_once():
 
 
 def test_a_model_of_the_release_thinks_with_its_penalty_when_it_thinks_greedily(model, keys, monkeypatch):
-    penalties, think = [], DeScore.think
+    penalties = []
 
-    def watched(self, *args, repetition_penalty=1.0, **options):
-        penalties.append(repetition_penalty)
-        return think(self, *args, repetition_penalty=repetition_penalty, **options)
+    def watched(logits, held, penalty):
+        penalties.append(penalty)
+        return penalised(logits, held, penalty)
 
-    monkeypatch.setattr(DeScore, "think", watched)
+    monkeypatch.setattr(descore, "penalised", watched)
     for layout, options, expected in (
             ("ours", {}, 1.0), ("release", {}, 1.05), ("release", {"temperature": 1.0}, 1.0),
             ("release", {"repetition_penalty": 1.0}, 1.0), ("ours", {"repetition_penalty": 1.2}, 1.2)):
-        model.info["scoring_layout"] = layout
-        list(judge(model, keys[:1], 2, **options))
-        assert penalties.pop() == expected
+        penalties.clear()
+        list(judge(in_layout(model, layout), keys[:1], 2, **options))
+        assert penalties == ([] if expected == 1 else [expected] * 2)  # of two tokens
     for penalty, temperature, message in (
             (1.1, 0.7, "1.1 is for temperature 0, not 0.7"), (0.0, 0.0, "0.0 is not above 0"),
             (-1.0, 0.0, "-1.0 is not above 0")):

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, in_layout
 from launch import run, run_ranks
 
 from data import DIMENSIONS, Pair, overall_score, parse_cot, read_pairs, read_video
-from infer import by_key, judge
+from infer import Thinking, by_key, judge
 from model import DeScore, Thoughts
 from tools import probe
 
@@ -46,6 +46,7 @@ class Stub:
 
     def __init__(self, processor):
         self.processor, self.info = processor, {}
+        self.scoring_settings = processor.settings
 
     def encode(self, batch):
         return batch
@@ -65,7 +66,10 @@ class Stub:
             # A pair of frames has one stamp; `value` takes the mean of the last two seconds.
             yield frames, [stamps[-1]] * 2, prompt
 
-    def think(self, batch, n, max_new_tokens, temperature, seeds, repetition_penalty):
+    def watch(self, batch):
+        return batch
+
+    def think(self, batch, n, max_new_tokens, temperature, seeds):
         cots, scores = [], []
         for (frames, seconds, prompt), seed in zip(self.seen(batch), seeds):
             cot, drawn = cot_of(frames), random.Random(seed)
@@ -94,8 +98,8 @@ def pairs(world_dir):
 
 def probed(stub, pairs, others, samples=1, ranks=probe.ALONE):
     keys = [key for pair in pairs for key in pair.videos()]
-    records = by_key(probe.shown(stub, keys, others, samples, max_new_tokens=400, think_tokens=4000,
-                                 ranks=ranks))
+    thinking = Thinking(400, samples=samples, think_tokens=4000)
+    records = by_key(probe.shown(stub, keys, others, thinking, ranks))
     own = {key: record["cot"] for key, record in records.items()}
     cots = probe.exchanged(pairs, own, others, DIMENSIONS, random.Random(0))
     for record in probe.behind(stub, cots, think_tokens=500, ranks=ranks):
@@ -285,14 +289,13 @@ def test_sub_scores_are_falsified_in_answer_and_thought():
 @pytest.mark.parametrize("layout", ["ours", "release", "release at a size"])
 def test_the_score_as_it_is_is_that_of_judge(model, keys, layout):
     """In either layout; read again behind its own CoT it is the same."""
-    if layout != "ours":
-        model.info["scoring_layout"] = "release"
+    in_layout(model, layout.split()[0])
     if layout == "release at a size":
         model.info["scoring_video"] = {"min_pixels": 1024, "max_pixels": 1024}
     judged = by_key(judge(model, keys[:2], max_new_tokens=40))
     others = {keys[0][1]: keys[1][1], keys[1][1]: keys[0][1]}
     records, cots = {}, {}
-    for record in probe.shown(model, keys[:2], others, 1, max_new_tokens=40):
+    for record in probe.shown(model, keys[:2], others, Thinking(40)):
         records[record["video"], record["prompt"]] = record
     own = {key: record["cot"] for key, record in records.items()}
     for record in probe.behind(model, {"cot_own": own, "swapped": dict(zip(own, reversed(own.values())))}):

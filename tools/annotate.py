@@ -44,9 +44,8 @@ from data import (
     read_video,
 )
 from model import DeScore
-from support import release, tables
-from support.batches import THINK_TOKENS
-from support.command import READER, Count, NotNegative, Positive, Whole, run_command
+from support import tables
+from support.command import READER, Count, Positive, Whole, run_command
 from support.formats import read_pairs
 from tools import journal
 from tools.forgiving import read_annotation
@@ -305,11 +304,10 @@ def main() -> None:
     add("--instruction", type=Path, help="a file with <video> and <prompt> in it, such as "
         "presets/detailed.txt [the model's own]; --together: with <video_1>, <video_2> and <prompt> "
         "[presets/together.txt]")
-    add("--max-new-tokens", type=Count, default=Api.max_new_tokens, help="longest CoT")
-    add("--temperature", type=NotNegative, default=Api.temperature)
-    add("--think-tokens", "--max-tokens", type=Count, default=THINK_TOKENS,
-        help="tokens at a time, of prompts and CoTs")
-    add("--seed", type=Whole, default=0)
+    infer.add_thinking(
+        parser, samples=None, repetition_penalty=None, seed={"help": None},
+        temperature={"default": Api.temperature, "help": None},
+        think_tokens={"also": ["--max-tokens"], "help": "tokens at a time, of prompts and CoTs"})
     add("--fps", type=Positive, help="frames sampled a second [the model's own; --api: 2]")
     add("--min-pixels", type=Count, help="a frame, at least [the model's own; --api: 131,072]")
     add("--max-pixels", type=Count, help="a frame, at most [the model's own; --api: 307,200]")
@@ -342,10 +340,7 @@ def main() -> None:
         model = DeScore.load(args.model, video=video, reader=args.reader)
         if instruction is not None:
             model.processor.set_instruction(instruction)
-        args.repetition_penalty = release.repetition_penalty(model, args.temperature)
-        write = partial(infer.judge, model, max_new_tokens=args.max_new_tokens, seed=args.seed,
-                        temperature=args.temperature, think_tokens=args.think_tokens, finite=False,
-                        repetition_penalty=args.repetition_penalty)
+        write = partial(infer.judge, model, thinking=infer.read_thinking(args), finite=False)
         dimensions, tags = model.processor.dimensions, model.processor.tags
         made_by = journal.made_by(model, args, scores=False)
     sys.exit(annotate(args.pairs, args.out, write, made_by, args.scores, dimensions, tags, args.together))

@@ -177,8 +177,10 @@ def deciding(args: Namespace) -> dict:
 def made_by(model, args: Namespace, scores: bool = True) -> dict:
     """What makes the records of a model: its weights, what it is shown, how it thinks and, unless it only
     thinks, how it `scores`."""
-    processor = model.processor
-    return deciding(args) | {
+    processor, penalty = model.processor, getattr(args, "repetition_penalty", None)
+    if penalty is None:
+        penalty = model.own_penalty(args.temperature)
+    return deciding(Namespace(**vars(args) | {"repetition_penalty": penalty})) | {
         "weights": fingerprint(model, scores), "dtype": str(model.dtype),
         "instruction": processor.instruction, "video": asdict(processor.settings),
         "layout": model.info.get("scoring_layout", "ours"), "scoring_video": model.info.get("scoring_video"),

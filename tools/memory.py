@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
@@ -17,10 +18,9 @@ import numpy as np
 import torch
 
 from data import DataError, Key
-from infer import by_key, judge
+from infer import Thinking, by_key, judge
 from model import DeScore
 from support import tables
-from support.batches import THINK_TOKENS
 from tools import client
 
 
@@ -175,17 +175,17 @@ def rewarded(model, record: dict, standardise: bool = True) -> dict:
 
 
 def reward(
-        model: DeScore, videos, prompts: str | list[str], *, fps=None,
-        layout: str | None = None, think=True, samples=1, max_new_tokens=4096,
-        temperature: float | None = None, seed=0, standardise=True,
-        think_tokens=THINK_TOKENS) -> list[dict]:
+        model: DeScore, videos, prompts: str | list[str], *, thinking: Thinking | None = None,
+        fps=None, layout: str | None = None, think=True, standardise=True,
+        **fields) -> list[dict]:
     """Think about videos that are at hand, and score how well each follows its prompt.
 
     videos: a path; frames, uint8 or float in [0, 1], (T, 3, H, W) of one video, (B, T, 3, H, W) or
     (B, 3, T, H, W) of several; a list of PIL images; or a list of these. fps: frames a second,
     which files alone say themselves. prompts, fps: one for all videos, or a list. layout: "TCHW",
-    "CTHW" or "THWC", where sizes do not tell the colour's axis. temperature: by default 0, with
-    more samples 1; a video's draws depend on it, its prompt and the seed alone.
+    "CTHW" or "THWC", where sizes do not tell the colour's axis. thinking: a record, or in its
+    place its fields by name, where the temperature is by default 0, with more samples 1; a video's
+    draws depend on it, its prompt and the seed alone.
 
     Returns a dict a video: score (a mean over the samples), standardised (standard deviations from
     the mean of held-out videos; None if the model knows none), cot, sub_scores, error. A video that
@@ -194,15 +194,17 @@ def reward(
     model.check_head()
     asked = keys_of(videos, prompts, fps, layout)
     keys = list(dict.fromkeys(asked))
-    temperature = float(samples > 1) if temperature is None else temperature
-    if not (samples >= 1 and max_new_tokens >= 1 and temperature >= 0 and seed >= 0):
+    if thinking is None and fields.get("temperature") is None:
+        fields["temperature"] = float(fields.get("samples", 1) > 1)
+    thinking = replace(thinking or Thinking(), **fields)
+    fits = thinking.samples >= 1 and thinking.max_new_tokens >= 1
+    if not (fits and thinking.temperature >= 0 and thinking.seed >= 0):
         raise DataError("samples or max_new_tokens below 1, or temperature or seed below 0")
     # What a trainer wraps its own model in is not meant for this one.
     with torch.autocast(model.device.type, enabled=False):
-        found = by_key(judge(model, keys, max_new_tokens, temperature, seed, think_tokens,
-                             samples=samples, think=think, finite=False,
-                             numbers=[number_of(key) for key in keys]))
-    return [rewarded(model, found[key], standardise) for key in asked]
+        judged = by_key(judge(model, keys, thinking, think=think, finite=False,
+                              numbers=[number_of(key) for key in keys]))
+    return [rewarded(model, judged[key], standardise) for key in asked]
 
 
 class Scorer:

@@ -31,11 +31,10 @@ from pathlib import Path
 from statistics import NormalDist
 
 from data import TAGS, TEXT_LIMIT, DataError, Key, Pair, checked, json_records, read_text
-from infer import judge_all
-from model import DeScore, check_penalty
+from infer import add_thinking, judge_all, read_thinking
+from model import DeScore
 from support import tables
-from support.batches import THINK_TOKENS
-from support.command import READER, Count, NotNegative, Positive, Whole, run_command
+from support.command import READER, NotNegative, Whole, run_command
 from support.files import MODELS, default_model
 from support.ranks import Ranks
 from tools.forgiving import read_annotation
@@ -189,23 +188,15 @@ def parse_args() -> argparse.Namespace:
         help="of a prompt's videos the best against the worst, or each two")
     add("--margin", type=NotNegative, default=0.0, help="how much further than this apart two "
         "scores must be, in standard deviations: the model's score_std, or if none, this file's")
-    add("--samples", type=Count, default=1, help="CoTs a video, their scores averaged")
     add("--scores", action="store_true",
         help="keep the CoTs' sub-scores as reference, for stage 2")
     add("--instruction", help="a file with <video> and <prompt> in it [the model's own]; "
         "problem: each prompt is a whole one")
-    add("--max-new-tokens", type=Count, default=4096, help="longest CoT")
-    add("--temperature", type=NotNegative, help="0: the likeliest token [0; with --samples 1]")
-    add("--repetition-penalty", type=Positive, help="as infer.py has it")
-    add("--seed", type=Whole, default=0, help="of the sampling at a temperature above 0")
-    add("--think-tokens", type=Count, default=THINK_TOKENS,
-        help="tokens thought at a time, of prompts and their longest CoTs")
+    add_thinking(parser, repetition_penalty={"help": "as infer.py has it"})
     add("--workers", type=Whole, default=0, help="processes that decode videos ahead")
     add("--reader", **READER)
     args = parser.parse_args()
-    if args.temperature is None:
-        args.temperature = 0.0 if args.samples == 1 else 1.0
-    check_penalty(args.repetition_penalty or 1.0, args.temperature)
+    args.thinking = read_thinking(args)
     args.out = args.pairs.with_name(args.pairs.name + ".judged")  # where judge_all keeps its own
     args.cot = "on"
     return args
@@ -224,7 +215,7 @@ def main() -> None:
     keys = list(dict.fromkeys(keys))
     if ranks.first:
         print(f"{args.videos}: {len(groups)} prompts, {len(keys)} videos", file=sys.stderr)
-    judged = judge_all(model, keys, args, ranks)
+    judged = judge_all(model, keys, args.thinking, args, ranks)
     ranks.stop()
     if not ranks.first:
         return

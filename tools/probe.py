@@ -25,16 +25,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data import TAGS, Batch, DataError, Key, Pair, keys_of, overall_score, parse_cot, read_video
-from infer import by_key
+from infer import Thinking, add_thinking, by_key, read_thinking
 from model import DeScore
-from support import release, tables
+from support import tables
 from support.batches import THINK_TOKENS, chunks, draw_seed, pack_by_budget, prompt_lengths
-from support.command import READER, Count, NotNegative, Whole, run_command
+from support.command import READER, Count, run_command
 from support.files import MODELS, default_model
 from support.formats import read_pairs
 from support.ranks import ALONE, Ranks
@@ -152,56 +153,54 @@ def read(model: DeScore, key: Key) -> list[Clip]:
     """A video with its prompt as it is seen for thinking; behind it as it is seen for scoring where
     that has a size of its own, as in the authors' layout. Raises DataError."""
     video, prompt = key
-    settings, own_size = [model.processor.settings], model.info.get("scoring_video")
-    reader = model.processor.reader
-    if is_release(model) and own_size:
-        settings.append(replace(settings[0], **own_size))
+    settings, reader = [model.processor.settings], model.processor.reader
+    if model.scoring_settings != settings[0]:
+        settings.append(model.scoring_settings)
     return [Clip(*read_video(video, each, reader), prompt) for each in settings]
 
 
-def is_release(model: DeScore) -> bool:
-    return model.info.get("scoring_layout") == "release"
+class Held:
+    """A clip in the shape in which `data.open_video` takes a video. Whoever reads it with the
+    settings with which the clip was read gets the same frames and seconds."""
+
+    def __init__(self, clip: Clip, fps: float):
+        self.clip = clip
+        self.total = len(clip.frames)
+        self.fps = fps
+        self.seconds = clip.seconds
+
+    def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
+        for index in indices:
+            yield self.clip.frames[index].permute(1, 2, 0).numpy()
 
 
-def encode(model: DeScore, clips: list[list[Clip]]) -> list[Batch]:
-    """A batch of all videos for each size in which they are seen."""
-    batches = []
-    for size in zip(*clips):
-        samples = [model.processor.sample(*clip) for clip in size]
-        batches.append(model.encode(model.processor.collate(samples)))
-    return batches
+def encode(model: DeScore, clips: list[list[Clip]]) -> Batch:
+    """A batch of videos as they are seen for thinking. What reads them again, for scoring, sees
+    what is shown of them."""
+    samples = []
+    for clip in clips:
+        held = Held(clip[-1], model.scoring_settings.fps)
+        sample = model.processor.sample(*clip[0])
+        samples.append(replace(sample, source=(held, clip[0].prompt)))
+    return model.encode(model.processor.collate(samples))
 
 
-def score(model: DeScore, clips: list[list[Clip]], batches: list[Batch], cots: list[str]) -> Tensor:
-    """Scores (B,) of videos behind CoTs, in the layout that is the model's."""
-    if not is_release(model):
-        return model.score(batches[-1], cots)
-    watched = batches[-1], [clip[-1].seconds for clip in clips]
-    return release.score(model, [("", clip[-1].prompt) for clip in clips], watched, cots)
-
-
-def think(model: DeScore, clips: list[list[Clip]], seeds: list[int], samples: int,
-          temperature: float, max_new_tokens: int) -> tuple[list[str], Tensor]:
+def think(model: DeScore, clips: list[list[Clip]], seeds: list[int],
+          thinking: Thinking) -> tuple[list[str], Tensor]:
     """The first CoT about each video, and the scores (B, samples) behind all."""
-    batches = encode(model, clips)
-    thoughts = model.think(batches[0], samples, max_new_tokens, temperature, seeds=seeds,
-                           repetition_penalty=release.repetition_penalty(model, temperature))
+    thoughts = model.think(encode(model, clips), thinking.samples, thinking.max_new_tokens,
+                           thinking.temperature, seeds=seeds)
     cots = []
-    for tokens, mask in zip(thoughts.tokens, thoughts.mask):
-        cots.append([model.processor.decode(t[m]) for t, m in zip(tokens, mask)])
-    scores = thoughts.scores
-    if is_release(model):
-        scores = [score(model, clips, batches, list(some)) for some in zip(*cots)]
-        scores = torch.stack(scores, 1)
-    return [some[0] for some in cots], scores
+    for tokens, mask in zip(thoughts.tokens[:, 0], thoughts.mask[:, 0]):
+        cots.append(model.processor.decode(tokens[mask]))
+    return cots, thoughts.scores
 
 
 @torch.no_grad()
-def shown(model: DeScore, keys: list[Key], others: dict[str, str], samples: int = 4, seed: int = 0,
-          temperature: float = 0.0, max_new_tokens: int = 4096, think_tokens: int = THINK_TOKENS,
+def shown(model: DeScore, keys: list[Key], others: dict[str, str], thinking: Thinking,
           ranks: Ranks = ALONE) -> Iterator[dict]:
     """Think about and score each (video, prompt) key in each of the ways of SHOWN; ranks share the
-    work. With more `samples` than one also so many times as it is, at a temperature above 0.
+    work. With more thinking.samples than one also so many times as it is, at a temperature above 0.
 
     Yields a dict a key: video, prompt, cot, the score of each way by its name, and from samples
     `again`, the score behind the first, and their variance. Of a video that cannot be read:
@@ -219,7 +218,7 @@ def shown(model: DeScore, keys: list[Key], others: dict[str, str], samples: int 
                 unread.append(record | {"error": str(error)})
                 continue
             records.append(record)
-            seeds.append(draw_seed(seed, number))
+            seeds.append(draw_seed(thinking.seed, number))
         if not clips:
             return unread
         for name, change in SHOWN.items():
@@ -228,22 +227,24 @@ def shown(model: DeScore, keys: list[Key], others: dict[str, str], samples: int 
             changed = []
             for record, clip in zip(records, clips):
                 changed.append([change(size, others.get(record["prompt"])) for size in clip])
-            cots, scores = think(model, changed, seeds, 1, temperature, max_new_tokens)
+            cots, scores = think(model, changed, seeds, replace(thinking, samples=1))
             for record, cot, found in zip(records, cots, scores[:, 0].tolist()):
                 record[name] = found
                 record.setdefault("cot", cot)  # the first way is as it is
         # So many thoughts take so many times the room.
-        for rows in chunks(range(len(records)), max(1, len(records) // samples)):
-            if samples > 1:
+        for rows in chunks(range(len(records)), max(1, len(records) // thinking.samples)):
+            if thinking.samples > 1:
+                spread = replace(thinking, temperature=thinking.temperature or 1.0)
                 _, scores = think(model, [clips[row] for row in rows], [seeds[row] for row in rows],
-                                  samples, temperature or 1.0, max_new_tokens)
+                                  spread)
                 for row, found in zip(rows, scores.double()):
                     records[row] |= {"again": found[0].item(), "variance": found.var().item()}
         tables.check_finite(model, records)
         return records + unread
 
-    sizes = [lengths[key] + max_new_tokens for _, key in numbered]
-    yield from ranks.in_turn(judged(some) for some in pack_by_budget(numbered, sizes, think_tokens))
+    sizes = [lengths[key] + thinking.max_new_tokens for _, key in numbered]
+    groups = pack_by_budget(numbered, sizes, thinking.think_tokens)
+    yield from ranks.in_turn(judged(group) for group in groups)
 
 
 @torch.no_grad()
@@ -256,12 +257,12 @@ def behind(model: DeScore, cots: dict[str, dict[Key, str | None]],
 
     def judged(some: list[Key]) -> list[dict]:
         clips = [read(model, key) for key in some]
-        batches = encode(model, clips)
+        batch = model.watch(encode(model, clips))
         records = [{"video": video, "prompt": prompt} for video, prompt in some]
         for name, given in cots.items():
             texts = [given[key] for key in some]
             # What has none stands there with an empty one, which nobody looks at.
-            scores = score(model, clips, batches, [text or "" for text in texts]).tolist()
+            scores = model.score(batch, [text or "" for text in texts]).tolist()
             for key, record, text, found in zip(some, records, texts, scores):
                 if text is not None:
                     same = name != "cot_own" and text == cots["cot_own"][key]
@@ -368,15 +369,13 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=Count, help="so many of the pairs, drawn at random [all]")
     add("--label", help="the preference's column [TA, else Overall]")
     add("--root", help="the folder that its paths are relative to [its own]")
-    add("--samples", type=Count, default=4, help="CoTs a video for the spread; 1: no spread")
     add("--instruction", help="a file with <video> and <prompt> in it [the model's own]; "
         "problem: the pair file's column")
-    add("--max-new-tokens", type=Count, default=4096, help="longest CoT")
-    add("--temperature", type=NotNegative, default=0.0,
-        help="0: the likeliest token; the spread is then at 1")
-    add("--seed", type=Whole, default=0, help="of what is drawn: pairs, other prompts, CoTs")
-    add("--think-tokens", type=Count, default=THINK_TOKENS,
-        help="tokens thought at a time, of prompts and their longest CoTs")
+    add_thinking(
+        parser, repetition_penalty=None,
+        samples={"default": 4, "help": "CoTs a video for the spread; 1: no spread"},
+        temperature={"default": 0.0, "help": "0: the likeliest token; the spread is then at 1"},
+        seed={"help": "of what is drawn: pairs, other prompts, CoTs"})
     add("--reader", **READER)
     add("--json", action="store_true", help="print JSON instead of text")
     return parser.parse_args()
@@ -396,17 +395,17 @@ def main() -> None:
         pairs = [pairs[row] for row in sorted(generator.sample(range(len(pairs)), args.limit))]
     keys = list(dict.fromkeys(keys_of(pairs)))
     others = other_of(list(dict.fromkeys(pair.prompt for pair in pairs)), generator)
-    found = shown(model, keys, others, args.samples, args.seed, args.temperature,
-                  args.max_new_tokens, args.think_tokens, ranks)
-    records = by_key(tqdm(found, "think", len(keys), unit="video", disable=not ranks.first))
+    thinking = read_thinking(args)
+    judged = shown(model, keys, others, thinking, ranks)
+    records = by_key(tqdm(judged, "think", len(keys), unit="video", disable=not ranks.first))
     code = tables.list_unreadable(records if ranks.first else {})
     pairs, records, unreadable = tables.readable(pairs, records)
     if not pairs:
         raise DataError(f"{args.pairs}: no pair has two videos that can be read")
     own = {key: record["cot"] for key, record in records.items()}
     cots = exchanged(pairs, own, others, dimensions, generator, model.processor.tags)
-    found = behind(model, cots, args.think_tokens, ranks)
-    for record in tqdm(found, "score", len(own), unit="video", disable=not ranks.first):
+    judged = behind(model, cots, thinking.think_tokens, ranks)
+    for record in tqdm(judged, "score", len(own), unit="video", disable=not ranks.first):
         records[record["video"], record["prompt"]] |= record
     ranks.stop()
     if not ranks.first:

@@ -32,8 +32,7 @@ from typing import Any
 import numpy as np
 
 from data import DataError, error_context, open_file
-from infer import Scorer
-from support.batches import THINK_TOKENS
+from infer import Scorer, add_thinking, read_thinking
 from support.command import READER, Count, NotNegative, Number, Positive, Whole, run_command
 from support.files import MODELS, default_model
 from support.frames import ERRORS, opened
@@ -343,12 +342,7 @@ def parse_args() -> argparse.Namespace:
     add("--videos", type=Path, help="a folder below which files may be named by their path")
     add("--reader", **READER)
     add("--cot", choices=("on", "off"), default="on", help="off: score without thinking")
-    add("--samples", type=Count, default=1, help="CoTs a video, their scores averaged")
-    add("--max-new-tokens", type=Count, default=4096, help="longest CoT")
-    add("--temperature", type=NotNegative, help="0: the likeliest token [0; with --samples 1]")
-    add("--seed", type=Whole, default=0, help="of the sampling at a temperature above 0")
-    add("--think-tokens", type=Count, default=THINK_TOKENS,
-        help="tokens thought at a time, of prompts and their longest CoTs")
+    add_thinking(parser, repetition_penalty=None)
     add("--unusable", type=Number, help="reward of /compute for a video that cannot be scored [null]")
     add("--window", type=NotNegative, default=0.02, help="seconds to wait for others who ask")
     add("--queue", type=Count, default=32, help="requests under way at a time; others get 503")
@@ -369,9 +363,7 @@ def main() -> None:
     listening = socket.create_server((args.host, args.port), family=family)
     model = args.model or default_model()
     scorer = Scorer(model, args.device, window=args.window, reader=args.reader)
-    score = partial(scorer, think=args.cot == "on",
-                    samples=args.samples, max_new_tokens=args.max_new_tokens,
-                    temperature=args.temperature, seed=args.seed, think_tokens=args.think_tokens)
+    score = partial(scorer, think=args.cot == "on", thinking=read_thinking(args))
     app = make_app(Service(score, args), model)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{model}: http://{host}:{listening.getsockname()[1]}", flush=True)
