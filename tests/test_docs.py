@@ -175,10 +175,10 @@ def test_every_command_is_run_or_it_is_said_why_not():
 
 @pytest.fixture(scope="module")
 def folder(world_dir, tmp_path_factory):
-    """A folder in which the files are that the pages name: four pairs, their clips, a model, a run."""
+    """A folder in which the files are that the pages name: a few pairs, their clips, a model, a run."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "VIDEOS").mkdir()
-    pairs = read_pairs(world_dir / "train_cots.jsonl")[:4]
+    pairs = read_pairs(world_dir / "train_cots.jsonl")[:2]
     rows = ["path_A,path_B,A_model,B_model,prompt,TA\n"]
     votes = ["prompt,left_model,right_model,vote_type,left_video_path,right_video_path\n"]
     for number, pair in enumerate(pairs):
@@ -193,8 +193,9 @@ def folder(world_dir, tmp_path_factory):
         votes.append(f'"{pair.prompt}",x,y,{vote},{names[0]},{names[1]}\n')
     for name, content in (("pairs", rows), ("videogen-rewardbench", rows), ("genai-bench", votes)):
         (folder / f"{name}.csv").write_text("".join(content))
-    for name in ("test", "annotated", "references"):
-        shutil.copy(world_dir / "train_cots.jsonl", folder / f"{name}.jsonl")
+    lines = (world_dir / "train_cots.jsonl").read_text().splitlines(keepends=True)
+    for name, count in (("test", 2), ("annotated", 12), ("references", 12)):
+        (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
     shutil.copytree(world_dir / "videos", folder / "videos")
     names = ["video.mp4", "a.mp4", "b.mp4", "c.mp4"]
     for name, clip in zip(names, sorted((folder / "videos").iterdir())):
