@@ -76,6 +76,8 @@ MUTANTS = [
     ("experiments/paradigms.py", "means.add(weight, accuracy", "means.add(micro.weight[:, None], accuracy",
      EXPECTED),
     ("experiments/paradigms.py", "[[len(i), 0] for i in ids]", "[[len(i), len(i)] for i in ids]", EXPECTED),
+    ("coldstart.py", 'reader=args.reader,\n                         layout="ours")', "reader=args.reader)",
+     STAGES + " -k our_layout"),
     # -- stage 2: rewards
     ("rl.py", "float(follows_format(text, dimensions, tags))", "1.0", EQUATIONS),
     ("rl.py", "(n_tokens - low) / (high - low)", "n_tokens / high", EQUATIONS),

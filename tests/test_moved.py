@@ -150,6 +150,16 @@ def files_have_moved(old, new, tmp_path):
         assert f"python {new[0]}" in (ROOT / "Makefile").read_text()
 
 
+@case("`coldstart.py --mask expected`")
+def a_flag_has_become_a_command(old, new, tmp_path):
+    script, *flag = old[0].split()
+    done = run(script, "--train", "x", "--model", "x", *flag, check=False)
+    assert done.returncode == 2 and "error: ambiguous option: --mask" in done.stderr
+    script, way = new[0].split()
+    usage = run(script, check=False).stderr
+    assert way in usage
+
+
 @case("`data.both`")
 @case("`data.explained`")
 @case("`model.let_go`")
