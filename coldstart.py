@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from data import DataError, Pair, Processor, keys_of, per_video
 from model import OWN, DeScore
@@ -28,7 +27,7 @@ from support.formats import read_pairs
 from support.means import Means
 from support.optimize import adamw, all_reduce, clip
 from support.ranks import Ranks
-from support.run import Run, check_said, due, prepare, read_tests, show
+from support.run import Run, check_said, due, prepare, progress, read_tests, show
 from support.settings import RunArgs, parse_args, setting
 
 
@@ -60,7 +59,9 @@ def bt_loss(
     the others'. Any one shape for both; `weight` 0 leaves a pair out; `count` is the number of
     terms that E is a mean of, where these are a part of them. Returns a scalar."""
     losses = -F.logsigmoid(r_w - r_l) * weight
-    return losses.sum() / (losses.numel() if count is None else count)
+    if count is None:
+        count = losses.numel()
+    return losses.sum() / count
 
 
 def mask_pairs(count: int, p: float, seed: int, step: int) -> list[bool]:
@@ -109,8 +110,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     # What trains: [Reward] and the head, LoRA or the whole language model, the mergers.
-    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader,
-                         layout="ours")
+    model = DeScore.load(
+        args.model, video=args.video, quant=args.quant,
+        reader=args.reader, layout="ours")
     model.processor.use_instruction(args.instruction)
     model.set_trainable(args.lora_rank, args.train_merger, args.train_vision)
     prepare(model, args, ranks)
@@ -146,15 +148,16 @@ def main() -> None:
     if done == 0 and args.eval_before:
         run.evaluate(0, model, tests)
     model.train()
-    bar = tqdm(range(done + 1, last + 1), "coldstart", last, initial=done, disable=not ranks.first)
+    bar = progress("coldstart", done, last, ranks)
     for step in bar:
         started = time.time()
         means = Means()
         (micro_batches,) = run.read(plan[step - 1], videos, model)
         count = sum(micro.weight.sum().item() for micro in micro_batches)
         (count,) = ranks.sum([count])  # pairs of the batch that can be read, on all ranks
+        warmed = min(1.0, step / warmup)
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * min(1.0, step / warmup)
+            group["lr"] = rate * warmed
 
         for micro in micro_batches:
             cots = per_video(micro.items, "cot")  # None where masked
@@ -173,7 +176,7 @@ def main() -> None:
         run.check_gradient(norm)
 
         means.add(grad_norm=norm, left_out=not math.isfinite(norm))
-        means.add(lr=optimizer.param_groups[-1]["lr"])
+        means.add(lr=args.lr * warmed)
         figures = means.over(ranks)
         run.log({"step": step, **figures, "seconds": time.time() - started})
         show(bar, figures, "loss", "accuracy", "margin")

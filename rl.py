@@ -27,7 +27,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from coldstart import bt_loss, order
 from data import (
@@ -49,7 +48,7 @@ from support.formats import read_pairs
 from support.means import Means
 from support.optimize import adamw, all_reduce, clip
 from support.ranks import Ranks
-from support.run import MicroBatch, Run, check_said, due, finite, prepare, read_tests, show
+from support.run import MicroBatch, Run, check_said, due, finite, prepare, progress, read_tests, show
 from support.settings import RunArgs, load_function, parse_args, setting
 from support.shard import gathered
 
@@ -142,16 +141,22 @@ class Reward(NamedTuple):
 
 def make_rewards(args: Args, processor) -> dict[str, Reward]:
     """The parts of R = w_f R_f + w_q R_q + w_l R_l by name: the paper's, and those of `--reward`."""
-    form = processor.dimensions, processor.tags
-    bounds = args.length_low, args.length_high, args.length_excess
+    dimensions = processor.dimensions
+    tags = processor.tags
+
+    def of_format(text: str, n_tokens: int, gold: dict) -> float:
+        return format_reward(text, dimensions, tags)
+
+    def of_quality(text: str, n_tokens: int, gold: dict) -> float:
+        return quality_reward(text, gold, dimensions, tags)
+
+    def of_length(text: str, n_tokens: int, gold: dict) -> float:
+        return length_reward(n_tokens, args.length_low, args.length_high, args.length_excess)
+
     rewards = {
-        "format": Reward(args.w_format, lambda text, n_tokens, gold: format_reward(text, *form),
-                         "rl.py:format_reward"),
-        "quality": Reward(args.w_quality,
-                          lambda text, n_tokens, gold: quality_reward(text, gold, *form),
-                          "rl.py:quality_reward"),
-        "length": Reward(args.w_length, lambda text, n_tokens, gold: length_reward(n_tokens, *bounds),
-                         "rl.py:length_reward"),
+        "format": Reward(args.w_format, of_format, "rl.py:format_reward"),
+        "quality": Reward(args.w_quality, of_quality, "rl.py:quality_reward"),
+        "length": Reward(args.w_length, of_length, "rl.py:length_reward"),
     }
     own_names = set()
     for asked in args.reward:
@@ -178,7 +183,9 @@ def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
 
     A group whose rewards are all equal, or that has one element, carries no signal: its
     advantages are 0."""
-    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)  # (B, 1)
+    highest = rewards.amax(1, keepdim=True)  # (B, 1)
+    lowest = rewards.amin(1, keepdim=True)
+    spread = highest - lowest
     # Equal but for rounding counts as equal.
     largest = rewards.abs().amax(1, keepdim=True)
     has_signal = spread > 1e-6 * largest
@@ -212,7 +219,8 @@ def grpo_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * A, clipped * A)
     if dual_clip:
-        objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
+        bounded = torch.maximum(objective, dual_clip * A)
+        objective = torch.where(A < 0, bounded, objective)
     kl = torch.zeros_like(ratio)
     if beta:
         to_ref = held((ref_logps - logps) * mask, log_ratio_bound)
@@ -280,23 +288,24 @@ def roll_out(args: Args, model: DeScore, rewards: dict, micro: MicroBatch, step:
     """Let the policy think about the videos of a micro-batch, and reward what it wrote."""
     encoded = model.encode(micro.batch)
     # What is drawn for a video depends on its place alone, not on ranks and micro-batches.
-    seeds = [draw_seed(args.seed, step, *place) for place in micro.places_of_videos()]
-    thoughts = model.think(encoded, args.group_size, args.max_new_tokens, args.temperature,
-                           args.top_p, seeds)
+    seeds = [draw_seed(args.seed, step, *row) for row in micro.rows]
+    thoughts = model.think(
+        encoded, args.group_size, args.max_new_tokens, args.temperature, args.top_p, seeds)
     tokens = thoughts.tokens
     mask = thoughts.mask
     truncated = model.truncated(thoughts)
     texts = []
-    for row, row_mask in zip(tokens.flatten(0, 1), mask.flatten(0, 1)):
-        texts.append(model.processor.decode(row[row_mask]))
+    for cot, in_cot in zip(tokens.flatten(0, 1), mask.flatten(0, 1)):
+        text = model.processor.decode(cot[in_cot])
+        texts.append(text)
     gold = per_video(micro.items, "scores")
     R, parts = reward_all(rewards, texts, mask.sum(-1), gold)
     ref_logps = None
     if args.beta:
         ref_logps = model.reference_logps(encoded, tokens, mask, args.temperature)
 
-    weight = micro.weight_of_videos()
-    learnt = mask & (weight > 0)[:, None, None]
+    counts = micro.row_weight > 0  # (B,)
+    learnt = mask & counts[:, None, None]
     if args.mask_truncated:
         learnt = learnt & ~truncated[..., None]
     decided = torch.tensor([pair.preference != "tie" for pair in micro.items])
@@ -305,8 +314,9 @@ def roll_out(args: Args, model: DeScore, rewards: dict, micro: MicroBatch, step:
     # the tower trains they are not kept, for the update needs their gradients.
     if not model.tower_trains:
         micro = micro._replace(batch=encoded.to("cpu"))
-    return Rollouts(micro, tokens, mask, learnt, thoughts.logps, ref_logps, decided[:, None],
-                    texts, truncated, thoughts.scores, {"reward": R, **parts})
+    return Rollouts(
+        micro, tokens, mask, learnt, thoughts.logps, ref_logps, decided[:, None], texts, truncated,
+        thoughts.scores, {"reward": R, **parts})
 
 
 def reward_all(
@@ -334,30 +344,28 @@ def reward_all(
 
 
 def rewards_of_all(rolled: list[Rollouts], ranks: Ranks) -> tuple[list[tuple[int, int]], Tensor]:
-    """R of all videos of a rollout batch, on all ranks, (videos, G), in the order of the batch, and the
-    place of each. Spares, and videos of pairs that cannot be read, are left out."""
-    rows = []
+    """R of all videos of a rollout batch, on all ranks, (videos, G), in the order of the batch, and
+    which row each is (`MicroBatch.rows`). Spares, and pairs that cannot be read, are left out."""
+    groups = []
     for o in rolled:
-        places = o.micro.places_of_videos()
-        weights = o.micro.weight_of_videos().tolist()
-        for place, weight, R in zip(places, weights, o.rewards["reward"].tolist()):
+        rewards = o.rewards["reward"].tolist()
+        for row, weight, R in zip(o.micro.rows, o.micro.row_weight, rewards):
             if weight:
-                rows.append((place, R))
-    rows = sorted(ranks.gather(rows))
-    places = [place for place, _ in rows]
-    R = torch.tensor([R for _, R in rows])
+                groups.append((row, R))
+    groups = sorted(ranks.gather(groups))
+    rows = [row for row, _ in groups]
+    R = torch.tensor([R for _, R in groups])
     G = rolled[0].mask.shape[1]
-    return places, R.reshape(len(rows), G)
+    return rows, R.reshape(len(rows), G)
 
 
-def hand_out(advantages: dict[tuple[int, int], Tensor], rolled: list[Rollouts]) -> None:
-    """Give the rollouts of each video its advantages (G,), by its place; 0 where it has none."""
+def hand_out(A: Tensor, rows: list[tuple[int, int]], rolled: list[Rollouts]) -> None:
+    """Give the rollouts of each row its advantages, A (rows, G); 0 to those that have none."""
+    by_row = dict(zip(rows, A))
+    nothing = torch.zeros(A.shape[1])
     for o in rolled:
-        G = o.mask.shape[1]
-        nothing = torch.zeros(G)
-        places = o.micro.places_of_videos()
-        rows = [advantages.get(place, nothing) for place in places]
-        o.advantages = torch.stack(rows).to(o.mask.device)
+        advantages = [by_row.get(row, nothing) for row in o.micro.rows]
+        o.advantages = torch.stack(advantages).to(o.mask.device)
 
 
 def records_of(rolled: list[Rollouts], count: int, step: int, ranks: Ranks) -> list[dict]:
@@ -365,21 +373,22 @@ def records_of(rolled: list[Rollouts], count: int, step: int, ranks: Ranks) -> l
     records = []
     for o in rolled:
         figures = {**o.rewards, "advantage": o.advantages, "score": o.scores}
-        videos = keys_of(o.micro.items)
+        keys = keys_of(o.micro.items)
         references = per_video(o.micro.items, "scores")
-        weights = o.micro.weight_of_videos().tolist()
+        sides = len(keys) // len(o.micro.items)
         G = o.mask.shape[1]
-        for b, (place, side) in enumerate(o.micro.places_of_videos()):
-            number = place * len(videos) // len(o.micro.items) + side
-            if number >= count or not weights[b]:
+        for b, (place, side) in enumerate(o.micro.rows):
+            number = place * sides + side
+            if number >= count or not o.micro.row_weight[b]:
                 continue
-            rollouts = []
-            for g, cot in enumerate(o.texts[b * G : (b + 1) * G]):
+            video, prompt = keys[b]
+            record = {"step": step, "video": video, "prompt": prompt, "reference": references[b]}
+            cots = o.texts[b * G : (b + 1) * G]
+            record["rollouts"] = []
+            for g, cot in enumerate(cots):
                 values = {name: value[b, g].item() for name, value in figures.items()}
-                rollouts.append({"cot": cot, **finite(values)})
-            video, prompt = videos[b]
-            records.append((number, {"step": step, "video": video, "prompt": prompt,
-                                     "reference": references[b], "rollouts": rollouts}))
+                record["rollouts"].append({"cot": cot, **finite(values)})
+            records.append((number, record))
     records = sorted(ranks.gather(records), key=lambda numbered: numbered[0])
     return [record for _, record in records]
 
@@ -416,15 +425,16 @@ def make_plan(args: Args, pairs: list[Pair], processor: Processor, ranks: Ranks)
     length that may fill the cache of their thoughts (`plan_step`)."""
     plan = []
     lengths = prompt_lengths(processor, keys_of(pairs), ranks)
-    epochs = -(-args.steps * args.batch_size // len(pairs))
+    cots = args.group_size * args.max_new_tokens
+    epochs = math.ceil(args.steps * args.batch_size / len(pairs))
     seen = order(len(pairs), epochs, args.seed)
-    for rows in chunks(seen, args.batch_size)[: args.steps]:
+    batches = chunks(seen, args.batch_size)
+    for rows in batches[: args.steps]:
         batch = [pairs[row] for row in rows]
         sizes = []
         for pair in batch:
-            videos = pair.videos()
-            prompt = max(lengths[key] for key in videos)
-            sizes.append(len(videos) * (prompt + args.group_size * args.max_new_tokens))
+            prompts = [lengths[key] for key in pair.videos()]
+            sizes.append(len(prompts) * (max(prompts) + cots))
         plan.append(plan_step(batch, sizes, args.think_tokens, ranks, args.updates))
     return plan
 
@@ -436,8 +446,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     # What trains, and π_ref: the policy as stage 1 left it.
-    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader,
-                         layout="ours")
+    model = DeScore.load(
+        args.model, video=args.video, quant=args.quant,
+        reader=args.reader, layout="ours")
     model.processor.use_instruction(args.instruction)
     if not model.has_head:
         run.say("warning: [Reward] and head begin untrained, without stage 1")
@@ -446,7 +457,8 @@ def main() -> None:
         model.keep_reference()
     prepare(model, args, ranks)
     trainable = list(model.trainable().values())
-    optimizer = adamw([{"params": trainable, "lr": args.lr}], args.weight_decay, args.optim)
+    groups = [{"params": trainable, "lr": args.lr}]
+    optimizer = adamw(groups, args.weight_decay, args.optim)
 
     # What it learns from: a tie is thought about too, but L_BT has no term for it.
     pairs = read_pairs(args.train, args.label, args.root, model.processor.dimensions)
@@ -457,8 +469,8 @@ def main() -> None:
     pairs = [pair.winner_first() for pair in pairs]
     rewards = make_rewards(args, model.processor)
     weights = {reward.source: reward.weight for reward in rewards.values()}
-    terms = [f"{weight:g} · {source}" for source, weight in weights.items()]
-    run.say(f"R = {' + '.join(terms)}")
+    sum_of_parts = " + ".join(f"{weight:g} · {source}" for source, weight in weights.items())
+    run.say(f"R = {sum_of_parts}")
     plan = make_plan(args, pairs, model.processor, ranks)
     tests = read_tests(args, model.processor.dimensions)
     last = len(plan)
@@ -475,7 +487,7 @@ def main() -> None:
     if done == 0 and args.eval_before:
         run.evaluate(0, model, tests)
     model.train()
-    bar = tqdm(range(done + 1, last + 1), "rl", last, initial=done, disable=not ranks.first)
+    bar = progress("rl", done, last, ranks)
     for step in bar:
         started = time.time()
         means = Means()
@@ -490,25 +502,28 @@ def main() -> None:
         rollouts = list(chain.from_iterable(rolled))
 
         # A_i, of each group by itself; R has the groups of the whole batch, on all ranks.
-        places, R = rewards_of_all(rollouts, ranks)  # (videos, G)
+        rows, R = rewards_of_all(rollouts, ranks)  # (videos, G)
         A = group_advantages(R, args.advantage_std)  # (videos, G)
-        hand_out(dict(zip(places, A)), rollouts)
+        hand_out(A, rows, rollouts)
         for o in rollouts:
-            weight = o.micro.weight_of_videos()[:, None]
-            means.add(weight.expand(-1, G), **o.figures())
+            weight = o.micro.row_weight[:, None].expand(-1, G)
+            means.add(weight, **o.figures())
         means.add(seconds_thinking=time.time() - thinking)
 
         # Learn: each update takes its part of the batch.
         for update, of_update in enumerate(rolled):
             count, decided = counts(args, of_update, ranks)
             for o in of_update:
-                logps, scores = model.group(o.micro.batch, o.tokens, o.mask, args.temperature)
-                L_GRPO, figures = grpo(logps, o.old_logps, o.ref_logps, o.advantages, o.learnt,
-                                       count=count)
+                batch = o.micro.batch
+                logps, scores = model.group(batch, o.tokens, o.mask, args.temperature)
+                L_GRPO, figures = grpo(
+                    logps, o.old_logps, o.ref_logps, o.advantages, o.learnt, count=count)
                 r_w, r_l = scores.view(-1, 2, G).unbind(1)  # (pairs, G)
                 if args.bt_pairs == "all":  # each of one with each of the other: (pairs, G²)
-                    r_w, r_l = r_w.repeat_interleave(G, 1), r_l.repeat(1, G)
-                L_BT = bt_loss(r_w, r_l, decided * r_w.shape[1], o.decided)
+                    r_w = r_w.repeat_interleave(G, 1)
+                    r_l = r_l.repeat(1, G)
+                terms = decided * r_w.shape[1]
+                L_BT = bt_loss(r_w, r_l, terms, o.decided)
                 L = L_GRPO + λ * L_BT
                 L.backward()
 
@@ -533,7 +548,8 @@ def main() -> None:
         figures = means.over(ranks)
         run.log({"step": step, **figures, "seconds": time.time() - started})
         run.warn_of_ratio(step, figures, model.dtype)
-        run.warn_of_format(figures, min(2, last), example=rollouts[-1].texts[0])
+        example = rollouts[-1].texts[0]
+        run.warn_of_format(figures, min(2, last), example)
         for record in records_of(rollouts, args.keep_rollouts, step, ranks):
             run.log(record, "rollouts")
         show(bar, figures, "reward", "reward_quality", "kl", "bt_loss")

@@ -274,7 +274,7 @@ def supervise() -> None:
             thought = torch.tensor([len(model.processor.encode(cot)) * run.args.think for cot in cots])
             in_cot = torch.arange(mask.shape[1]) < thought[:, None]
             parts = torch.stack([mask & in_cot, mask & ~in_cot]).to(micro.weight.device)  # (2, B, C)
-            parts = parts * micro.weight_of_videos()[:, None]
+            parts = parts * micro.row_weight[:, None]
             written.append((micro, tokens[:, None], mask[:, None], parts))
             counts = counts + parts.sum((1, 2)).cpu()
         counts = torch.tensor(run.ranks.sum(counts.tolist())).clamp(min=1)
@@ -292,7 +292,7 @@ def roll_out(args: rl.Args, model: DeScore, micro: MicroBatch, step: int, means:
     """The rollouts of some pairs: encoded batch, tokens, mask, log-probabilities, advantages, rewards."""
     G = args.group_size
     batch = model.encode(micro.batch)
-    seeds = [draw_seed(args.seed, step, *place) for place in micro.places_of_videos()]
+    seeds = [draw_seed(args.seed, step, *row) for row in micro.rows]
     thoughts = model.think(batch, G, args.max_new_tokens, args.temperature, args.top_p, seeds)
     written = []
     for tokens, mask in zip(thoughts.tokens.flatten(0, 1), thoughts.mask.flatten(0, 1)):
@@ -318,7 +318,7 @@ def pairwise() -> None:
         counts = [m.weight.sum().item() * 2 * args.group_size for m in micro_batches]
         (count,) = run.ranks.sum([sum(counts)])
         for micro, (batch, tokens, mask, old_logps, advantages) in zip(micro_batches, rolled):
-            learnt = mask & (micro.weight_of_videos() > 0)[:, None, None]
+            learnt = mask & (micro.row_weight > 0)[:, None, None]
             logps, _ = model.group(batch, tokens, mask, args.temperature)
             loss, figures = rl.grpo_loss(logps, old_logps, None, advantages, learnt, args.clip_low,
                                          args.clip_high, beta=0.0, count=max(1.0, count))

@@ -58,23 +58,12 @@ class MicroBatch(NamedTuple):
     """Items of a step, such as pairs, that go through the model together."""
 
     items: list[Pair]
-    places: list[int]  # of each in the step's batch
     # (items,) 1, or 0 for one that only keeps this rank in step with the others, or whose
     # video cannot be read.
     weight: Tensor
-    batch: Batch  # their videos: item 1's A, item 1's B, item 2's A, …
-
-    def places_of_videos(self) -> list[tuple[int, int]]:
-        """(place, side) of each of the B videos: of its item in the batch, and its own in the item."""
-        places = []
-        for item, place in zip(self.items, self.places):
-            places += [(place, side) for side in range(len(item.videos()))]
-        return places
-
-    def weight_of_videos(self) -> Tensor:
-        """(B,) the weight of each video's item."""
-        counts = [len(item.videos()) for item in self.items]
-        return self.weight.repeat_interleave(torch.tensor(counts, device=self.weight.device))
+    batch: Batch  # their B videos: item 1's A, item 1's B, item 2's A, …
+    rows: list[tuple[int, int]]  # of each video: the place of its item in the step's batch, its side
+    row_weight: Tensor  # (B,) of each video's item
 
 
 class Run:
@@ -234,7 +223,13 @@ class Run:
                         files = [video for video, _ in item.videos()]
                         bad.append({"videos": files, "error": error})
                 weight = torch.tensor(weights) * torch.tensor([not error for error in errors])
-                read[-1].append(MicroBatch(items, places, weight.to(model.device), batch))
+                rows = []
+                for item, place in zip(items, places):
+                    rows += [(place, side) for side in range(len(item.videos()))]
+                sides = torch.tensor([len(item.videos()) for item in items])
+                row_weight = weight.repeat_interleave(sides)
+                read[-1].append(MicroBatch(items, weight.to(model.device), batch, rows,
+                                           row_weight.to(model.device)))
         self.skipped.add(self.ranks.gather(bad))
         return read
 
@@ -359,6 +354,12 @@ class Run:
 def due(step: int, every: int) -> bool:
     """Whether something is to be done after this step that is done every so many; 0: never."""
     return every > 0 and step % every == 0
+
+
+def progress(stage: str, done: int, last: int, ranks: Ranks) -> tqdm:
+    """The steps from `done` + 1 to `last`, with a progress bar."""
+    steps = range(done + 1, last + 1)
+    return tqdm(steps, stage, last, initial=done, disable=not ranks.first)
 
 
 def show(bar: tqdm, figures: dict[str, float], *names: str) -> None:
