@@ -828,5 +828,5 @@ def make_pair(record: dict, where: str, root: Path, dimensions=DIMENSIONS) -> Pa
 
 if __name__ == "__main__":
     command = " ".join(sys.argv[1:2]) or "check"
-    print(f"error: data.py {command} is now python -m support.{command}", file=sys.stderr)
+    print(f"error: data.py {command} is now python -m tools.{command}", file=sys.stderr)
     sys.exit(2)
