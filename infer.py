@@ -44,7 +44,6 @@ from support.batches import (
 from support.command import READER, Count, NotNegative, Positive, Whole, run_command
 from support.files import LAYOUTS, MODELS, default_model
 from support.formats import read_pairs
-from support.journal import Journal, made_by
 from support.ranks import ALONE, Ranks
 from support.shard import gathered
 
@@ -126,7 +125,7 @@ def judge(
             records = judge_batch(model, group, batch, errors, thinking, think,
                                   without_cot or not think)
             if finite:
-                tables.check_finite(model, records)
+                tables.check_scores(model, records)
             yield [record for key, record in by_key(records).items() if key not in done]
 
     yield from ranks.in_turn(judged())
@@ -311,7 +310,8 @@ def judge_all(
     off goes on there."""
     journal = None
     if args.out and ranks.first:
-        journal = Journal(args.out, made_by(model, args), keys)
+        made_by = from_above("tools.journal", "made_by")(model, args)
+        journal = from_above("tools.journal", "Journal")(args.out, made_by, keys)
     judged = by_key(ranks.gather([*journal.records.values()] if journal else []))
     new = judge(model, keys, thinking, done={*judged}, think=args.cot == "on",
                 without_cot=bool(args.pairs), workers=args.workers, ranks=ranks)

@@ -38,7 +38,7 @@ from infer import reward
 from model import DeScore
 from rl import group_advantages, grpo_loss
 from support.command import run_command
-from support.journal import fingerprint
+from tools.journal import fingerprint
 
 DEGREES = ("fade", "small", "slow", "haze", "flicker")
 LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)

@@ -23,13 +23,13 @@ import infer
 from data import DataError, read_pairs
 from model import DeScore
 from support import digests, tables
-from support import journal as journals
 from support.files import default_model, digest
-from support.journal import Journal, fingerprint
 from support.ranks import ALONE
 from support.run import Run
 from support.settings import RunArgs, parse_args
 from tools import annotate as annotating
+from tools import journal as journals
+from tools.journal import Journal, fingerprint
 
 QUICK = [*TOY_VIDEO, "--workers", 0, "--max-new-tokens", 8, "--lora-rank", 2, "--no-gradient-checkpointing"]
 BACKBONE = ROOT / "toy/backbone"

@@ -24,11 +24,11 @@ from support import tables
 from support.command import run_command
 from support.formats import read_pairs as read_any
 from support.frames import Video
-from support.journal import Journal, fingerprint, made_by
 from support.ranks import ALONE
 from tools import annotate as annotating
 from tools import pairs as pairs_command
 from tools.formats import write_pairs
+from tools.journal import Journal, fingerprint, made_by
 
 # What Unicode, or Python's splitlines, calls the end of a line, and what JSON must not pass on as it is.
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\r\ng\x1ch"

@@ -17,8 +17,8 @@ from data import DIMENSIONS, DataError, Processor
 from model import DeScore
 from presets import release
 from support.files import read_json
-from support.journal import made_by
 from support.settings import parse_args
+from tools.journal import made_by
 
 BACKBONE = ROOT / "toy/backbone"
 QUICK = [*TOY_VIDEO, "--workers", 0, "--no-gradient-checkpointing", "--eval-before", "false"]

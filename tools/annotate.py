@@ -44,10 +44,11 @@ from data import (
     read_video,
 )
 from model import DeScore
-from support import journal, tables
+from support import tables
 from support.command import READER, Count, Positive, Whole, run_command
 from support.files import check_out
 from support.formats import read_pairs
+from tools import journal
 from tools.forgiving import read_annotation
 from tools.formats import write_pairs
 from tools.together import PLACES, QUESTION, b_comes_first, check_question, read_both
@@ -335,7 +336,7 @@ def main() -> None:
             check_instruction(instruction)
             write = Api(*how, instruction, args.reader)
         dimensions, tags = DIMENSIONS, TAGS
-        made_by = journal.deciding(args) | {"instruction": instruction, "video": asdict(settings)}
+        made_by = journal.deciding(vars(args)) | {"instruction": instruction, "video": asdict(settings)}
     else:
         model = DeScore.load(args.model, video=video, reader=args.reader)
         if instruction is not None:
