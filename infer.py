@@ -125,7 +125,7 @@ def judge(
             records = judge_batch(model, group, batch, errors, thinking, think,
                                   without_cot or not think)
             if finite:
-                tables.check_finite(model, records)
+                tables.check_scores(model, records)
             yield [record for key, record in by_key(records).items() if key not in done]
 
     yield from ranks.in_turn(judged())

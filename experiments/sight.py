@@ -23,6 +23,7 @@ from data import parse_cot, per_video
 from model import DeScore
 from support.command import run_command
 from support.formats import read_pairs
+from support.tables import bootstrap
 
 COTS = ROOT / "runs/toy/train_annotated.jsonl"
 LEARN, TEST, RIDGE = 900, 300, 300.0
@@ -69,12 +70,13 @@ def main() -> None:
     off = (x[LEARN:] @ weights + mean - y[LEARN:]) ** 2
     from_mean = (y[LEARN:] - y[LEARN:].mean(0)) ** 2
     print("| degree | R² | 95 % |\n| --- | ---: | ---: |")
-    drawn = torch.randint(TEST, (2000, TEST), generator=torch.Generator().manual_seed(0))
     for i, name in enumerate(pretrain.DEGREES):
-        r2 = 1 - off[:, i].sum() / from_mean[:, i].sum()
-        draws = 1 - off[drawn, i].sum(1) / from_mean[drawn, i].sum(1)
-        low, high = draws.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-        print(f"| {name} | {r2:.2f} | {low:.2f} to {high:.2f} |")
+
+        def r2(rows, i=i) -> float:
+            return 1 - (off[rows, i].sum() / from_mean[rows, i].sum()).item()
+
+        low, high = bootstrap(r2, TEST, draws=2000)
+        print(f"| {name} | {r2(torch.arange(TEST)):.2f} | {low:.2f} to {high:.2f} |")
     if COTS.is_file():
         true_sub_scores(COTS)
 

@@ -51,7 +51,7 @@ def ranking(model, judged: dict[Key, dict]) -> list[dict] | dict:
     return found if len(records) > 1 else found[0]
 
 
-def check_finite(model, records: list[dict]) -> None:
+def check_scores(model, records: list[dict]) -> None:
     """Raises DataError, naming the video and the model, for a score that is not finite."""
     for record in records:
         for name, value in record.items():
@@ -123,15 +123,17 @@ def show(found: dict) -> str:
     return "\n".join([*lines, f"{'score':<12} {show_score(found)}"])
 
 
-def confidence(human: torch.Tensor, margin: torch.Tensor, accuracy: Callable,
-               draws: int = 1000) -> tuple[float, float]:
-    """The bootstrap's 95 % interval of an accuracy, from pairs drawn with replacement."""
-    generator, found = torch.Generator().manual_seed(0), []
+def bootstrap(figure: Callable[[torch.Tensor], float], count: int,
+              draws: int = 1000) -> tuple[float, float]:
+    """The 95 % interval of a figure: the bootstrap's. `figure` computes it from `count` row numbers,
+    drawn with replacement."""
+    generator = torch.Generator().manual_seed(0)
+    figures = []
     for _ in range(draws):
-        index = torch.randint(len(human), (len(human),), generator=generator)
-        found.append(accuracy(human[index], margin[index]))
+        rows = torch.randint(count, (count,), generator=generator)
+        figures.append(figure(rows))
     ends = torch.tensor([0.025, 0.975], dtype=torch.double)
-    return tuple(torch.tensor(found, dtype=torch.double).nanquantile(ends).tolist())
+    return tuple(torch.tensor(figures, dtype=torch.double).nanquantile(ends).tolist())
 
 
 def intervals(pairs: list[Pair], margins: dict[str, torch.Tensor | None],
@@ -146,14 +148,18 @@ def intervals(pairs: list[Pair], margins: dict[str, torch.Tensor | None],
             names = " / ".join(sorted((pair.model_a, pair.model_b)))
             generators.setdefault(names, []).append(i)
     rows = {names: {"pairs": len(generators[names])} for names in sorted(generators)}
-    human, found = torch.tensor([pair.human for pair in pairs]), {}
+    human = torch.tensor([pair.human for pair in pairs])
+    ends = {}
     for suffix, margin in margins.items():
         for name, accuracy in accuracies.items() if margin is not None else ():
-            found[name + suffix] = confidence(human, margin, accuracy)
+
+            def figure(rows, margin=margin, accuracy=accuracy) -> float:
+                return accuracy(human[rows], margin[rows])
+
+            ends[name + suffix] = bootstrap(figure, len(pairs))
             for names, row in rows.items():
-                numbers = generators[names]
-                row[name + suffix] = accuracy(human[numbers], margin[numbers])
-    return {"intervals": found, "generators": rows}
+                row[name + suffix] = figure(generators[names])
+    return {"intervals": ends, "generators": rows}
 
 
 def show_figure(value: float) -> str:

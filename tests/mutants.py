@@ -317,7 +317,7 @@ MUTANTS = [
     ("infer.py", "right[human != 0]", "right", EQUATIONS),
     ("infer.py", "allowed[1:-1] = size[1:] != size[:-1]", "pass", EQUATIONS),
     ("infer.py", "found.append(a - b)", "found.append(b - a)", STAGES),
-    ("infer.py", "tables.check_finite(model, records)", "pass", JUDGING + " -k finite"),
+    ("infer.py", "tables.check_scores(model, records)", "pass", JUDGING + " -k finite"),
     ("infer.py", "    if finite:\n        model.check_head()", "pass", STAGES + " -k one_clear_line"),
     ("infer.py", "for key, record in by_key(records).items() if key not in done]",
      "for key, record in by_key(records).items()]", STAGES + " -k resumed"),

@@ -16,7 +16,7 @@ from data import DataError, VideoSettings, read_video
 from infer import Scorer, reward
 from model import DeScore
 from tools import memory
-from tools.memory import Clip, Frames, Together, keys_of, number_of
+from tools.memory import Clip, Frames, Together, clip_keys, number_of
 
 SHORT = {"max_new_tokens": 6}
 SHARED = ROOT.parent / "shared/videos"
@@ -237,12 +237,12 @@ def test_pictures_are_of_eight_bits_and_of_colours_that_are_known(model):
     from PIL import Image
     rgb = Image.new("RGB", (64, 64), (10, 20, 30))
     for image, colour in ((rgb.convert("RGBA"), [10, 20, 30]), (Image.new("L", (64, 64), 7), [7, 7, 7])):
-        assert keys_of([image] * 4, "p", 8)[0][0].picture(1)[0, 0].tolist() == colour
+        assert clip_keys([image] * 4, "p", 8)[0][0].picture(1)[0, 0].tolist() == colour
     for mode in ("I;16", "F", "CMYK"):
         with pytest.raises(DataError, match=f"a frame is of {mode}"):
-            keys_of([Image.new(mode, (64, 64))] * 4, "p", 8)
+            clip_keys([Image.new(mode, (64, 64))] * 4, "p", 8)
     with pytest.raises(DataError, match="a frame is of ndarray"):
-        keys_of([rgb, np.zeros((64, 64, 3), np.uint8)], "p", 8)
+        clip_keys([rgb, np.zeros((64, 64, 3), np.uint8)], "p", 8)
 
 
 def float_frames(value):

@@ -335,7 +335,7 @@ def main() -> None:
             check_instruction(instruction)
             write = Api(*how, instruction, args.reader)
         dimensions, tags = DIMENSIONS, TAGS
-        made_by = journal.deciding(args) | {"instruction": instruction, "video": asdict(settings)}
+        made_by = journal.deciding(vars(args)) | {"instruction": instruction, "video": asdict(settings)}
     else:
         model = DeScore.load(args.model, video=video, reader=args.reader)
         if instruction is not None:

@@ -168,19 +168,20 @@ def fits(value, kind: type) -> bool:
     return type(value) is kind and (kind is not float or math.isfinite(value))
 
 
-def deciding(args: Namespace) -> dict:
-    """The settings of a command that decide its records."""
-    return {name: value for name, value in vars(args).items()
+def deciding(settings: dict) -> dict:
+    """Those of a command's settings that decide its records."""
+    return {name: value for name, value in settings.items()
             if name in DECIDING and not (name in NEUTRAL and value == NEUTRAL[name])}
 
 
 def made_by(model, args: Namespace, scores: bool = True) -> dict:
     """What makes the records of a model: its weights, what it is shown, how it thinks and, unless it only
     thinks, how it `scores`."""
-    processor, penalty = model.processor, getattr(args, "repetition_penalty", None)
-    if penalty is None:
-        penalty = model.own_penalty(args.temperature)
-    return deciding(Namespace(**vars(args) | {"repetition_penalty": penalty})) | {
+    processor = model.processor
+    settings = dict(vars(args))
+    if settings.get("repetition_penalty") is None:
+        settings["repetition_penalty"] = model.own_penalty(settings.get("temperature", 0.0))
+    return deciding(settings) | {
         "weights": fingerprint(model, scores), "dtype": str(model.dtype),
         "instruction": processor.instruction, "video": asdict(processor.settings),
         "layout": model.info.get("scoring_layout", "ours"), "scoring_video": model.info.get("scoring_video"),

@@ -84,7 +84,7 @@ def content(array: np.ndarray) -> bytes:
     return f"{array.dtype}{array.shape}".encode() + array.tobytes()
 
 
-def keys_of(videos, prompts, fps=None, layout: str | None = None) -> list[Key]:
+def clip_keys(videos, prompts, fps=None, layout: str | None = None) -> list[Key]:
     """(video, prompt) keys of what a caller holds: a video is the path of a file or a Clip.
 
     videos, layout: see `client.split`; prompts, fps: one for all, or a list. DataError where they
@@ -192,7 +192,7 @@ def reward(
     cannot be scored has the score NaN, and an error that says why. What is the same twice is
     thought about once. DataError where the call makes no sense."""
     model.check_head()
-    asked = keys_of(videos, prompts, fps, layout)
+    asked = clip_keys(videos, prompts, fps, layout)
     keys = list(dict.fromkeys(asked))
     if thinking is None and fields.get("temperature") is None:
         fields["temperature"] = float(fields.get("samples", 1) > 1)
@@ -220,7 +220,7 @@ class Scorer:
 
     def __call__(self, videos, prompts, *, fps=None, layout=None, **how) -> list[dict]:
         """`reward`, with the same options."""
-        return self.together(keys_of(videos, prompts, fps, layout), how)
+        return self.together(clip_keys(videos, prompts, fps, layout), how)
 
     def score(self, keys: list[Key], how: dict) -> list[dict]:
         return reward(self.model, *map(list, zip(*keys)), **how)

@@ -41,7 +41,7 @@ from support.formats import read_pairs
 from support.ranks import ALONE, Ranks
 
 
-class Clip(NamedTuple):
+class Seen(NamedTuple):
     """What a model is shown of a video."""
 
     frames: Tensor  # (T, 3, H, W) uint8, T even
@@ -50,7 +50,7 @@ class Clip(NamedTuple):
 
 
 # A clip and the prompt of another pair → the clip that is shown in its place.
-SHOWN: dict[str, Callable[[Clip, str], Clip]] = {
+SHOWN: dict[str, Callable[[Seen, str], Seen]] = {
     "own": lambda clip, other: clip,
     "prompt_other": lambda clip, other: clip._replace(prompt=other),
     "prompt_empty": lambda clip, other: clip._replace(prompt=""),
@@ -149,21 +149,21 @@ def exchanged(pairs: list[Pair], cots: dict[Key, str], others: dict[str, str], d
 # Scores of what is shown
 
 
-def read(model: DeScore, key: Key) -> list[Clip]:
+def read(model: DeScore, key: Key) -> list[Seen]:
     """A video with its prompt as it is seen for thinking; behind it as it is seen for scoring where
     that has a size of its own, as in the authors' layout. Raises DataError."""
     video, prompt = key
     settings, reader = [model.processor.settings], model.processor.reader
     if model.scoring_settings != settings[0]:
         settings.append(model.scoring_settings)
-    return [Clip(*read_video(video, each, reader), prompt) for each in settings]
+    return [Seen(*read_video(video, each, reader), prompt) for each in settings]
 
 
 class Held:
     """A clip in the shape in which `data.open_video` takes a video. Whoever reads it with the
     settings with which the clip was read gets the same frames and seconds."""
 
-    def __init__(self, clip: Clip, fps: float):
+    def __init__(self, clip: Seen, fps: float):
         self.clip = clip
         self.total = len(clip.frames)
         self.fps = fps
@@ -174,7 +174,7 @@ class Held:
             yield self.clip.frames[index].permute(1, 2, 0).numpy()
 
 
-def encode(model: DeScore, clips: list[list[Clip]]) -> Batch:
+def encode(model: DeScore, clips: list[list[Seen]]) -> Batch:
     """A batch of videos as they are seen for thinking. What reads them again, for scoring, sees
     what is shown of them."""
     samples = []
@@ -185,7 +185,7 @@ def encode(model: DeScore, clips: list[list[Clip]]) -> Batch:
     return model.encode(model.processor.collate(samples))
 
 
-def think(model: DeScore, clips: list[list[Clip]], seeds: list[int],
+def think(model: DeScore, clips: list[list[Seen]], seeds: list[int],
           thinking: Thinking) -> tuple[list[str], Tensor]:
     """The first CoT about each video, and the scores (B, samples) behind all."""
     thoughts = model.think(encode(model, clips), thinking.samples, thinking.max_new_tokens,
@@ -239,7 +239,7 @@ def shown(model: DeScore, keys: list[Key], others: dict[str, str], thinking: Thi
                                   spread)
                 for row, found in zip(rows, scores.double()):
                     records[row] |= {"again": found[0].item(), "variance": found.var().item()}
-        tables.check_finite(model, records)
+        tables.check_scores(model, records)
         return records + unread
 
     sizes = [lengths[key] + thinking.max_new_tokens for _, key in numbered]
@@ -267,7 +267,7 @@ def behind(model: DeScore, cots: dict[str, dict[Key, str | None]],
                 if text is not None:
                     same = name != "cot_own" and text == cots["cot_own"][key]
                     record[name] = record["cot_own"] if same else found
-        tables.check_finite(model, records)
+        tables.check_scores(model, records)
         return records
 
     groups = pack_by_budget(keys, [lengths[key] for key in keys], think_tokens)
@@ -289,11 +289,11 @@ def mean(values: list[float], prompts: list[str], draws: int = 1000) -> dict:
         return found
     sums = torch.zeros(len(numbers), dtype=torch.double).index_add(0, where, values)
     counts = torch.bincount(where).double()
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(sums), (draws, len(sums)), generator=generator)
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    ends = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double))
-    return found | {"interval": tuple(ends.tolist())}
+
+    def drawn_mean(rows: Tensor) -> float:
+        return (sums[rows].sum() / counts[rows].sum()).item()
+
+    return found | {"interval": tables.bootstrap(drawn_mean, len(sums), draws)}
 
 
 def figures(pairs: list[Pair], records: dict[Key, dict], model: DeScore, samples: int) -> dict:
