@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from support.ranks import Ranks
-from support.shard import local
 
 
 def adamw(groups: list[dict], weight_decay: float, kind: str = "adamw") -> torch.optim.Optimizer:
@@ -46,5 +45,7 @@ def clip(parameters: list[Tensor], max_norm: float) -> float:
         norm = (norm**2 + of_shards**2) ** 0.5
     if math.isfinite(norm):
         scale = min(1.0, max_norm / (norm + 1e-6))
-        torch._foreach_mul_([local(grad) for grad in gradients], scale)
+        torch._foreach_mul_(wholes, scale)
+        if shards:
+            torch._foreach_mul_(shards, scale)
     return norm
