@@ -7,7 +7,7 @@ from dataclasses import replace
 import bitsandbytes
 import pytest
 import torch
-from conftest import ROOT, in_layout
+from conftest import ROOT, in_layout, plain_head
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import model as descore
@@ -61,7 +61,7 @@ def plain(model, sample, ids, temperature=1.0):
     P = len(sample.input_ids)
     logits = qwen.lm_head(hidden[P - 1:P - 1 + len(ids)]) / temperature
     logps = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.long)]
-    return logps, hidden[-1] @ model.head.weight[0]
+    return logps, plain_head(hidden[-1], dict(model.named_parameters()))
 
 
 def as_transformers_asks(model, key, chosen=()):
