@@ -99,7 +99,8 @@ def main() -> None:
     run = Run(Args, "coldstart", shown=("loss", "accuracy", "margin"))
     args = run.args
     torch.manual_seed(args.seed)
-    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader)
+    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader,
+                         layout="ours")
     model.processor.use_instruction(args.instruction)
     model.set_trainable(args.lora_rank, args.train_merger, args.train_vision)
     own = [name for name in model.trainable() if name.startswith(OWN)]

@@ -251,7 +251,7 @@ def roll_out(run: Run, model: DeScore, rewards: dict, micro: MicroBatch, step: i
     for place in micro.places:
         seeds += [draw_seed(args.seed, step, place, side) for side in (0, 1)]
     thoughts = model.think(encoded, G, args.max_new_tokens, args.temperature, args.top_p, seeds)
-    tokens, mask, old_logps, scores, _ = thoughts
+    tokens, mask, old_logps, scores = thoughts[:4]
     lengths, truncated = mask.sum(-1), model.truncated(thoughts)
     texts = []
     for row, row_mask in zip(tokens.flatten(0, 1), mask.flatten(0, 1)):
@@ -344,7 +344,8 @@ def main() -> None:
     run = Run(Args, "rl", shown=("reward", "reward_quality", "kl", "bt_loss"))
     args = run.args
     torch.manual_seed(args.seed)
-    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader)
+    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader,
+                         layout="ours")
     model.processor.use_instruction(args.instruction)
     if run.ranks.first and not model.has_head:
         print("warning: [Reward] and head begin untrained, without stage 1")
