@@ -160,6 +160,9 @@ def judge_batch(
                        "score": scores[i].mean().item()}
             if thinking.samples > 1:
                 record["score_std"] = scores[i].std().item()
+            if thoughts.parts is not None and thoughts.parts.shape[-1] > 1:
+                for place, part in enumerate(thoughts.parts[i].mean(0).tolist(), 1):
+                    record[f"part_{place}"] = part
     if without_cot:
         if no_cot is None:
             no_cot = model.score(batch, [None] * len(keys))
@@ -228,7 +231,14 @@ def accuracy_reading(pairs: list[Pair], judged: Judged, dimensions: dict, tags=T
 
 
 ACCURACIES = {"accuracy": accuracy_without_ties, "accuracy_ties": accuracy_with_ties}
-FIELDS = {"score": "", "score_no_cot": "_no_cot"}  # field of a record → suffix of its figures
+
+
+def fields_of(judged: Judged) -> dict[str, str]:
+    """The numbers that a record has of its video, each with the suffix of its figures' names: the
+    scores, and what a model's own head or `think` adds (`tables.further`)."""
+    first = next(iter(judged.values()), {})
+    own = {name: f"_{name}" for name in tables.further(first)}
+    return {"score": "", "score_no_cot": "_no_cot"} | own
 
 
 def measure(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> dict[str, float]:
@@ -240,7 +250,7 @@ def measure(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> d
     if not pairs:
         return figures
     human = torch.tensor([pair.human for pair in pairs])
-    for field, suffix in FIELDS.items():
+    for field, suffix in fields_of(judged).items():
         margin = margins(pairs, judged, field)
         if margin is not None:
             for name, accuracy in ACCURACIES.items():
@@ -298,9 +308,11 @@ def report(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> di
     """`measure`, with an interval for each accuracy and a row for each two generators."""
     figures = measure(pairs, judged, dimensions, tags)
     pairs, judged, _ = tables.readable(pairs, judged)
-    found = {suffix: margins(pairs, judged, field) for field, suffix in FIELDS.items()}
+    by_suffix = {}
+    for field, suffix in fields_of(judged).items():
+        by_suffix[suffix] = margins(pairs, judged, field)
     figures = {"pairs": len(pairs), **figures}
-    return figures | tables.intervals(pairs, found, ACCURACIES)
+    return figures | tables.intervals(pairs, by_suffix, ACCURACIES)
 
 
 def judge_all(

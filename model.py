@@ -51,6 +51,7 @@ class Thoughts(NamedTuple):
     logps: Tensor  # (B, n, C) log π(token | before) at the temperature; 0 off the mask
     scores: Tensor  # (B, n)
     scores_no_cot: Tensor | None = None  # (B,) right behind the prompt, if asked for
+    parts: Tensor | None = None  # (B, n, K) what the head gives, of which the scores are made
 
 
 class DeScore(nn.Module):
@@ -134,11 +135,21 @@ class DeScore(nn.Module):
         with self.autocast():
             return self.qwen.lm_head(hidden).float()
 
-    def read_score(self, hidden: Tensor) -> Tensor:
-        """r = w · h([Reward]), in float32: (..., H) → (...).
-        NaN of a head that is not trained."""
-        r = self.head(hidden.to(self.query.dtype)).squeeze(-1).float()
-        return r if self.has_head else torch.full_like(r, torch.nan)
+    def read_parts(self, hidden: Tensor, at_reward: Tensor | None = None) -> Tensor:
+        """What the head says, in float32. This is where the states that it reads are picked.
+
+        Of whole rows, hidden (B, L, H) with the places at_reward (B, G) of each [Reward] in L:
+        (B, G, K). Of the states at [Reward] alone, hidden (..., H), which is all that a decode step
+        has: (..., K). NaN where the head is not trained."""
+        if at_reward is not None:
+            row = torch.arange(len(hidden), device=hidden.device)[:, None]
+            hidden = hidden[row, at_reward]
+        parts = self.head(hidden.to(self.query.dtype)).float()
+        return parts if self.has_head else torch.full_like(parts, torch.nan)
+
+    def overall(self, parts: Tensor) -> Tensor:
+        """The score of what the head says: (..., K) → (...). Here K = 1, and r = w · h([Reward])."""
+        return parts[..., 0]
 
     def check_head(self) -> None:
         """DataError unless there is a head whose scores mean something."""
@@ -183,7 +194,7 @@ class DeScore(nn.Module):
         if without_cot:
             everywhere = torch.ones_like(position, dtype=torch.bool)
             behind = self.decode_step(cache, position * 0, everywhere, position)
-            scores_no_cot = self.read_score(behind[:, 0])
+            scores_no_cot = self.overall(self.read_parts(behind[:, 0]))
             cache.step = 0  # the first token of the CoTs takes its place
         held = None
         if repetition_penalty != 1:
@@ -214,7 +225,8 @@ class DeScore(nn.Module):
         tokens the prompt holds, where there is a repetition penalty; those chosen are added."""
         (B, n, C), eos, device = uniform.shape, self.eos, self.device
         tokens = torch.full((B * n, C), eos, device=device)
-        logps, scores = torch.zeros(B * n, C, device=device), torch.zeros(B * n, device=device)
+        logps = torch.zeros(B * n, C, device=device)
+        parts = torch.zeros_like(self.read_parts(hidden)).flatten(0, 1)  # (B · n, K)
         done = torch.zeros(B * n, dtype=torch.bool, device=device)
         rows = torch.arange(B * n, device=device).view(B, n)  # those still computed
         position, uniform = position.flatten(), uniform.flatten(0, 1)
@@ -233,7 +245,7 @@ class DeScore(nn.Module):
             tokens[rows, step], logps[rows, step] = token, logp.masked_fill(over, 0)
             ends = ~over & (token == eos)
             hidden = self.decode_step(cache, token, ends, position[rows] + step)
-            scores[rows] = torch.where(ends, self.read_score(hidden), scores[rows])
+            parts[rows] = torch.where(ends[..., None], self.read_parts(hidden), parts[rows])
             done[rows] = over | ends
             if step % 16 == 15:  # asking costs a wait for the device, so not every step
                 rows, hidden = drop_finished(cache, rows, hidden, ~done[rows])
@@ -242,12 +254,13 @@ class DeScore(nn.Module):
         unended = ~done[rows]
         if unended.any():  # [Reward] after what never ended
             hidden = self.decode_step(cache, tokens[rows, -1], unended, position[rows] + C)
-            scores[rows] = torch.where(unended, self.read_score(hidden), scores[rows])
+            parts[rows] = torch.where(unended[..., None], self.read_parts(hidden), parts[rows])
         is_end = tokens == eos
         mask = is_end.cumsum(-1) - is_end.long() == 0  # up to the first end token
         longest = int(mask.any(0).sum())
-        parts = [x[:, :longest].view(B, n, -1) for x in (tokens, mask, logps)]
-        return Thoughts(*parts, scores.view(B, n))
+        tokens, mask, logps = (x[:, :longest].view(B, n, -1) for x in (tokens, mask, logps))
+        parts = parts.view(B, n, -1)
+        return Thoughts(tokens, mask, logps, self.overall(parts), parts=parts)
 
     def decode_step(self, cache: GroupCache, token, is_reward, position) -> Tensor:
         """One more input a rollout: a token, or [Reward] in its place, and its position, all
@@ -284,17 +297,23 @@ class DeScore(nn.Module):
         """Score each of B videos after the given CoT, or after none where it is None: scores (B,);
         `without_cot`: after the CoT and also after none, (B, 2). One forward over
         [ prompt | CoT [R] ] or [ prompt | CoT [R] | [R] ], no logits; differentiable."""
+        return self.overall(self.score_parts(batch, cots, without_cot))
+
+    def score_parts(
+            self, batch: Batch, cots: list[str | None], without_cot: bool = False) -> Tensor:
+        """What the head says where `score` scores: (B, K) or (B, 2, K)."""
         texts = [checked(cot or "", "a CoT") for cot in cots]
         ids = [torch.tensor(self.processor.encode_cot(text), dtype=torch.long) for text in texts]
         lengths = torch.tensor([[len(i), 0] if without_cot else [len(i)] for i in ids])
         tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, None]  # (B, 1, C)
         tokens = tokens.expand(-1, lengths.shape[1], -1)
         mask = torch.arange(tokens.shape[-1]) < lengths[..., None]
-        scores = torch.zeros(lengths.shape, device=self.device)
+        parts, order = [], []
         for rows, hidden, _, at_reward in self.forwards(batch, tokens, mask):
-            row = torch.arange(len(rows), device=self.device)[:, None]
-            scores[rows] = self.read_score(hidden[row, at_reward])
-        return scores if without_cot else scores[:, 0]
+            parts.append(self.read_parts(hidden, at_reward))
+            order += rows
+        parts = in_order(parts, order)  # (B, 1 or 2, K)
+        return parts if without_cot else parts[:, 0]
 
     def group(
             self, batch: Batch, tokens: Tensor, mask: Tensor,
@@ -302,16 +321,24 @@ class DeScore(nn.Module):
         """Log-probabilities and scores of the G CoTs of each of B videos, in one forward;
         differentiable. tokens and mask (B, G, C) as `think` returns them. Returns logps (B, G, C)
         of what is sampled from at this temperature, 0 off the mask, and scores (B, G)."""
+        logps, parts = self.group_parts(batch, tokens, mask, temperature)
+        return logps, self.overall(parts)
+
+    def group_parts(
+            self, batch: Batch, tokens: Tensor, mask: Tensor,
+            temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`group`, with what the head says, (B, G, K), in place of the scores."""
         tokens, mask = tokens.to(self.device), mask.to(self.device)
         logps = torch.zeros(mask.shape, device=self.device)
-        scores = torch.zeros(mask.shape[:2], device=self.device)
+        parts, order = [], []
         for rows, hidden, at_source, at_reward in self.forwards(batch, tokens, mask):
             row, here = torch.arange(len(rows), device=self.device)[:, None], mask[rows]
-            scores[rows] = self.read_score(hidden[row, at_reward])
+            parts.append(self.read_parts(hidden, at_reward))
+            order += rows
             sources = hidden[row[..., None], at_source][here]
             found = self.token_logps(sources, tokens[rows][here], temperature)
             logps[rows] = logps[rows].masked_scatter(here, found)
-        return logps, scores
+        return logps, in_order(parts, order)
 
     def forwards(self, batch: Batch, tokens: Tensor, mask: Tensor) -> Iterator:
         """`forward_rows` for rows of like length together, so that little is padding, and at most
@@ -446,6 +473,11 @@ class DeScore(nn.Module):
         """Write the model to a directory, with `info` in its descore.json (`saved.save`)."""
         self.info |= info
         saved.save(self, Path(directory), write)
+
+
+def in_order(parts: list[Tensor], order: list[int]) -> Tensor:
+    """Rows of tensors one below another, each at the place that `order` has for it."""
+    return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def check_penalty(repetition_penalty: float, temperature: float) -> None:

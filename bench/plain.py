@@ -86,7 +86,7 @@ def update(model: DeScore, batch: Batch, tokens: torch.Tensor, old: torch.Tensor
     loss, _ = grpo_loss(found, old, None, advantages, torch.ones_like(tokens, dtype=torch.bool), beta=0.0)
     if passes == 2:
         hidden, _ = whole_rows(model, batch, tokens, with_reward=True)
-    scores = model.read_score(hidden[:, -1]).view(tokens.shape[:2])
+    scores = model.overall(model.read_parts(hidden[:, -1])).view(tokens.shape[:2])
     loss = loss + 0.005 * bt_of(scores)
     loss.backward()
     return loss.item()

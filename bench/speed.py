@@ -149,7 +149,7 @@ def main() -> None:
         think_only()
         hidden, _ = plain.whole_rows(model, one, torch.randint(0, 500, (1, 1, C), device=device),
                                      with_reward=True)
-        return model.read_score(hidden[:, -1])
+        return model.overall(model.read_parts(hidden[:, -1]))
 
     with torch.no_grad():
         row("one video: think, then score", "think only", think, think_only, "at least 0.97 ×")
@@ -205,7 +205,7 @@ def main() -> None:
         ids = torch.zeros(2, 1, C, dtype=torch.long, device=device)  # padded to the CoT's length
         hidden, _ = plain.whole_rows(model, pair, ids, with_reward=True)
         logits = model.qwen.lm_head(hidden)  # as a causal language model's forward returns them
-        scores = model.read_score(hidden[:, -1])
+        scores = model.overall(model.read_parts(hidden[:, -1]))
         return bt_loss(scores[0], scores[1]) + 0.0 * logits.float().mean()
 
     def cold_ours(cots):

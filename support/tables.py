@@ -8,7 +8,10 @@ from collections.abc import Callable
 
 import torch
 
-from data import DataError, Key, Pair, follows_format, keys_of, parse_cot
+from data import DataError, Key, Pair, follows_format, is_number, keys_of, parse_cot
+
+# The numbers of a record, or of its description, that have a place of their own.
+PLACED = ("score", "score_std", "score_no_cot", "standardised", "overall_score")
 
 
 def describe(model, record: dict) -> dict:
@@ -22,6 +25,12 @@ def describe(model, record: dict) -> dict:
                      "format_ok": follows_format(record["cot"], *form),
                      "sub_scores": cot.get("dimensional_scores"),
                      "overall_score": cot.get("overall_score")}
+
+
+def further(record: dict) -> dict[str, float]:
+    """The numbers of a record that only some models give, such as what each part of a head says."""
+    numbers = {name: value for name, value in record.items() if is_number(value)}
+    return {name: value for name, value in numbers.items() if name not in PLACED}
 
 
 def scale(model, scores: list[float]) -> tuple[float, str]:
@@ -107,7 +116,8 @@ def show_score(found: dict) -> str:
     spread = f" ± {found['score_std']:.4f}" if "score_std" in found else ""
     z = found.get("standardised")
     place = "" if z is None else f"   ({z:+.2f} standard deviations from the mean)"
-    return f"{found['score']:+.4f}{spread}{place}"
+    more = "".join(f"   {name} {value:+.4f}" for name, value in further(found).items())
+    return f"{found['score']:+.4f}{spread}{place}{more}"
 
 
 def show(found: dict) -> str:

@@ -19,6 +19,7 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUATIONS, MODEL = "tests/test_equations.py", "tests/test_model.py"
+HEADS = "tests/test_heads.py"
 DATA, FORMATS, PARITY = "tests/test_data.py", "tests/test_formats.py", "tests/test_parity.py"
 STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_wires.py"
 HACKABLE, SAVED, JUDGING = "tests/test_hackable.py", "tests/test_saved.py", "tests/test_judging.py"
@@ -200,7 +201,7 @@ MUTANTS = [
     ("model.py", "cache.keep(videos, columns)", "pass", MODEL),
     ("model.py", 'set_adapter("reference", inference_mode=True)', 'set_adapter("default")', MODEL),
     ("model.py", "cache.step = 0  #", "#", MODEL),
-    ("model.py", "r if self.has_head else torch.full_like(r, torch.nan)", "r", SAVED),
+    ("model.py", "parts if self.has_head else torch.full_like(parts, torch.nan)", "parts", SAVED),
     ("model.py", "if not self.has_head:", "if False:", SAVED),
     ("model.py", "~(is_end & thoughts.mask).any(-1)", "(is_end & thoughts.mask).any(-1)", MODEL),
     ("model.py", "position[rows] + C)", "position[rows] + C + 1)", MODEL),
@@ -409,7 +410,13 @@ MUTANTS = [
     ("data.py", 'or "<prompt>" not in instruction', "", SAVED + " -k no_sense"),
     ("data.py", "record = json.loads(line, object_pairs_hook=no_duplicates)", "record = json.loads(line)",
      JUDGING + " -k twice"),
-    ("tools/release.py", "super().score(again, nothing)", "super().score(again, cots)", SAVED),
+    ("support/saved.py", "layout = layout or own_layout", "layout = own_layout", SAVED + " -k layout"),
+    ("support/saved.py", "is_file() and not is_ours:", "is_file():", SAVED + " -k layout"),
+    ("tools/release.py", "else type(cls.__name__, (Release, cls), {})", "else Release", SAVED + " -k layout"),
+    ("infer.py", "thoughts.parts[i].mean(0)", "thoughts.parts[i, 0]", HEADS),
+    ("infer.py", '| own\n', '\n', HEADS + " -k figures"),
+    ("model.py", "[torch.tensor(order).argsort()]", "[torch.tensor(order)]", MODEL),
+    ("tools/release.py", "super().score_parts(again, nothing)", "super().score_parts(again, cots)", SAVED),
     ("tools/release.py", 'if not self.info.get("scoring_video"):', "if True:", SAVED),
     ("tools/annotate.py", "> TEXT_LIMIT", "> 2 * TEXT_LIMIT", JUDGING + " -k may_hold"),
     ("support/command.py", "SystemExit(130)", "SystemExit(0)", JUDGING + " -k interrupted"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from damage import FATAL, damage
+from launch import run
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from data import DataError, VideoSettings, patchify, read_video
 from infer import judge
 from model import DeScore
+from tools.release import Release
 
 BACKBONE = ROOT / "toy/backbone"
 COTS = ["<think>\nsubject: a red circle", None]
@@ -383,6 +385,63 @@ def test_what_the_authors_code_writes_scores_as_their_code_does(stage, keys, tmp
     change_json(tmp_path / "saved/descore.json", scoring_video={"max_pixels": "many"})
     with pytest.raises(DataError, match="saved: video settings that make no sense"):
         load(tmp_path / "saved")
+
+
+def test_a_model_scores_in_the_layout_that_it_is_loaded_in(keys, tmp_path):
+    weights, *_ = make_release(tmp_path, 2)
+    own, ours = load(weights), load(weights, layout="ours")
+    assert type(own) is Release and type(ours) is DeScore
+    assert own.info["scoring_layout"] == "release" and "scoring_layout" not in ours.info
+    assert own.info["scoring_video"] == ours.info["scoring_video"]
+    assert torch.equal(own.head.weight, ours.head.weight) and torch.equal(own.query, ours.query)
+    for model in (own, ours):
+        model.save(tmp_path / type(model).__name__)
+    again = tmp_path / "Release"
+    for source, layout, kind in (
+            (again, None, Release), (again, "ours", DeScore), (again, "release", Release),
+            (tmp_path / "DeScore", None, DeScore), (BACKBONE, "release", Release)):
+        assert type(load(source, layout=layout)) is kind
+    found = {name: scores_of(load(again, layout=name), keys) for name in ("ours", "release")}
+    assert found["ours"] == scores_of(ours, keys) != found["release"] == scores_of(own, keys)
+    with pytest.raises(DataError, match="there is no scoring layout 'theirs', but ours and release"):
+        load(BACKBONE, layout="theirs")
+
+    class Mine(DeScore):
+        def overall(self, parts):
+            return -parts[..., 0]
+
+    mine = Mine.load(again, device="cpu")
+    assert isinstance(mine, Release) and isinstance(mine, Mine)
+    assert scores_of(mine, keys) == [-score for score in found["release"]]
+
+
+def test_the_release_is_read_as_its_own_source_says(keys, tmp_path):
+    model = load(make_release(tmp_path, 2)[0])
+    frames, seconds = read_video(keys[0][0], model.processor.settings)
+    unnamed = model.processor.collate([model.processor.sample(frames, seconds, "p")])
+    with pytest.raises(DataError, match="the batch does not say which"):
+        model.score(unnamed, [None])
+
+
+def test_without_tools_a_release_is_one_clear_line_and_ours_judges(saved, keys, tmp_path):
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "support", tmp_path / "support")
+    weights, *_ = make_release(tmp_path, 2)
+    (video, prompt), short = keys[0], ["--max-new-tokens", 3, "--json"]
+    shutil.copytree(saved / "full", tmp_path / "ours")
+    done = run("infer.py", video, prompt, "--model", tmp_path / "ours", *short, root=tmp_path)
+    assert math.isfinite(json.loads(done.stdout)["score"])
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": prompt, "video_a": video, "video_b": video, "preference": "A"}))
+    for what, *command in (
+            ("in_its_layout is in tools/release.py", video, prompt, "--model", weights),
+            ("in_its_layout is in tools/release.py", video, prompt, "--model", tmp_path / "ours",
+             "--scoring-layout", "release"),
+            ("made_by is in tools/journal.py", "--pairs", pairs, "--model", tmp_path / "ours", "--out", "o")):
+        done = run("infer.py", *command, *short, root=tmp_path, check=False)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"error: {what}, and this copy of the project has no such file" in done.stderr
 
 
 def test_shards_that_were_not_merged_are_an_error(tmp_path):

@@ -79,28 +79,31 @@ class Release(DeScore):
         watched = self.watch(batch)
         thoughts = super().think(batch, n, max_new_tokens, temperature, top_p, seeds,
                                  repetition_penalty=repetition_penalty)
-        scores = []
+        parts = []
         for nth in range(n):
             cots = []
             for tokens, mask in zip(thoughts.tokens[:, nth], thoughts.mask[:, nth]):
                 cots.append(self.processor.decode(tokens[mask]))
-            scores.append(self.score(watched, cots))
+            parts.append(self.score_parts(watched, cots))
+        parts = torch.stack(parts, 1)  # (B, n, K)
         scores_no_cot = self.score(watched, [None] * len(batch)) if without_cot else None
-        return thoughts._replace(scores=torch.stack(scores, 1), scores_no_cot=scores_no_cot)
+        return thoughts._replace(scores=self.overall(parts), scores_no_cot=scores_no_cot, parts=parts)
 
-    def score(self, batch: Batch, cots: list[str | None], without_cot: bool = False) -> Tensor:
-        """`DeScore.score`, by the second pass. `batch` may be what `watch` made of it."""
+    def score_parts(self, batch: Batch, cots: list[str | None], without_cot: bool = False) -> Tensor:
+        """`DeScore.score_parts`, and with it `score`, by the second pass. `batch` may be what `watch`
+        made of it."""
         watched = batch if isinstance(batch, Watched) else self.watch(batch)
         nothing = [None] * len(watched)
         if without_cot:
-            return torch.stack([self.score(watched, cots), self.score(watched, nothing)], 1)
+            behind = [self.score_parts(watched, texts) for texts in (cots, nothing)]
+            return torch.stack(behind, 1)
         samples = []
         rows = zip(watched.grid.tolist(), watched.seconds, watched.sources, cots)
         for grid, seconds, (_, prompt), cot in rows:
             ids = self.processor.prompt_ids(tuple(grid), seconds, prompt, cot or "")
             samples.append(Sample(ids, watched.patches[:0].cpu(), tuple(grid)))
         again = replace(self.processor.collate(samples), features=watched.features)
-        return super().score(again, nothing)
+        return super().score_parts(again, nothing)
 
 
 def in_its_layout(cls: type[DeScore]) -> type[DeScore]:

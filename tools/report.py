@@ -44,7 +44,7 @@ from data import (
 from support.batches import leave_signals
 from support.command import READER, run_command
 from support.files import read_json, read_lines, write_whole
-from support.tables import describe, plain
+from support.tables import describe, further, plain
 
 TEMPLATE = Path(__file__).with_name("page.html")
 BINS = 24  # of a histogram
@@ -139,6 +139,8 @@ def write_page(path: Path, model, judged: dict, pairs: list[Pair] | None = None,
     scale, scale_of = held_out_scores(model, judged, pairs)
     for record in judged.values():
         found = dict(record) if "error" in record else describe(model, record)
+        if numbers := further(found):
+            found["further"] = numbers
         score = found.get("score")
         if score is not None and scale:
             found["below"] = bisect.bisect_left(scale, score) / len(scale)

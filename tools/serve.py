@@ -36,7 +36,7 @@ from infer import Scorer, add_thinking, read_thinking
 from support.command import READER, Count, NotNegative, Number, Positive, Whole, run_command
 from support.files import MODELS, default_model
 from support.frames import ERRORS, opened
-from support.tables import as_json
+from support.tables import as_json, further
 from tools.client import as_reward, from_picture, grey_levels, paired, unusable
 from tools.memory import Clip
 
@@ -302,8 +302,9 @@ def check_score(asked: Score) -> None:
 
 def metrics(record: dict) -> dict[str, float]:
     """Numbers alone, the reward first; what a CoT does not judge is not there."""
-    found = {"reward": as_reward(record), "score": record["score"], **(record["sub_scores"] or {})}
-    return {name: float(value) for name, value in found.items() if value != "N/A"}
+    numbers = {"reward": as_reward(record), "score": record["score"], **(record["sub_scores"] or {})}
+    numbers |= further(record)
+    return {name: float(value) for name, value in numbers.items() if value != "N/A"}
 
 
 def make_app(service: Service, name: str) -> FastAPI:
