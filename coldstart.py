@@ -13,7 +13,7 @@ alone as well.
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,8 @@ def bt_loss(
         r_w: Tensor, r_l: Tensor, count: float | None = None,
         weight: Tensor | float = 1.0) -> Tensor:
     """L_BT = −E log σ(r_w − r_l), the Bradley-Terry loss of the preferred videos' scores over
-    the others'. Any one shape for both; `weight` 0 leaves a pair out; `count` is the number of
-    terms that E is a mean of, where these are a part of them. Returns a scalar."""
+    the others'. Any one shape for both; `weight` 0 leaves a pair out; `count` is what the sum is
+    divided by, by default the number of terms. Returns a scalar."""
     losses = -F.logsigmoid(r_w - r_l) * weight
     if count is None:
         count = losses.numel()
@@ -65,40 +65,41 @@ def bt_loss(
 
 
 def mask_pairs(count: int, p: float, seed: int, step: int) -> list[bool]:
-    """Which of a step's pairs lose their CoTs, both videos of a pair together."""
+    """Which of a step's pairs lose their CoTs, both videos of a pair together. step: from 0."""
     generator = torch.Generator().manual_seed(draw_seed(seed, step))
     coins = torch.rand(count, generator=generator)
     return (coins < p).tolist()
 
 
 def order(count: int, epochs: int, seed: int) -> list[int]:
-    """The order in which the pairs are seen: each once an epoch, shuffled anew."""
-    seen = []
+    """The order in which the pairs are seen, by their numbers: each once an epoch, shuffled anew. A
+    batch may begin in one epoch and end in the next."""
+    sequence = []
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(draw_seed(seed, epoch))
-        seen += torch.randperm(count, generator=generator).tolist()
-    return seen
+        sequence += torch.randperm(count, generator=generator).tolist()
+    return sequence
 
 
 def make_plan(args: Args, pairs: list[Pair], processor: Processor, ranks: Ranks) -> list:
-    """Which pairs each step takes, masked or not, in this rank's micro-batches of like length
-    (`plan_step`; a step has one update)."""
+    """Which pairs each step takes, in this rank's micro-batches of like length (`plan_step`; a step
+    has one update). Those that are masked say so already: their CoTs are None."""
     plan = []
     lengths = prompt_lengths(processor, keys_of(pairs), ranks)
-    seen = order(len(pairs), args.epochs, args.seed)
-    for step, rows in enumerate(chunks(seen, args.batch_size)):
+    sequence = order(len(pairs), args.epochs, args.seed)
+    for step, rows in enumerate(chunks(sequence, args.batch_size)):
         batch = [pairs[row] for row in rows]
         masked = mask_pairs(len(batch), args.mask_p, args.seed, step)
         for place, is_masked in enumerate(masked):
             if is_masked:
-                batch[place] = replace(batch[place], cot_a=None, cot_b=None)
+                batch[place] = batch[place].masked()
         sizes = []
         for pair in batch:
             tokens = []
             for key, cot in zip(pair.videos(), pair.said("cot")):
                 cot_tokens = len(processor.encode_cot(cot))
                 tokens.append(lengths[key] + cot_tokens)
-            sizes.append(len(tokens) * max(tokens))  # padding included
+            sizes.append(len(tokens) * max(tokens))  # a row a video, all as wide as the widest
         plan.append(plan_step(batch, sizes, args.max_tokens, ranks))
     return plan
 
@@ -119,6 +120,7 @@ def main() -> None:
     trainable = model.trainable()
     own = [p for name, p in trainable.items() if name.startswith(OWN)]
     rest = [p for name, p in trainable.items() if not name.startswith(OWN)]
+    parameters = own + rest
     head_lr = args.lr if args.head_lr is None else args.head_lr
     rates = [head_lr, args.lr]
     groups = [
@@ -129,20 +131,20 @@ def main() -> None:
 
     # What it learns from: a tie has no winner, and teaches nothing here.
     pairs = read_pairs(args.train, args.label, args.root, model.processor.dimensions)
-    run.train_on(pairs)
+    tests = read_tests(args, model.processor.dimensions)
+    run.train_on(pairs)  # the file as it is: its rows count for --max-skipped, and for a resume
     ties = sum(pair.preference == "tie" for pair in pairs)
     run.say(f"{pairs.summary()}; {ties} of them ties, which have no winner")
     pairs = [pair for pair in pairs if pair.preference != "tie"]
     if not pairs:
         raise DataError(f"{args.train}: nothing but ties, from which nothing is learnt here")
-    check_said(args.train, pairs, "cot", "CoTs (see support.annotate)")
+    check_said(args.train, pairs, "cot", "CoTs (see tools.annotate)")
     pairs = [pair.winner_first() for pair in pairs]
     plan = make_plan(args, pairs, model.processor, ranks)
-    tests = read_tests(args, model.processor.dimensions)
     last = len(plan)
     warmup = max(1, round(args.warmup * last))
 
-    done = run.resume(model, optimizer)  # the steps of an earlier start
+    done = run.resume(model, optimizer)  # steps of an earlier start; what `save` is to keep
     run.write_settings(model, last)
     videos = run.read_ahead(plan[done:], model)
     if done == 0 and args.eval_before:
@@ -152,35 +154,35 @@ def main() -> None:
     for step in bar:
         started = time.time()
         means = Means()
-        (micro_batches,) = run.read(plan[step - 1], videos, model)
-        count = sum(micro.weight.sum().item() for micro in micro_batches)
-        (count,) = ranks.sum([count])  # pairs of the batch that can be read, on all ranks
-        warmed = min(1.0, step / warmup)
+        (micro_batches,) = run.read(plan[step - 1], videos, model)  # one update a step
+        readable = sum(micro.weight.sum().item() for micro in micro_batches)
+        (readable,) = ranks.sum([readable])  # pairs of the batch, on all ranks
+        rise = min(1.0, step / warmup)
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * warmed
+            group["lr"] = rate * rise
 
         for micro in micro_batches:
             cots = per_video(micro.items, "cot")  # None where masked
-            scores = model.score(micro.batch, cots)
+            scores = model.score(micro.batch, cots)  # winner, loser, winner, …
             r_w, r_l = scores.view(-1, 2).unbind(1)  # (pairs,)
-            L_BT = bt_loss(r_w, r_l, max(1.0, count), micro.weight)
+            L_BT = bt_loss(r_w, r_l, max(1.0, readable), micro.weight)
             L_BT.backward()
-            means.total(0, micro.weight, loss=L_BT)
+            means.total(micro.weight, loss=L_BT)
             means.add(micro.weight, accuracy=r_w > r_l, margin=r_w - r_l)
 
-        all_reduce(own + rest, ranks)  # a sum: each loss divides by the count over all ranks
-        norm = clip(own + rest, args.max_grad_norm)
-        if 0 < norm < math.inf:  # at 0 nothing counted: momentum and decay rest as well
+        all_reduce(parameters, ranks)  # a sum: each loss divides by the count over all ranks
+        norm = clip(parameters, args.max_grad_norm)
+        if 0 < norm < math.inf:  # 0: nothing counted, and AdamW would move the weights all the same
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.check_gradient(norm)
 
         means.add(grad_norm=norm, left_out=not math.isfinite(norm))
-        means.add(lr=args.lr * warmed)
+        means.add(lr=args.lr * rise)
         figures = means.over(ranks)
         run.log({"step": step, **figures, "seconds": time.time() - started})
         show(bar, figures, "loss", "accuracy", "margin")
-        if due(step, args.eval_every) and step < last:
+        if due(step, args.eval_every) and step < last:  # the last is evaluated below
             run.evaluate(step, model, tests)
         stop = run.asked_to_stop()
         if stop or step == last or due(step, args.save_every):

@@ -680,6 +680,10 @@ class Pair:
         """What it says of each of its videos, in their order: `said("cot")` is [cot_a, cot_b]."""
         return [getattr(self, f"{field}_a"), getattr(self, f"{field}_b")]
 
+    def masked(self) -> "Pair":
+        """The same pair without its CoTs."""
+        return replace(self, cot_a=None, cot_b=None)
+
     def winner_first(self) -> "Pair":
         """The same pair with the preferred video as A. A tie stays as it is."""
         if self.preference != "B":
@@ -692,8 +696,9 @@ class Pair:
 
 
 class Item(Protocol):
-    """What is learnt from: a `Pair`, or anything else that has videos, one or several, and says
-    something of each. Reading, batches and budgets ask no more of it than this."""
+    """What is learnt from: a `Pair`, or another dataclass that has videos, one or several, and says
+    something of each; each video is a row of its own. Reading, batches and budgets ask no more of it
+    than this; a stage's loss and its evaluation do."""
 
     def videos(self) -> list[Key]:
         """Its (video, prompt) keys."""

@@ -12,7 +12,7 @@ both losses:
     L_GRPO  = −E 1/G Σ_i 1/|o_i| Σ_k [ min(ρ A_i, clip(ρ, 1−ε, 1+ε) A_i) − β D_KL ]
     L       = L_GRPO + λ L_BT
 
-What is not here: no critic, no learned reward, with LoRA no second copy of the model. π_old's
+There is no critic, no learned reward and, with LoRA, no second copy of the model. π_old's
 log-probabilities are those recorded while sampling; π_ref is this model with the adapter that
 stage 1 left.
 """
@@ -75,7 +75,7 @@ class Args(RunArgs):
     reward: list[str] = setting([], "FILE:FUNCTION=WEIGHT: one more reward, or one for ours [none]",
                                 metadata={"action": "extend"})
     advantage_std: bool = setting(True, "divide advantages by the group's std")
-    loss_mean: Literal["cot", "token", "constant"] = setting("cot", "of L_GRPO: see there")
+    loss_mean: Literal["cot", "token", "constant"] = setting("cot", "what L_GRPO is a mean over")
     clip_low: Share = setting(0.2, "ε below 1")
     clip_high: NotNegative = setting(0.2, "ε above 1")
     dual_clip: Factor | None = setting(None, "bound on ρ where A < 0 [off]")
@@ -132,10 +132,10 @@ def length_reward(n_tokens: int, low: int = 500, high: int = 2000,
 
 
 class Reward(NamedTuple):
-    """A part of R, by what it is worth and how it is found."""
+    """A part of R."""
 
     weight: float
-    function: Callable[[str, int, dict], float]  # of a rollout's text, its tokens, the reference
+    function: Callable[[str, int, dict], float]  # of a rollout's text, its token count, the reference
     source: str  # FILE:FUNCTION, for those who look at the run
 
 
@@ -158,14 +158,14 @@ def make_rewards(args: Args, processor) -> dict[str, Reward]:
         "quality": Reward(args.w_quality, of_quality, "rl.py:quality_reward"),
         "length": Reward(args.w_length, of_length, "rl.py:length_reward"),
     }
-    own_names = set()
+    asked_names = set()
     for asked in args.reward:
         where, name, weight, function = load_function(asked, processor=processor, args=args)
         name = name.removesuffix("_reward")
-        if name in own_names:
+        if name in asked_names:
             raise DataError(f"--reward {asked}: another has this name")
-        own_names.add(name)
-        # One of the same name as ours takes its place, and its weight where it brings none.
+        asked_names.add(name)
+        # It replaces one of ours that has its name, and without =WEIGHT keeps that one's.
         if weight is None and name not in rewards:
             raise DataError(f"--reward {asked}: has no =WEIGHT, and is none of {', '.join(rewards)}")
         weight = rewards[name].weight if weight is None else weight
@@ -209,23 +209,23 @@ def grpo_loss(
     logps (with gradient), old_logps, ref_logps and mask (B, G, C), advantages (B, G);
     ref_logps may be None if β is 0. `loss_mean` "cot" is the equation; "token" is a mean over
     tokens (DAPO, arXiv 2503.14476; the released code), "constant" one over a constant number
-    of them (Dr. GRPO). `count` is the number of CoTs or tokens that E is a mean of, where these
-    are a part of them. `dual_clip` bounds ρ where A < 0 (arXiv 1912.09729). As in the released
+    of them (Dr. GRPO). `count` is what the sum is divided by, by default the number of CoTs or
+    tokens. `dual_clip` bounds ρ where A < 0 (arXiv 1912.09729). As in the released
     code, `log_ratio_bound` holds log ρ and log(π_ref/π_θ) within ± itself, `kl_bound` D_KL. An
     empty CoT contributes 0. Returns the scalar, and detached figures, means over tokens."""
-    log_ratio = held((logps - old_logps) * mask, log_ratio_bound)
+    log_ratio = bounded((logps - old_logps) * mask, log_ratio_bound)
     ratio = log_ratio.exp()  # ρ (B, G, C)
     A = advantages[..., None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * A, clipped * A)
     if dual_clip:
-        bounded = torch.maximum(objective, dual_clip * A)
-        objective = torch.where(A < 0, bounded, objective)
+        floor = torch.maximum(objective, dual_clip * A)
+        objective = torch.where(A < 0, floor, objective)
     kl = torch.zeros_like(ratio)
     if beta:
-        to_ref = held((ref_logps - logps) * mask, log_ratio_bound)
+        to_ref = bounded((ref_logps - logps) * mask, log_ratio_bound)
         kl = to_ref.exp() - to_ref - 1  # D_KL = π_ref/π_θ − log(π_ref/π_θ) − 1, ≥ 0
-        kl = held(kl, kl_bound)
+        kl = bounded(kl, kl_bound)
     terms = (objective - beta * kl) * mask
     lengths = mask.sum(-1, keepdim=True)
     if loss_mean == "cot":
@@ -243,8 +243,8 @@ def grpo_loss(
     return -terms.sum() / count, figures
 
 
-def held(values: Tensor, bound: float | None) -> Tensor:
-    """Values within ± a bound, beyond which they have no gradient; as they are where there is none."""
+def bounded(values: Tensor, bound: float | None) -> Tensor:
+    """Values held within ± a bound, beyond which they have no gradient; as they are without one."""
     return values if bound is None else values.clamp(-bound, bound)
 
 
@@ -262,7 +262,7 @@ class Rollouts:
     learnt: Tensor  # (B, G, C) the tokens that L_GRPO is over
     old_logps: Tensor  # (B, G, C) of π_old, recorded while sampling
     ref_logps: Tensor | None  # (B, G, C) of π_ref
-    decided: Tensor  # (pairs, 1) 1, or 0 for a tie, which has no winner
+    decided: Tensor  # (pairs, 1) 1, or 0 for a tie, and for what counts for nothing
     texts: list[str]  # B · G
     truncated: Tensor  # (B, G) bool
     scores: Tensor  # (B, G)
@@ -295,8 +295,8 @@ def roll_out(args: Args, model: DeScore, rewards: dict, micro: MicroBatch, step:
     mask = thoughts.mask
     truncated = model.truncated(thoughts)
     texts = []
-    for cot, in_cot in zip(tokens.flatten(0, 1), mask.flatten(0, 1)):
-        text = model.processor.decode(cot[in_cot])
+    for ids, in_cot in zip(tokens.flatten(0, 1), mask.flatten(0, 1)):
+        text = model.processor.decode(ids[in_cot])
         texts.append(text)
     gold = per_video(micro.items, "scores")
     R, parts = reward_all(rewards, texts, mask.sum(-1), gold)
@@ -304,8 +304,8 @@ def roll_out(args: Args, model: DeScore, rewards: dict, micro: MicroBatch, step:
     if args.beta:
         ref_logps = model.reference_logps(encoded, tokens, mask, args.temperature)
 
-    counts = micro.row_weight > 0  # (B,)
-    learnt = mask & counts[:, None, None]
+    is_counted = micro.row_weight > 0  # (B,)
+    learnt = mask & is_counted[:, None, None]
     if args.mask_truncated:
         learnt = learnt & ~truncated[..., None]
     decided = torch.tensor([pair.preference != "tie" for pair in micro.items])
@@ -326,12 +326,12 @@ def reward_all(
     are logged, in float64 on the CPU. texts: B · G; lengths (B, G) in tokens; gold: B
     references."""
     G = lengths.shape[1]
-    counts = lengths.flatten().tolist()
+    token_counts = lengths.flatten().tolist()
     parts = {}
     total = torch.zeros(lengths.shape, dtype=torch.double)
     for name, reward in rewards.items():
         values = []
-        for i, (text, n_tokens) in enumerate(zip(texts, counts)):
+        for i, (text, n_tokens) in enumerate(zip(texts, token_counts)):
             reference = dict(gold[i // G])  # a copy: it is others' too
             value = reward.function(text, n_tokens, reference)
             values.append(float(value))
@@ -345,16 +345,18 @@ def reward_all(
 
 def rewards_of_all(rolled: list[Rollouts], ranks: Ranks) -> tuple[list[tuple[int, int]], Tensor]:
     """R of all videos of a rollout batch, on all ranks, (videos, G), in the order of the batch, and
-    which row each is (`MicroBatch.rows`). Spares, and pairs that cannot be read, are left out."""
+    which row each is (`MicroBatch.rows`). Pairs of weight 0 are left out: repeats that keep a rank in
+    step with the others, and what cannot be read."""
     groups = []
     for o in rolled:
+        weights = o.micro.row_weight.tolist()
         rewards = o.rewards["reward"].tolist()
-        for row, weight, R in zip(o.micro.rows, o.micro.row_weight, rewards):
+        for row, weight, of_group in zip(o.micro.rows, weights, rewards):
             if weight:
-                groups.append((row, R))
+                groups.append((row, of_group))
     groups = sorted(ranks.gather(groups))
     rows = [row for row, _ in groups]
-    R = torch.tensor([R for _, R in groups])
+    R = torch.tensor([of_group for _, of_group in groups])  # float32
     G = rolled[0].mask.shape[1]
     return rows, R.reshape(len(rows), G)
 
@@ -397,7 +399,7 @@ def records_of(rolled: list[Rollouts], count: int, step: int, ranks: Ranks) -> l
 # The run
 
 
-def counts(args: Args, rolled: list[Rollouts], ranks: Ranks) -> tuple[float, float]:
+def divisors(args: Args, rolled: list[Rollouts], ranks: Ranks) -> tuple[float, float]:
     """What an update's two losses are means of, over all ranks: CoTs, or tokens, in L_GRPO, and
     decided pairs in L_BT. At least 1: losses divide by them."""
     cots = 0.0
@@ -425,16 +427,16 @@ def make_plan(args: Args, pairs: list[Pair], processor: Processor, ranks: Ranks)
     length that may fill the cache of their thoughts (`plan_step`)."""
     plan = []
     lengths = prompt_lengths(processor, keys_of(pairs), ranks)
-    cots = args.group_size * args.max_new_tokens
+    cot_tokens = args.group_size * args.max_new_tokens  # of a video, at most
     epochs = math.ceil(args.steps * args.batch_size / len(pairs))
-    seen = order(len(pairs), epochs, args.seed)
-    batches = chunks(seen, args.batch_size)
+    sequence = order(len(pairs), epochs, args.seed)
+    batches = chunks(sequence, args.batch_size)
     for rows in batches[: args.steps]:
         batch = [pairs[row] for row in rows]
         sizes = []
         for pair in batch:
             prompts = [lengths[key] for key in pair.videos()]
-            sizes.append(len(prompts) * (max(prompts) + cots))
+            sizes.append(len(prompts) * (max(prompts) + cot_tokens))
         plan.append(plan_step(batch, sizes, args.think_tokens, ranks, args.updates))
     return plan
 
@@ -456,23 +458,24 @@ def main() -> None:
     if args.beta:
         model.keep_reference()
     prepare(model, args, ranks)
-    trainable = list(model.trainable().values())
-    groups = [{"params": trainable, "lr": args.lr}]
+    trainable = model.trainable()
+    parameters = list(trainable.values())
+    groups = [{"params": parameters, "lr": args.lr}]
     optimizer = adamw(groups, args.weight_decay, args.optim)
 
     # What it learns from: a tie is thought about too, but L_BT has no term for it.
     pairs = read_pairs(args.train, args.label, args.root, model.processor.dimensions)
-    run.train_on(pairs)
+    tests = read_tests(args, model.processor.dimensions)
+    run.train_on(pairs)  # the file as it is: its rows count for --max-skipped, and for a resume
     ties = sum(pair.preference == "tie" for pair in pairs)
     run.say(f"{pairs.summary()}; {ties} of them ties, which have no winner")
     check_said(args.train, pairs, "scores", "reference sub-scores (scores_a, scores_b)")
     pairs = [pair.winner_first() for pair in pairs]
     rewards = make_rewards(args, model.processor)
-    weights = {reward.source: reward.weight for reward in rewards.values()}
-    sum_of_parts = " + ".join(f"{weight:g} · {source}" for source, weight in weights.items())
+    reward_weights = {reward.source: reward.weight for reward in rewards.values()}
+    sum_of_parts = " + ".join(f"{weight:g} · {source}" for source, weight in reward_weights.items())
     run.say(f"R = {sum_of_parts}")
     plan = make_plan(args, pairs, model.processor, ranks)
-    tests = read_tests(args, model.processor.dimensions)
     last = len(plan)
     grpo = partial(
         grpo_loss, clip_low=args.clip_low, clip_high=args.clip_high, beta=args.beta,
@@ -481,8 +484,8 @@ def main() -> None:
     G = args.group_size
     λ = args.bt_weight
 
-    done = run.resume(model, optimizer)  # the steps of an earlier start
-    run.write_settings(model, last, reward=weights)
+    done = run.resume(model, optimizer)  # steps of an earlier start; what `save` is to keep
+    run.write_settings(model, last, reward=reward_weights)
     videos = run.read_ahead(plan[done:], model)
     if done == 0 and args.eval_before:
         run.evaluate(0, model, tests)
@@ -493,7 +496,8 @@ def main() -> None:
         means = Means()
         updates = run.read(plan[step - 1], videos, model)
 
-        # Think: π_old is the policy as it is now, and stays it for all updates of the step.
+        # Think: π_old is the policy as it is now, for all updates of the step; `DeScore.think`
+        # records its log-probabilities while it samples.
         thinking = time.time()
         rolled = []
         with gathered(model):
@@ -501,45 +505,45 @@ def main() -> None:
                 rolled.append([roll_out(args, model, rewards, micro, step) for micro in micro_batches])
         rollouts = list(chain.from_iterable(rolled))
 
-        # A_i, of each group by itself; R has the groups of the whole batch, on all ranks.
+        # R has the groups of the whole batch, on all ranks; A_i compares within each group.
         rows, R = rewards_of_all(rollouts, ranks)  # (videos, G)
         A = group_advantages(R, args.advantage_std)  # (videos, G)
         hand_out(A, rows, rollouts)
         for o in rollouts:
-            weight = o.micro.row_weight[:, None].expand(-1, G)
-            means.add(weight, **o.figures())
+            row_weight = o.micro.row_weight[:, None]
+            means.add(row_weight, **o.figures())
         means.add(seconds_thinking=time.time() - thinking)
 
         # Learn: each update takes its part of the batch.
         for update, of_update in enumerate(rolled):
-            count, decided = counts(args, of_update, ranks)
+            count, decided = divisors(args, of_update, ranks)
             for o in of_update:
                 batch = o.micro.batch
                 logps, scores = model.group(batch, o.tokens, o.mask, args.temperature)
                 L_GRPO, figures = grpo(
                     logps, o.old_logps, o.ref_logps, o.advantages, o.learnt, count=count)
-                r_w, r_l = scores.view(-1, 2, G).unbind(1)  # (pairs, G)
+                r_w, r_l = scores.view(-1, 2, G).unbind(1)  # (pairs, G) of the winner, of the loser
                 if args.bt_pairs == "all":  # each of one with each of the other: (pairs, G²)
                     r_w = r_w.repeat_interleave(G, 1)
                     r_l = r_l.repeat(1, G)
-                terms = decided * r_w.shape[1]
-                L_BT = bt_loss(r_w, r_l, terms, o.decided)
+                bt_terms = decided * r_w.shape[1]
+                L_BT = bt_loss(r_w, r_l, bt_terms, o.decided)
                 L = L_GRPO + λ * L_BT
                 L.backward()
 
                 learns = o.learnt.any()
                 if update == 0 and learns:  # π_θ is still π_old
                     means.largest(**ratio_figures(logps, o))
-                means.total(update, learns, grpo_loss=L_GRPO)
-                means.total(update, o.decided, bt_loss=L_BT)
-                means.total(update, learns | o.decided.any(), loss=L)
+                means.total(learns, update, grpo_loss=L_GRPO)
+                means.total(o.decided, update, bt_loss=L_BT)
+                means.total(learns | o.decided.any(), update, loss=L)
                 means.add(o.learnt.sum(), **figures)
                 right = (r_w > r_l).float()
                 means.add(o.decided, bt_accuracy=right.mean(1, keepdim=True))
 
-            all_reduce(trainable, ranks)  # a sum: each loss divides by the count over all ranks
-            norm = clip(trainable, args.max_grad_norm)
-            if 0 < norm < math.inf:  # at 0 nothing counted: momentum and decay rest as well
+            all_reduce(parameters, ranks)  # a sum: each loss divides by the count over all ranks
+            norm = clip(parameters, args.max_grad_norm)
+            if 0 < norm < math.inf:  # 0: nothing counted, and AdamW would move the weights all the same
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.check_gradient(norm)
@@ -553,7 +557,7 @@ def main() -> None:
         for record in records_of(rollouts, args.keep_rollouts, step, ranks):
             run.log(record, "rollouts")
         show(bar, figures, "reward", "reward_quality", "kl", "bt_loss")
-        if due(step, args.eval_every) and step < last:
+        if due(step, args.eval_every) and step < last:  # the last is evaluated below
             run.evaluate(step, model, tests)
         stop = run.asked_to_stop()
         if stop or step == last or due(step, args.save_every):

@@ -121,7 +121,7 @@ def expected() -> None:
             loss, weight = expected_loss(scores, args.mask_p, max(1.0, count), micro.weight)
             loss.backward()
             r_w, r_l = scores.unbind(1)
-            means.total(update, micro.weight, loss=loss)
+            means.total(micro.weight, update, loss=loss)
             means.add(weight, accuracy=r_w > r_l, margin=r_w - r_l)
 
     train(run, model, two_groups(args, model), plan, backward)
@@ -226,7 +226,7 @@ def ties() -> None:
             losses = ties_loss(r_w - r_l, is_tie.to(r_w.device), run.args.theta)
             loss = (losses * micro.weight).sum() / max(1.0, count)
             loss.backward()
-            means.total(update, micro.weight, loss=loss)
+            means.total(micro.weight, update, loss=loss)
             means.add(micro.weight * ~is_tie, accuracy=(r_w > r_l).float())
 
     train(run, model, two_groups(run.args, model), plan, backward)
@@ -282,7 +282,7 @@ def supervise() -> None:
             logps, _ = model.group(micro.batch, tokens, mask)
             loss = -((logps[:, 0] * parts).sum((1, 2)) / counts.to(logps.device)).sum()
             loss.backward()
-            means.total(update, micro.weight, loss=loss)
+            means.total(micro.weight, update, loss=loss)
 
     train(run, model, two_groups(run.args, model), plan, backward)
 
@@ -323,7 +323,7 @@ def pairwise() -> None:
             loss, figures = rl.grpo_loss(logps, old_logps, None, advantages, learnt, args.clip_low,
                                          args.clip_high, beta=0.0, count=max(1.0, count))
             loss.backward()
-            means.total(update, micro.weight, grpo_loss=loss)
+            means.total(micro.weight, update, grpo_loss=loss)
             means.add(learnt.sum(), **figures)
 
     train(run, model, [{"params": backbone, "lr": args.lr}], plan, backward)

@@ -43,8 +43,9 @@ class Checkpoints:
         for kind, tensors in {"weight": model.trainable(), **(more or {})}.items():
             self.tensors |= {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
         self.optimized = [p for group in optimizer.param_groups for p in group["params"]]
-        weights = sum(p.numel() * p.element_size() for p in self.tensors.values())
-        size = 3 * weights * (self.keep + 1)
+        moments = 2 * sum(p.numel() * p.element_size() for p in self.optimized)
+        stored = sum(t.numel() * t.element_size() for t in self.tensors.values())
+        size = (stored + moments) * (self.keep + 1)
         free = shutil.disk_usage(self.folder).free if self.ranks.first else size
         if free < size:
             raise DataError(f"{self.folder}: {free / 1e9:.1f} GB are free, the checkpoints "
@@ -140,6 +141,8 @@ class Checkpoints:
         stored = load_file(path / TENSORS)  # mapped into memory: read where it is used
         weights = {}
         for name, tensor in self.tensors.items():
+            if name not in stored:
+                raise ValueError(f"it holds no {name}, which this run keeps")
             weights[name] = shard_like(stored[name], tensor)
             if weights[name].shape != tensor.shape or weights[name].dtype != tensor.dtype:
                 raise ValueError(f"{name.removeprefix('weight/')} has another shape or type than "

@@ -21,7 +21,9 @@ def adamw(groups: list[dict], weight_decay: float, kind: str = "adamw") -> torch
 
 
 def all_reduce(parameters: list[Tensor], ranks: Ranks) -> None:
-    """Add up the gradients of all ranks, in one message. FSDP has added up those of shards."""
+    """Add up the gradients of all ranks, in one message. Those of shards FSDP has added up in the
+    backward (support/shard.py). All ranks have gradients of the same parameters, [Reward] among them,
+    which is never sharded: in each micro-batch of a rank each parameter has a part."""
     if ranks.world == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -44,7 +46,7 @@ def clip(parameters: list[Tensor], max_norm: float) -> float:
         of_shards = torch.nn.utils.get_total_norm(shards).full_tensor().item()
         norm = (norm**2 + of_shards**2) ** 0.5
     if math.isfinite(norm):
-        scale = min(1.0, max_norm / (norm + 1e-6))
+        scale = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         torch._foreach_mul_(wholes, scale)
         if shards:
             torch._foreach_mul_(shards, scale)

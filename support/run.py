@@ -111,8 +111,8 @@ class Run:
     # -- before the loop
 
     def train_on(self, items: Pairs) -> None:
-        """Keep in mind what the run trains on, pairs or other items, and list those whose videos are
-        missing. Raises DataError where these are more than --max-skipped allows."""
+        """Keep in mind what the run trains on, pairs or other items as a file has them, and list those
+        whose videos are missing. Raises DataError where these are more than --max-skipped allows."""
         self.items = items
         self.skipped = Skipped(self.out / "skipped.jsonl", items, self.args.max_skipped,
                                write=self.ranks.first)
@@ -142,7 +142,7 @@ class Run:
                                 "another --out, or --resume false to begin anew")
             if state:
                 self.check_digests(state)
-        elif first:
+        elif first:  # anew
             remove(self.checkpoints.folder)
             self.checkpoints.folder.mkdir()
         if first:
@@ -364,7 +364,7 @@ def progress(stage: str, done: int, last: int, ranks: Ranks) -> tqdm:
 
 def show(bar: tqdm, figures: dict[str, float], *names: str) -> None:
     """Show figures of these names beside a progress bar."""
-    bar.set_postfix({name: f"{figures[name]:.3f}" for name in names})
+    bar.set_postfix({name: f"{figures[name]:.3f}" for name in names if name in figures})
 
 
 def prepare(model: DeScore, args: RunArgs, ranks: Ranks) -> None:

@@ -646,12 +646,22 @@ def test_a_total_is_a_mean_over_the_updates_that_had_something():
     updates = (((1.0, 2.0), (1, 1)), ((0.0, 0.0), (0, 0)), ((5.0, 0.0), (1, 0)))
     for update, (losses, decided) in enumerate(updates):
         for loss, weight in zip(losses, decided):
-            means.total(update, weight, bt_loss=loss)
-            means.total(update, 0, nothing=0.0)
-            means.total(update, grpo_loss=loss)
+            means.total(weight, update, bt_loss=loss)
+            means.total(0, update, nothing=0.0)
+            means.total(1, update, grpo_loss=loss)
     found = means.over(ALONE)
     assert found["bt_loss"] == 4 and found["grpo_loss"] == pytest.approx(8 / 3)
     assert math.isnan(found["nothing"])
+
+
+def test_ranks_add_up_figures_by_name():
+    mine, others = Means(), Means()
+    mine.add(a=1.0, b=2.0)
+    others.add(b=4.0, c=7.0)
+    others.add(a=3.0)
+    ranks = SimpleNamespace(gather=lambda one: [
+        *one, others.sums if one[0] is mine.sums else others.maxima])
+    assert mine.over(ranks) == {"a": 2.0, "b": 3.0, "c": 7.0}
 
 
 @pytest.mark.parametrize(("items", "updates", "sizes"), [
