@@ -81,7 +81,7 @@ MUTANTS = [
     ("coldstart.py", 'reader=args.reader, layout="ours")', "reader=args.reader)",
      STAGES + " -k our_layout"),
     ("rl.py", "sorted(ranks.gather(groups))", "sorted(groups)", "tests/test_loop.py -k advantages"),
-    ("rl.py", "            if weight:\n                groups", "            if True:\n                groups",
+    ("rl.py", "if weight:\n                groups", "if True:\n                groups",
      "tests/test_loop.py -k advantages"),
     ("rl.py", "by_row.get(row, nothing)", "A[0]", "tests/test_loop.py -k advantages"),
     ("support/checkpoint.py", "**(more or {})", "", "tests/test_loop.py -k average"),
