@@ -60,16 +60,20 @@ class DeScore(nn.Module):
     def __init__(self, backbone: Qwen3VLForConditionalGeneration, processor: Processor,
                  source: str):
         super().__init__()
-        self.backbone, self.processor, self.source = backbone, processor, source
+        self.backbone = backbone
+        self.processor = processor
+        self.source = source  # of the backbone
         self.name = source  # for messages: where the whole was loaded from
         self.eos = processor.eos_id
         self.info: dict = {}  # what else descore.json says: training, score_mean, score_std
         self.dtype = backbone.dtype  # of frozen weights; what trains is float32
-        self.quant, self.changed = None, set()  # of weights beside the adapter
+        self.quant: str | None = None  # "4bit": of the frozen linear layers
+        self.changed: set[str] = set()  # weights beside the adapter that training has changed
         self.backbone_sha256: str | None = None  # what was at `source` (support/digests.py)
         self.has_head = False  # whether query and head are trained, or going to be
         self.max_tokens = 16_384  # of rows that go through `group` together; one row at least
         self._reference: list[DeScore] = []  # in a list: not a part of this model
+        # [Reward] and the head, drawn at random until they are trained or loaded.
         text = self.qwen.config.text_config
         text._attn_implementation = "descore_group"
         self.query = nn.Parameter(torch.empty(text.hidden_size))
@@ -89,12 +93,14 @@ class DeScore(nn.Module):
 
     @property
     def tower_trains(self) -> bool:
-        return any(p.requires_grad for p in self.qwen.model.visual.parameters())
+        tower = self.qwen.model.visual
+        return any(p.requires_grad for p in tower.parameters())
 
     def autocast(self):
         """Lets float32 weights that train work among frozen ones in bfloat16."""
         half = self.dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
+        dtype = self.dtype if half else None
+        return torch.autocast(self.device.type, dtype, enabled=half)
 
     # -- from a video to hidden states, log-probabilities and a score
 
@@ -102,13 +108,15 @@ class DeScore(nn.Module):
         """Move a batch to the device, add positions, and run the vision tower on its videos,
         if not yet done. With the tower frozen the features may be kept."""
         if batch.position_ids is None:
-            kinds = 2 * (batch.input_ids == self.processor.video_id).int()  # 0 text, 2 video
+            is_video = batch.input_ids == self.processor.video_id
+            kinds = 2 * is_video.int()  # 0 text, 2 video
             positions, _ = self.qwen.model.get_rope_index(
                 batch.input_ids, kinds, video_grid_thw=batch.grid, attention_mask=batch.mask)
             batch = replace(batch, position_ids=positions)
         batch = batch.to(self.device)
         if batch.features is not None:
             return batch
+        # A frozen tower keeps no activations, though the rest may train.
         trains = self.tower_trains and torch.is_grad_enabled()
         with torch.set_grad_enabled(trains), self.autocast():
             pixels = (batch.patches.float() / 127.5 - 1).to(self.dtype)  # mean = std = 0.5
@@ -116,19 +124,27 @@ class DeScore(nn.Module):
         features = (out.pooler_output, out.deepstack_features)
         return replace(batch, patches=batch.patches[:0], features=features)
 
+    def embed(self, ids: Tensor, is_reward: Tensor) -> Tensor:
+        """The input embeddings of tokens, and the query where [Reward] stands: ids and is_reward
+        (B, L) → (B, L, H)."""
+        embeds = self.qwen.get_input_embeddings()(ids)
+        query = self.query.to(embeds.dtype)
+        return torch.where(is_reward[..., None], query, embeds)
+
     def hidden_states(self, batch: Batch, ids, positions, in_prompt, is_reward, **kwargs):
         """Run the language model over rows that hold the batch's videos: ids (B, L), positions
         (3, B, L). in_prompt (B, L) marks where alone video tokens are videos, is_reward (B, L)
         [Reward]. Returns the last hidden states (B, L, H)."""
         features, deepstack = batch.features
-        embeds = self.qwen.get_input_embeddings()(ids)
+        embeds = self.embed(ids, is_reward)  # (B, L, H)
+        # A CoT may hold a video token too, which is text there.
         is_video = in_prompt & (ids == self.processor.video_id)
         embeds = embeds.masked_scatter(is_video[..., None], features.to(embeds.dtype))
-        embeds = torch.where(is_reward[..., None], self.query.to(embeds.dtype), embeds)
         with self.autocast():
-            return self.qwen.model.language_model(
+            out = self.qwen.model.language_model(
                 inputs_embeds=embeds, position_ids=positions, visual_pos_masks=is_video,
-                deepstack_visual_embeds=deepstack, use_cache=False, **kwargs).last_hidden_state
+                deepstack_visual_embeds=deepstack, use_cache=False, **kwargs)
+        return out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits in float32: (..., H) → (..., V)."""
@@ -142,9 +158,10 @@ class DeScore(nn.Module):
         (B, G, K). Of the states at [Reward] alone, hidden (..., H), which is all that a decode step
         has: (..., K). NaN where the head is not trained."""
         if at_reward is not None:
-            row = torch.arange(len(hidden), device=hidden.device)[:, None]
-            hidden = hidden[row, at_reward]
-        parts = self.head(hidden.to(self.query.dtype)).float()
+            row = torch.arange(len(hidden), device=hidden.device)
+            hidden = hidden[row[:, None], at_reward]
+        hidden = hidden.to(self.query.dtype)
+        parts = self.head(hidden).float()
         return parts if self.has_head else torch.full_like(parts, torch.nan)
 
     def overall(self, parts: Tensor) -> Tensor:
@@ -185,16 +202,17 @@ class DeScore(nn.Module):
         batch = self.encode(batch)
         if seeds is None:
             seeds = torch.randint(2**62, (len(batch),)).tolist()
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniform = [torch.rand(max_new_tokens, n, generator=each).T for each in generators]
-        uniform = torch.stack(uniform).to(self.device)  # (B, n, max_new_tokens)
+        uniform = uniform_numbers(seeds, n, max_new_tokens).to(self.device)
         cache, hidden = self.prefill(batch, n, max_new_tokens)
-        position = (batch.position_ids.amax((0, 2)) + 1)[:, None].expand(-1, n)
+        # The first token behind a prompt follows the largest position in it: (B, n).
+        last = batch.position_ids.amax((0, 2))
+        position = (last + 1)[:, None].expand(-1, n)
         scores_no_cot = None
         if without_cot:
             everywhere = torch.ones_like(position, dtype=torch.bool)
             behind = self.decode_step(cache, position * 0, everywhere, position)
-            scores_no_cot = self.overall(self.read_parts(behind[:, 0]))
+            parts = self.read_parts(behind[:, 0])  # (B, K), the same for all n
+            scores_no_cot = self.overall(parts)
             cache.step = 0  # the first token of the CoTs takes its place
         held = None
         if repetition_penalty != 1:
@@ -208,28 +226,40 @@ class DeScore(nn.Module):
         """Run the prompts of an encoded batch, those of like length together. Returns the cache
         for n rollouts a video, and the hidden states at the prompts' ends (B, n, H)."""
         cache = GroupCache(batch.mask, n, max_new_tokens + 1)
-        ends = torch.empty(len(batch), len(self.query), dtype=self.dtype, device=self.device)
-        for rows in group_by_length(batch.mask.sum(1).tolist()):
-            cache.prefilled, some = rows, batch.select(rows)
-            hidden = self.hidden_states(some, some.input_ids, some.position_ids, some.mask,
-                                        torch.zeros_like(some.mask), past_key_values=cache)
-            last = hidden[torch.arange(len(rows)), some.mask.sum(1) - 1]
+        shape = (len(batch), len(self.query))
+        ends = torch.empty(shape, dtype=self.dtype, device=self.device)  # (B, H)
+        lengths = batch.mask.sum(1)
+        for rows in group_by_length(lengths.tolist()):
+            cache.prefilled = rows
+            alike = batch.select(rows)
+            no_reward = torch.zeros_like(alike.mask)
+            hidden = self.hidden_states(alike, alike.input_ids, alike.position_ids, alike.mask,
+                                        no_reward, past_key_values=cache)
+            row = torch.arange(len(rows))
+            last = hidden[row, lengths[rows] - 1]
             ends[rows] = last.to(ends.dtype)
         cache.prefilled = None
-        return cache, ends[:, None].expand(-1, n, -1)
+        hidden = ends[:, None].expand(-1, n, -1)
+        return cache, hidden
 
-    def sample(self, cache: GroupCache, hidden, position, uniform, temperature, top_p,
-               held: Tensor | None = None, repetition_penalty: float = 1.0) -> Thoughts:
+    def sample(
+            self, cache: GroupCache, hidden: Tensor, position: Tensor, uniform: Tensor,
+            temperature: float, top_p: float,
+            held: Tensor | None = None, repetition_penalty: float = 1.0) -> Thoughts:
         """The sampling loop. hidden (B, n, H), position (B, n) of the first token to come,
         uniform (B, n, C) numbers in [0, 1) that decide what is drawn. held (B · n, V) bool: which
         tokens the prompt holds, where there is a repetition penalty; those chosen are added."""
-        (B, n, C), eos, device = uniform.shape, self.eos, self.device
-        tokens = torch.full((B * n, C), eos, device=device)
+        B, n, C = uniform.shape
+        device = self.device
+        # What is written: a row per rollout.
+        tokens = torch.full((B * n, C), self.eos, device=device)
         logps = torch.zeros(B * n, C, device=device)
         parts = torch.zeros_like(self.read_parts(hidden)).flatten(0, 1)  # (B · n, K)
         done = torch.zeros(B * n, dtype=torch.bool, device=device)
-        rows = torch.arange(B * n, device=device).view(B, n)  # those still computed
-        position, uniform = position.flatten(), uniform.flatten(0, 1)
+        # Which of these rows are still computed; hidden, over, token and so on are of them.
+        rows = torch.arange(B * n, device=device).view(B, n)
+        position = position.flatten()
+        uniform = uniform.flatten(0, 1)
         for step in range(C):
             over = done[rows]
             logits = self.logits(hidden) / (temperature or 1.0)
@@ -240,12 +270,16 @@ class DeScore(nn.Module):
             else:
                 token = penalised(logits, held[rows], repetition_penalty).argmax(-1)
                 held[rows, token] = True
-            token = token.masked_fill(over, eos)
-            logp = logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)
-            tokens[rows, step], logps[rows, step] = token, logp.masked_fill(over, 0)
-            ends = ~over & (token == eos)
-            hidden = self.decode_step(cache, token, ends, position[rows] + step)
-            parts[rows] = torch.where(ends[..., None], self.read_parts(hidden), parts[rows])
+            token = token.masked_fill(over, self.eos)
+            logp = log_probability(logits, token)
+            tokens[rows, step] = token
+            logps[rows, step] = logp.masked_fill(over, 0)
+            # The next input is the token; where a CoT ends now it is [Reward], and the head reads.
+            ends = ~over & (token == self.eos)
+            place = position[rows] + step
+            hidden = self.decode_step(cache, token, ends, place)
+            said = self.read_parts(hidden)
+            parts[rows] = torch.where(ends[..., None], said, parts[rows])
             done[rows] = over | ends
             if step % 16 == 15:  # asking costs a wait for the device, so not every step
                 rows, hidden = drop_finished(cache, rows, hidden, ~done[rows])
@@ -253,25 +287,31 @@ class DeScore(nn.Module):
                     break
         unended = ~done[rows]
         if unended.any():  # [Reward] after what never ended
-            hidden = self.decode_step(cache, tokens[rows, -1], unended, position[rows] + C)
-            parts[rows] = torch.where(unended[..., None], self.read_parts(hidden), parts[rows])
-        is_end = tokens == eos
-        mask = is_end.cumsum(-1) - is_end.long() == 0  # up to the first end token
+            last = tokens[rows, -1]
+            place = position[rows] + C
+            hidden = self.decode_step(cache, last, unended, place)
+            said = self.read_parts(hidden)
+            parts[rows] = torch.where(unended[..., None], said, parts[rows])
+        is_end = (tokens == self.eos).long()
+        ended_before = is_end.cumsum(-1) - is_end
+        mask = ended_before == 0  # up to the first end token
         longest = int(mask.any(0).sum())
-        tokens, mask, logps = (x[:, :longest].view(B, n, -1) for x in (tokens, mask, logps))
+        tokens = tokens[:, :longest].view(B, n, -1)
+        mask = mask[:, :longest].view(B, n, -1)
+        logps = logps[:, :longest].view(B, n, -1)
         parts = parts.view(B, n, -1)
         return Thoughts(tokens, mask, logps, self.overall(parts), parts=parts)
 
     def decode_step(self, cache: GroupCache, token, is_reward, position) -> Tensor:
         """One more input a rollout: a token, or [Reward] in its place, and its position, all
         (B, n). Returns the last hidden states (B, n, H)."""
-        embeds = self.qwen.get_input_embeddings()(token)
-        embeds = torch.where(is_reward[..., None], self.query.to(embeds.dtype), embeds)
+        embeds = self.embed(token, is_reward).flatten(0, 1)  # (B · n, H)
+        # Of text, time, row and column are the same position.
+        positions = position.reshape(1, -1, 1).expand(3, -1, -1)
         with self.autocast():
             out = self.qwen.model.language_model(
-                inputs_embeds=embeds.flatten(0, 1)[:, None],
-                position_ids=position.reshape(1, -1, 1).expand(3, -1, -1),
-                past_key_values=cache, use_cache=False)
+                inputs_embeds=embeds[:, None], position_ids=positions, past_key_values=cache,
+                use_cache=False)
         cache.step += 1
         return out.last_hidden_state.view(*token.shape, -1)
 
@@ -292,28 +332,23 @@ class DeScore(nn.Module):
         What it returns can be scored behind many CoTs."""
         return self.encode(batch)
 
-    def score(
-            self, batch: Batch, cots: list[str | None], without_cot: bool = False) -> Tensor:
-        """Score each of B videos after the given CoT, or after none where it is None: scores (B,);
-        `without_cot`: after the CoT and also after none, (B, 2). One forward over
-        [ prompt | CoT [R] ] or [ prompt | CoT [R] | [R] ], no logits; differentiable."""
-        return self.overall(self.score_parts(batch, cots, without_cot))
+    def score(self, batch: Batch, cots: list[str | None]) -> Tensor:
+        """Score each of B videos after the given CoT, or after none where it is None: scores (B,).
+        One forward over [ prompt | CoT [R] ], no logits; differentiable."""
+        return self.overall(self.score_parts(batch, cots))
 
-    def score_parts(
-            self, batch: Batch, cots: list[str | None], without_cot: bool = False) -> Tensor:
-        """What the head says where `score` scores: (B, K) or (B, 2, K)."""
-        texts = [checked(cot or "", "a CoT") for cot in cots]
-        ids = [torch.tensor(self.processor.encode_cot(text), dtype=torch.long) for text in texts]
-        lengths = torch.tensor([[len(i), 0] if without_cot else [len(i)] for i in ids])
-        tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, None]  # (B, 1, C)
-        tokens = tokens.expand(-1, lengths.shape[1], -1)
-        mask = torch.arange(tokens.shape[-1]) < lengths[..., None]
-        parts, order = [], []
-        for rows, hidden, _, at_reward in self.forwards(batch, tokens, mask):
-            parts.append(self.read_parts(hidden, at_reward))
-            order += rows
-        parts = in_order(parts, order)  # (B, 1 or 2, K)
-        return parts if without_cot else parts[:, 0]
+    def score_parts(self, batch: Batch, cots: list[str | None]) -> Tensor:
+        """What the head says where `score` scores: (B, K)."""
+        rows = []
+        for cot in cots:
+            text = checked(cot or "", "a CoT")
+            ids = self.processor.encode_cot(text)
+            rows.append(torch.tensor(ids, dtype=torch.long))
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, C)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, C)
+        _, parts = self.group_parts(batch, tokens[:, None], mask[:, None], temperature=None)
+        return parts[:, 0]
 
     def group(
             self, batch: Batch, tokens: Tensor, mask: Tensor,
@@ -326,19 +361,27 @@ class DeScore(nn.Module):
 
     def group_parts(
             self, batch: Batch, tokens: Tensor, mask: Tensor,
-            temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """`group`, with what the head says, (B, G, K), in place of the scores."""
-        tokens, mask = tokens.to(self.device), mask.to(self.device)
+            temperature: float | None = 1.0) -> tuple[Tensor, Tensor]:
+        """`group`, with what the head says, (B, G, K), in place of the scores. Temperature None
+        makes no logits, and logps are 0."""
+        tokens = tokens.to(self.device)
+        mask = mask.to(self.device)
         logps = torch.zeros(mask.shape, device=self.device)
-        parts, order = [], []
+        parts = []
+        order = []
         for rows, hidden, at_source, at_reward in self.forwards(batch, tokens, mask):
-            row, here = torch.arange(len(rows), device=self.device)[:, None], mask[rows]
             parts.append(self.read_parts(hidden, at_reward))
             order += rows
-            sources = hidden[row[..., None], at_source][here]
-            found = self.token_logps(sources, tokens[rows][here], temperature)
-            logps[rows] = logps[rows].masked_scatter(here, found)
-        return logps, in_order(parts, order)
+            if temperature is None:
+                continue
+            # Logits are large: there are none off the mask. N tokens are on it.
+            here = mask[rows]  # (b, G, C)
+            row = torch.arange(len(rows), device=self.device)
+            sources = hidden[row[:, None, None], at_source]
+            of_tokens = self.token_logps(sources[here], tokens[rows][here], temperature)  # (N,)
+            logps[rows] = logps[rows].masked_scatter(here, of_tokens)
+        places = torch.tensor(order).argsort()
+        return logps, torch.cat(parts)[places]
 
     def forwards(self, batch: Batch, tokens: Tensor, mask: Tensor) -> Iterator:
         """`forward_rows` for rows of like length together, so that little is padding, and at most
@@ -346,16 +389,20 @@ class DeScore(nn.Module):
         once, for its ranks have to run in step."""
         self.check_head()
         batch = self.encode(batch)
-        tokens, mask = tokens.to(self.device), mask.to(self.device)
         inputs = mask & (tokens != self.eos)
-        lengths = (batch.mask.sum(1) + (inputs.sum(-1) + 1).sum(-1)).tolist()
+        with_reward = inputs.sum(-1) + 1  # (B, G)
+        lengths = batch.mask.sum(1) + with_reward.sum(-1)
+        lengths = lengths.tolist()
         lists = [list(range(len(batch)))]
         if not is_sharded(self):
             lists = []
-            for like in group_by_length(lengths):
-                lists += pack_by_budget(like, [lengths[row] for row in like], self.max_tokens)
+            for alike in group_by_length(lengths):
+                sizes = [lengths[row] for row in alike]
+                lists += pack_by_budget(alike, sizes, self.max_tokens)
         for rows in lists:
-            yield rows, *self.forward_rows(batch.select(rows), tokens[rows], mask[rows])
+            of_rows = batch.select(rows)
+            states = self.forward_rows(of_rows, tokens[rows], mask[rows])
+            yield rows, *states
 
     def forward_rows(self, batch: Batch, tokens: Tensor, mask: Tensor):
         """The language model over one row a video, [ prompt | c_1 [R] | … | c_G [R] ]: a group's
@@ -364,8 +411,8 @@ class DeScore(nn.Module):
 
         Returns the hidden states (B, L, H), and where in L each CoT token is predicted from
         (B, G, C) and each [Reward] stands (B, G)."""
-        rows = pack_rows(batch.input_ids, batch.mask, batch.position_ids, tokens,
-                         mask & (tokens != self.eos))
+        inputs = mask & (tokens != self.eos)
+        rows = pack_rows(batch.input_ids, batch.mask, batch.position_ids, tokens, inputs)
         hidden = self.hidden_states(batch, rows.ids, rows.positions, rows.in_prompt,
                                     rows.is_reward, layout=rows.layout)
         return hidden, rows.at_source, rows.at_reward
@@ -376,10 +423,12 @@ class DeScore(nn.Module):
 
         def logps(h, target):
             logits = self.logits(h) / (temperature or 1.0)
-            return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
+            return log_probability(logits, target)
 
-        chunks = zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))
-        return torch.cat([checkpoint(logps, *chunk, use_reentrant=False) for chunk in chunks])
+        chunks = []
+        for h, target in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK)):
+            chunks.append(checkpoint(logps, h, target, use_reentrant=False))
+        return torch.cat(chunks)
 
     # -- what trains
 
@@ -388,19 +437,24 @@ class DeScore(nn.Module):
             train_vision: bool = False) -> None:
         """Choose what trains: [Reward] and the head always; the language model through LoRA of a
         rank (alpha = 2 · rank) or, at rank 0, all of it; tower and mergers where asked."""
-        adapted, self.has_head = isinstance(self.backbone, PeftModel), True
+        self.has_head = True
         if self.quant and not lora_rank:
             raise DataError("4-bit weights cannot be trained themselves: --quant needs "
                             "--lora-rank above 0")
-        if lora_rank and not adapted:
+        # The adapter: one that is there is trained on, or merged into the weights.
+        adapted = isinstance(self.backbone, PeftModel)
+        if adapted and lora_rank:
+            rank = self.backbone.peft_config["default"].r
+            if rank != lora_rank:
+                raise DataError(f"{self.name}: its adapter has rank {rank}, not {lora_rank}; "
+                                f"pass --lora-rank {rank}, or 0 to merge it")
+        elif adapted:
+            self.backbone = self.backbone.merge_and_unload()
+        elif lora_rank:
             alpha = 2 * lora_rank
             config = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=LORA_TARGETS)
             self.backbone = get_peft_model(self.backbone, config)
-        elif lora_rank and (rank := self.backbone.peft_config["default"].r) != lora_rank:
-            raise DataError(f"{self.name}: its adapter has rank {rank}, not {lora_rank}; "
-                            f"pass --lora-rank {rank}, or 0 to merge it")
-        elif adapted and not lora_rank:
-            self.backbone = self.backbone.merge_and_unload()
+        # Which parameters train. These are float32, whatever the frozen ones are.
         for name, parameter in self.named_parameters():
             if name.startswith(OWN):
                 parameter.requires_grad_(True)
@@ -426,13 +480,15 @@ class DeScore(nn.Module):
         """Remember the policy as it is now as π_ref: with LoRA as a second, frozen adapter, else
         as a frozen copy of the whole."""
         if not isinstance(self.backbone, PeftModel):
-            self._reference = [copy.deepcopy(self).requires_grad_(False).to(self.dtype)]
+            frozen = copy.deepcopy(self).requires_grad_(False)
+            self._reference = [frozen.to(self.dtype)]
             return
         self.backbone.add_adapter("reference", self.backbone.peft_config["default"])
         weights = dict(self.backbone.named_parameters())
         for name, parameter in weights.items():
             if ".reference." in name:
-                parameter.data.copy_(weights[name.replace(".reference.", ".default.")].data)
+                own = weights[name.replace(".reference.", ".default.")]
+                parameter.data.copy_(own.data)
                 parameter.requires_grad_(False)
         self.backbone.base_model.set_adapter("default")
 
@@ -442,12 +498,14 @@ class DeScore(nn.Module):
             temperature: float = 1.0) -> Tensor:
         """The log-probabilities (B, G, C) of CoTs under the reference policy; see `group`."""
         if self.reference:
-            return self.reference.group(batch, tokens, mask, temperature)[0]
+            logps, _ = self.reference.group(batch, tokens, mask, temperature)
+            return logps
         trains = self.trainable().values()
         self.backbone.base_model.set_adapter("reference", inference_mode=True)
         try:
-            return self.group(batch, tokens, mask, temperature)[0]
-        finally:
+            logps, _ = self.group(batch, tokens, mask, temperature)
+            return logps
+        finally:  # peft has frozen what trains
             self.backbone.base_model.set_adapter("default")
             for parameter in trains:
                 parameter.requires_grad_(True)
@@ -457,8 +515,9 @@ class DeScore(nn.Module):
     @classmethod
     def load(
             cls, source: str | Path, dtype: torch.dtype | None = None,
-            device: torch.device | str | None = None, video: dict | None = None,
-            quant: str | None = None, reader: str = "av", layout: str | None = None) -> "DeScore":
+            device: torch.device | str | None = None,
+            video: dict | None = None, quant: str | None = None,
+            reader: str = "av", layout: str | None = None) -> "DeScore":
         """Load a saved DeScore, or a bare Qwen3-VL, which can think, and score once trained.
 
         source: a directory, a run's folder or a hub id; dtype: of frozen weights [bfloat16 on a
@@ -475,9 +534,19 @@ class DeScore(nn.Module):
         saved.save(self, Path(directory), write)
 
 
-def in_order(parts: list[Tensor], order: list[int]) -> Tensor:
-    """Rows of tensors one below another, each at the place that `order` has for it."""
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(logits)[tokens]: (..., V), (...) → (...)."""
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    return chosen - logits.logsumexp(-1)
+
+
+def uniform_numbers(seeds: list[int], n: int, count: int) -> Tensor:
+    """Numbers in [0, 1) that decide what is drawn: (B, n, count), those of a video by its seed."""
+    numbers = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        numbers.append(torch.rand(count, n, generator=generator).T)
+    return torch.stack(numbers)
 
 
 def check_penalty(repetition_penalty: float, temperature: float) -> None:
@@ -491,9 +560,10 @@ def check_penalty(repetition_penalty: float, temperature: float) -> None:
 
 def tokens_held(batch: Batch, n: int, vocabulary: int) -> Tensor:
     """Which tokens each prompt holds, those of its video too, for n CoTs each: (B · n, V) bool."""
-    held = torch.zeros(len(batch), vocabulary, dtype=torch.bool, device=batch.input_ids.device)
+    ids = batch.input_ids
+    held = torch.zeros(len(batch), vocabulary, dtype=torch.bool, device=ids.device)
     row, place = batch.mask.nonzero(as_tuple=True)  # no padding
-    held[row, batch.input_ids[row, place]] = True
+    held[row, ids[row, place]] = True
     return held.repeat_interleave(n, 0)
 
 
@@ -511,19 +581,27 @@ def draw(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:
     probs = logits.softmax(-1)
     if top_p < 1:
         ordered, index = probs.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the smallest set of mass top_p
+        before = ordered.cumsum(-1) - ordered
+        ordered[before >= top_p] = 0  # what is left is the smallest set of mass top_p
         probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
     mass = probs.double().cumsum(-1)
-    wanted = uniform[..., None].double() * mass[..., -1:]
-    return torch.searchsorted(mass, wanted, right=True)[..., 0].clamp(max=mass.shape[-1] - 1)
+    total = mass[..., -1:]
+    wanted = uniform[..., None].double() * total
+    token = torch.searchsorted(mass, wanted, right=True).squeeze(-1)
+    last = logits.shape[-1] - 1
+    return token.clamp(max=last)
 
 
 def drop_finished(cache: GroupCache, rows: Tensor, hidden: Tensor, live: Tensor) -> tuple:
     """Let finished rollouts leave the batch once they are an eighth of it. rows, live (b, n) and
     hidden (b, n, H) are of those still computed; returns what is left of rows and hidden."""
-    videos, width = live.any(1).nonzero()[:, 0], int(live.sum(1).max())
+    videos = live.any(1).nonzero()[:, 0]  # those of which any rollout is not over
+    width = int(live.sum(1).max())  # the most such rollouts of a video
     if len(videos) * width > 7 / 8 * rows.numel():
         return rows, hidden
-    columns = live[videos].long().argsort(dim=1, descending=True, stable=True)[:, :width]
+    # Of each video the live ones come first; shorter rows are filled up with finished ones.
+    live_first = live[videos].long().argsort(dim=1, descending=True, stable=True)
+    columns = live_first[:, :width]
     cache.keep(videos, columns)
-    return rows[videos[:, None], columns], hidden[videos[:, None], columns]
+    here = (videos[:, None], columns)
+    return rows[here], hidden[here]

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import bitsandbytes
+import paradigms
 import pytest
 import torch
 from conftest import ROOT, in_layout, plain_head
@@ -206,7 +207,8 @@ def test_a_masked_cot_is_no_cot(model, keys):
 
 def test_scores_with_and_without_a_cot_from_one_forward(model, keys):
     cots = ["a red circle", None, "<think>\nsubject: a blue square, seen, so 2\n</think>"]
-    both = model.score(make_batch(model, keys), cots, without_cot=True)
+    tokens, mask = paradigms.cots_and_none(model, cots)
+    _, both = model.group(make_batch(model, keys), tokens, mask)
     for key, cot, found in zip(keys, cots, both):
         ids = model.processor.encode(cot or "")
         expected = [plain(model, model.processor(*key), some)[1] for some in (ids, [])]
