@@ -166,7 +166,7 @@ class DeScore(nn.Module):
 
     def overall(self, parts: Tensor) -> Tensor:
         """The score of what the head says: (..., K) → (...). Here K = 1, and r = w · h([Reward])."""
-        return parts[..., 0]
+        return parts[..., 0].clone()  # FSDP wants no view of what a forward returns
 
     def check_head(self) -> None:
         """DataError unless there is a head whose scores mean something."""
