@@ -1,5 +1,6 @@
 # make demo: set up, then render, cold start, reinforcement learning, inference on the embedded default
 # make test: set up, then run the tests
+# make lint: set up, then look for what ruff finds
 # make test-all: the slow ones too
 # make test-oldest: the tests with the oldest packages that requirements.txt allows, in .venv-oldest
 # make post-train: after make demo, improve a small generator by the reward alone
@@ -8,12 +9,13 @@ PYTHON ?= python3
 demo: .venv/demo
 	.venv/bin/python toy/demo.py
 
-test: .venv/test
-	.venv/bin/ruff check
+test: lint
 	.venv/bin/python -m pytest
 
-test-all: .venv/test
+lint: .venv/test
 	.venv/bin/ruff check
+
+test-all: lint
 	.venv/bin/python -m pytest -m ""
 
 test-oldest: .venv-oldest/test
@@ -37,4 +39,4 @@ post-train: .venv/test
 	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-all test-oldest post-train
+.PHONY: demo test lint test-all test-oldest post-train

@@ -8,23 +8,27 @@ For each pair of videos, scored behind their CoTs,
     L_BT = −E log σ(r_w − r_l)
 
 With probability p the CoTs of a pair are masked, so that r must be readable from the video
-alone as well. Beyond the paper, `--mask expected` takes the expectation over that coin,
-(1 − p) L_BT with the CoTs + p L_BT without them, both from one forward.
+alone as well.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import math
+import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Pair, keys_of, per_video
+from data import DataError, Pair, Processor, keys_of, per_video
 from model import OWN, DeScore
-from support.batches import chunks, draw_seed, prompt_lengths
+from support.batches import chunks, draw_seed, plan_step, prompt_lengths
 from support.command import Count, NotNegative, Positive, Share, Whole, run_command
-from support.run import Run, Unit
-from support.settings import RunArgs, setting
+from support.formats import read_pairs
+from support.means import Means
+from support.optimize import adamw, all_reduce, clip
+from support.ranks import Ranks
+from support.run import Run, check_said, due, prepare, progress, read_tests, show
+from support.settings import RunArgs, parse_args, setting
 
 
 @dataclass
@@ -33,7 +37,6 @@ class Args(RunArgs):
 
     out: str = setting("runs/coldstart", "the run's folder")
     mask_p: Share = setting(0.5, "p: chance that the CoTs of a pair are masked")
-    mask: Literal["coin", "expected"] = setting("coin", "a coin a pair, or its expectation")
     epochs: Count = setting(2, "passes over the pairs")
     batch_size: Count = setting(32, "pairs a step, over all ranks")
     lr: NotNegative = setting(2e-6, "learning rate after warm-up, constant")
@@ -53,82 +56,142 @@ def bt_loss(
         r_w: Tensor, r_l: Tensor, count: float | None = None,
         weight: Tensor | float = 1.0) -> Tensor:
     """L_BT = −E log σ(r_w − r_l), the Bradley-Terry loss of the preferred videos' scores over
-    the others'. Any one shape for both; `weight` 0 leaves a pair out; `count` is the number of
-    terms that E is a mean of, where these are a part of them. Returns a scalar."""
+    the others'. Any one shape for both; `weight` 0 leaves a pair out; `count` is what the sum is
+    divided by, by default the number of terms. Returns a scalar."""
     losses = -F.logsigmoid(r_w - r_l) * weight
-    return losses.sum() / (losses.numel() if count is None else count)
+    if count is None:
+        count = losses.numel()
+    return losses.sum() / count
 
 
 def mask_pairs(count: int, p: float, seed: int, step: int) -> list[bool]:
-    """Which of a step's pairs lose their CoTs, both videos of a pair together."""
+    """Which of a step's pairs lose their CoTs, both videos of a pair together. step: from 0."""
     generator = torch.Generator().manual_seed(draw_seed(seed, step))
-    return (torch.rand(count, generator=generator) < p).tolist()
+    coins = torch.rand(count, generator=generator)
+    return (coins < p).tolist()
 
 
 def order(count: int, epochs: int, seed: int) -> list[int]:
-    """The order in which the pairs are seen: each once an epoch, shuffled anew."""
-    seen = []
+    """The order in which the pairs are seen, by their numbers: each once an epoch, shuffled anew. A
+    batch may begin in one epoch and end in the next."""
+    sequence = []
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(draw_seed(seed, epoch))
-        seen += torch.randperm(count, generator=generator).tolist()
-    return seen
+        sequence += torch.randperm(count, generator=generator).tolist()
+    return sequence
 
 
-def make_plan(args: Args, pairs: list[Pair], run: Run) -> list:
-    """Which pairs each step takes, masked or not, in micro-batches of like length."""
-    plan, processor = [], run.model.processor
-    p = args.mask_p if args.mask == "coin" else 0.0
-    lengths = prompt_lengths(processor, keys_of(pairs), run.ranks)
-    seen = order(len(pairs), args.epochs, args.seed)
-    for step, rows in enumerate(chunks(seen, args.batch_size)):
-        masked = mask_pairs(len(rows), p, args.seed, step)
-        units, sizes = [], []
-        for place, row in enumerate(rows):
-            pair = pairs[row]
-            if masked[place]:
-                pair = replace(pair, cot_a=None, cot_b=None)
-            a, b = (len(processor.encode_cot(cot)) for cot in (pair.cot_a, pair.cot_b))
-            key_a, key_b = pair.videos()
-            units.append(Unit(pair, place))
-            sizes.append(2 * max(lengths[key_a] + a, lengths[key_b] + b))
-        plan.append([run.deal(units, sizes, args.max_tokens)])
+def make_plan(args: Args, pairs: list[Pair], processor: Processor, ranks: Ranks) -> list:
+    """Which pairs each step takes, in this rank's micro-batches of like length (`plan_step`; a step
+    has one update). Those that are masked say so already: their CoTs are None."""
+    plan = []
+    lengths = prompt_lengths(processor, keys_of(pairs), ranks)
+    sequence = order(len(pairs), args.epochs, args.seed)
+    for step, rows in enumerate(chunks(sequence, args.batch_size)):
+        batch = [pairs[row] for row in rows]
+        masked = mask_pairs(len(batch), args.mask_p, args.seed, step)
+        for place, is_masked in enumerate(masked):
+            if is_masked:
+                batch[place] = batch[place].masked()
+        sizes = []
+        for pair in batch:
+            tokens = []
+            for key, cot in zip(pair.videos(), pair.said("cot")):
+                cot_tokens = len(processor.encode_cot(cot))
+                tokens.append(lengths[key] + cot_tokens)
+            sizes.append(len(tokens) * max(tokens))  # a row a video, all as wide as the widest
+        plan.append(plan_step(batch, sizes, args.max_tokens, ranks))
     return plan
 
 
 def main() -> None:
-    run = Run(Args, "coldstart", shown=("loss", "accuracy", "margin"))
-    args = run.args
+    ranks = Ranks.start()  # those that torchrun started, or this process alone
+    args = parse_args(Args, "coldstart")
+    run = Run(args, "coldstart", ranks)
     torch.manual_seed(args.seed)
-    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader,
-                         layout="ours")
+
+    # What trains: [Reward] and the head, LoRA or the whole language model, the mergers.
+    model = DeScore.load(
+        args.model, video=args.video, quant=args.quant,
+        reader=args.reader, layout="ours")
     model.processor.use_instruction(args.instruction)
     model.set_trainable(args.lora_rank, args.train_merger, args.train_vision)
-    own = [name for name in model.trainable() if name.startswith(OWN)]
-    rest = [name for name in model.trainable() if name not in own]
+    prepare(model, args, ranks)
+    trainable = model.trainable()
+    own = [p for name, p in trainable.items() if name.startswith(OWN)]
+    rest = [p for name, p in trainable.items() if not name.startswith(OWN)]
+    parameters = own + rest
     head_lr = args.lr if args.head_lr is None else args.head_lr
-    groups = [{"params": own, "lr": head_lr}, {"params": rest, "lr": args.lr}]
-    optimizer = run.prepare(model, groups, args.weight_decay)
-    rates = [group["lr"] for group in groups]
-    pairs = run.read_train("cot", "CoTs (see tools.annotate)", ties=False)  # no winner
-    plan = make_plan(args, pairs, run)
-    warmup = max(1, round(args.warmup * len(plan)))
-    both_ways = args.mask == "expected"
-    share = torch.tensor([1 - args.mask_p, args.mask_p] if both_ways else [1.0])
+    rates = [head_lr, args.lr]
+    groups = [
+        {"params": own, "lr": head_lr},
+        {"params": rest, "lr": args.lr},
+    ]
+    optimizer = adamw(groups, args.weight_decay, args.optim)
 
-    for step, (micro_batches,) in run.steps(plan):
+    # What it learns from: a tie has no winner, and teaches nothing here.
+    pairs = read_pairs(args.train, args.label, args.root, model.processor.dimensions)
+    tests = read_tests(args, model.processor.dimensions)
+    run.train_on(pairs)  # the file as it is: its rows count for --max-skipped, and for a resume
+    ties = sum(pair.preference == "tie" for pair in pairs)
+    run.say(f"{pairs.summary()}; {ties} of them ties, which have no winner")
+    pairs = [pair for pair in pairs if pair.preference != "tie"]
+    if not pairs:
+        raise DataError(f"{args.train}: nothing but ties, from which nothing is learnt here")
+    check_said(args.train, pairs, "cot", "CoTs (see tools.annotate)")
+    pairs = [pair.winner_first() for pair in pairs]
+    plan = make_plan(args, pairs, model.processor, ranks)
+    last = len(plan)
+    warmup = max(1, round(args.warmup * last))
+
+    done = run.resume(model, optimizer)  # steps of an earlier start; what `save` is to keep
+    run.write_settings(model, last)
+    videos = run.read_ahead(plan[done:], model)
+    if done == 0 and args.eval_before:
+        run.evaluate(0, model, tests)
+    model.train()
+    bar = progress("coldstart", done, last, ranks)
+    for step in bar:
+        started = time.time()
+        means = Means()
+        (micro_batches,) = run.read(plan[step - 1], videos, model)  # one update a step
+        readable = sum(micro.weight.sum().item() for micro in micro_batches)
+        (readable,) = ranks.sum([readable])  # pairs of the batch, on all ranks
+        rise = min(1.0, step / warmup)
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * min(1.0, step / warmup)
-        (count,) = run.sum(sum(micro.weight.sum() for micro in micro_batches))
+            group["lr"] = rate * rise
+
         for micro in micro_batches:
-            scores = model.score(micro.batch, per_video(micro.pairs, "cot"), without_cot=both_ways)
-            r_w, r_l = scores.view(-1, 2, len(share)).unbind(1)  # (pairs, 1), or (pairs, 2)
-            weight = micro.weight[:, None] * share.to(scores.device)
-            L_BT = bt_loss(r_w, r_l, count, weight)
+            cots = per_video(micro.items, "cot")  # None where masked
+            scores = model.score(micro.batch, cots)  # winner, loser, winner, …
+            r_w, r_l = scores.view(-1, 2).unbind(1)  # (pairs,)
+            L_BT = bt_loss(r_w, r_l, max(1.0, readable), micro.weight)
             L_BT.backward()
-            run.means.total(micro.weight, loss=L_BT)
-            run.means.add(weight, accuracy=(r_w > r_l).float(), margin=r_w - r_l)
-        run.descend(args.max_grad_norm)
-        run.means.add(lr=optimizer.param_groups[-1]["lr"])
+            means.total(micro.weight, loss=L_BT)
+            means.add(micro.weight, accuracy=r_w > r_l, margin=r_w - r_l)
+
+        all_reduce(parameters, ranks)  # a sum: each loss divides by the count over all ranks
+        norm = clip(parameters, args.max_grad_norm)
+        if 0 < norm < math.inf:  # 0: nothing counted, and AdamW would move the weights all the same
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.check_gradient(norm)
+
+        means.add(grad_norm=norm, left_out=not math.isfinite(norm))
+        means.add(lr=args.lr * rise)
+        figures = means.over(ranks)
+        run.log({"step": step, **figures, "seconds": time.time() - started})
+        show(bar, figures, "loss", "accuracy", "margin")
+        if due(step, args.eval_every) and step < last:  # the last is evaluated below
+            run.evaluate(step, model, tests)
+        stop = run.asked_to_stop()
+        if stop or step == last or due(step, args.save_every):
+            run.save(step)
+        if stop:
+            return run.stopped(step, last)
+
+    run.save_model(model)
+    run.finish(run.evaluate(last, model, tests))
 
 
 if __name__ == "__main__":

@@ -322,8 +322,7 @@ def judge_all(
     off goes on there."""
     journal = None
     if args.out and ranks.first:
-        made_by = from_above("tools.journal", "made_by")(model, args)
-        journal = from_above("tools.journal", "Journal")(args.out, made_by, keys)
+        journal = from_above("tools.journal", "open_journal")(args.out, model, args, keys)
     judged = by_key(ranks.gather([*journal.records.values()] if journal else []))
     new = judge(model, keys, thinking, done={*judged}, think=args.cot == "on",
                 without_cot=bool(args.pairs), workers=args.workers, ranks=ranks)

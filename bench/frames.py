@@ -18,7 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import VideoSettings, open_video
-from support.frames import ERRORS, Video, import_decord
+from support.frames import ERRORS, Video
+from tools.decord_reader import DecordVideo, import_decord
 
 # name: width, height, seconds, frames between keyframes
 CLIPS = {"5 s, 832 x 480": (832, 480, 5, 1000), "5 s, 1280 x 720": (1280, 720, 5, 1000),
@@ -53,7 +54,7 @@ def outline(path: Path, indices: list[int]) -> None:
 
 
 def theirs(path: Path, indices: list[int]) -> None:
-    for _ in Video(path, "decord").frames(indices):
+    for _ in DecordVideo(path).frames(indices):
         pass
 
 
@@ -74,7 +75,7 @@ def check(paths: list[Path]) -> None:
     counts, rng = Counter(), np.random.default_rng(0)
     for path in paths:
         try:
-            video, other = Video(path), Video(path, "decord")
+            video, other = Video(path), DecordVideo(path)
         except ERRORS:
             continue
         few = sorted(rng.choice(video.total, min(video.total, 7), replace=False).tolist())
@@ -88,7 +89,7 @@ def check(paths: list[Path]) -> None:
           f"frame; {counts['alone']} would have one if decord read them all")
 
 
-def by_decord(video: Video) -> bool:
+def by_decord(video: DecordVideo) -> bool:
     """Whether decord has read it, not PyAV in its place."""
     try:
         return video.by_decord and len(list(video.decord_frames([0]))) == 1

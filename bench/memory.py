@@ -1,6 +1,6 @@
 """What fits where: the memory of a training step, computed from the shapes of a model.
 
-    python bench/memory.py                 # Qwen3-VL-8B; prints the README's table
+    python bench/memory.py                 # Qwen3-VL-8B; prints the table of docs/scale.md
 
 Counted, in bytes, for each GPU:
 

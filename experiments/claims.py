@@ -57,7 +57,7 @@ RUNS |= {
     "p = 0.5, unfiltered": (STAGE1, None, ALL, ["--mask-p", "0.5"]),
     "p = 1, unfiltered": (STAGE1, None, ALL, ["--mask-p", "1"]),
     "with ties, unfiltered": (f"{PARADIGM} ties", None, ALL, []),
-    "expected mask": (STAGE1, None, COTS, ["--mask", "expected"]),
+    "expected mask": (f"{PARADIGM} expected", None, COTS, []),
     "supervised": (f"{PARADIGM} supervise", None, COTS, WRITE),
     "coupled": (f"{PARADIGM} pairwise", "supervised", SCORES, ["--max-new-tokens", str(MAX_NEW),
                                                                "--keep-rollouts", "1000"]),

@@ -1,5 +1,6 @@
 """The other ways to make a reward model of the same backbone: what DeScore is compared with.
 
+    python experiments/paradigms.py expected --train F --model toy/backbone ...     as coldstart.py, no coin
     python experiments/paradigms.py ties --train F --model toy/backbone ...         as coldstart.py, with ties
     python experiments/paradigms.py supervise --train F --model toy/backbone ...  writes the score (--think)
     python experiments/paradigms.py pairwise --train F --model RUN ...              the same, by GRPO
@@ -18,6 +19,8 @@ All of them are the loops of coldstart.py and rl.py with another loss or reward,
 import math
 import re
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,17 +28,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import coldstart
 import rl
-from data import implied_overall, per_video
+from data import Pair, implied_overall, per_video
 from model import OWN, DeScore
 from support.batches import draw_seed
 from support.command import Factor, Share, run_command
-from support.run import MicroBatch, Run
-from support.settings import setting
+from support.formats import read_pairs
+from support.means import Means
+from support.optimize import adamw, all_reduce, clip
+from support.ranks import Ranks
+from support.run import MicroBatch, Run, check_said, prepare, read_tests
+from support.settings import parse_args, setting
 
 WRITTEN = re.compile(r" so ([1-5][0-9])\s*")
 
@@ -76,6 +84,50 @@ def written_score(text: str) -> float:
 
 
 # ------------------------------
+# Beyond the paper: the expectation over the mask
+
+
+def expected_loss(scores: Tensor, p: float, count: float, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 − p) L_BT with the CoTs + p L_BT without them, what stage 1's coin has as its mean. scores
+    (pairs, 2, 2): of the winner and the loser, behind the CoT and without one; weight (pairs,). Returns
+    the loss and each term's weight (pairs, 2)."""
+    share = torch.tensor([1 - p, p], device=scores.device)
+    weight = weight[:, None] * share
+    r_w, r_l = scores.unbind(1)  # (pairs, 2)
+    return coldstart.bt_loss(r_w, r_l, count, weight), weight
+
+
+def cots_and_none(model: DeScore, cots: list[str]) -> tuple[Tensor, Tensor]:
+    """Two CoTs of each of B videos as `DeScore.group` takes them: its own, and none. (B, 2, C)"""
+    ids = [torch.tensor(model.processor.encode_cot(cot), dtype=torch.long) for cot in cots]
+    lengths = torch.tensor([[len(i), 0] for i in ids])
+    tokens = pad_sequence(ids, batch_first=True)[:, None].expand(-1, 2, -1)
+    return tokens, torch.arange(tokens.shape[-1]) < lengths[..., None]
+
+
+def expected() -> None:
+    """Stage 1 without its coin: both scores of a video from one forward."""
+    run, model = begin(coldstart.Args, "coldstart")
+    args = run.args
+    pairs = pairs_of(run, model, "cot", "CoTs", ties=False)
+    plan = coldstart.make_plan(replace(args, mask_p=0.0), pairs, model.processor, run.ranks)
+
+    def backward(step, micro_batches, means, update):
+        (count,) = run.ranks.sum([sum(micro.weight.sum().item() for micro in micro_batches)])
+        for micro in micro_batches:
+            tokens, mask = cots_and_none(model, per_video(micro.items, "cot"))
+            _, scores = model.group(micro.batch, tokens, mask)
+            scores = scores.view(-1, 2, 2)
+            loss, weight = expected_loss(scores, args.mask_p, max(1.0, count), micro.weight)
+            loss.backward()
+            r_w, r_l = scores.unbind(1)
+            means.total(micro.weight, update, loss=loss)
+            means.add(weight, accuracy=r_w > r_l, margin=r_w - r_l)
+
+    train(run, model, two_groups(args, model), plan, backward)
+
+
+# ------------------------------
 # Discriminative
 
 
@@ -84,44 +136,100 @@ class TiesArgs(coldstart.Args):
     theta: Factor = setting(5.0, "θ: how far apart scores are before a tie is unlikely")
 
 
-def score_run(Args: type, shown=("loss", "accuracy")) -> tuple:
-    """A run of stage 1 up to its loop: run, model, optimiser, and the groups' rates."""
-    run = Run(Args, "coldstart", shown)
+def begin(Args: type, stage: str) -> tuple[Run, DeScore]:
+    """A run of a stage and its model, as main of the stage makes them."""
+    run = Run(parse_args(Args, stage), stage, Ranks.start())
     args = run.args
     torch.manual_seed(args.seed)
-    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader)
+    model = DeScore.load(args.model, video=args.video, quant=args.quant, reader=args.reader,
+                         layout="ours")
     model.processor.use_instruction(args.instruction)
-    model.set_trainable(args.lora_rank, args.train_merger, args.train_vision)
-    own = [name for name in model.trainable() if name.startswith(OWN)]
-    rest = [name for name in model.trainable() if name not in own]
+    model.set_trainable(args.lora_rank, args.train_merger, getattr(args, "train_vision", False))
+    prepare(model, args, run.ranks)
+    return run, model
+
+
+def train(run: Run, model: DeScore, groups: list[dict], plan: list, backward: Callable) -> None:
+    """The loop of the stages. `backward` (step, micro-batches, means, update) puts gradients in place for
+    one update; the rate of each group of parameters rises over the first --warmup of the steps."""
+    args = run.args
+    ranks = run.ranks
+    optimizer = adamw(groups, args.weight_decay, args.optim)
+    trainable = [parameter for group in groups for parameter in group["params"]]
+    rates = [group["lr"] for group in groups]
+    tests = read_tests(args, model.processor.dimensions)
+    last = len(plan)
+    warmup = max(1, round(getattr(args, "warmup", 0) * last))
+    done = run.resume(model, optimizer)
+    run.write_settings(model, last)
+    videos = run.read_ahead(plan[done:], model)
+    if done == 0 and args.eval_before:
+        run.evaluate(0, model, tests)
+    model.train()
+    for step in tqdm(range(done + 1, last + 1), run.stage, last, initial=done, disable=not ranks.first):
+        started = time.time()
+        means = Means()
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * min(1.0, step / warmup)
+        for update, micro_batches in enumerate(run.read(plan[step - 1], videos, model)):
+            backward(step, micro_batches, means, update)
+            all_reduce(trainable, ranks)
+            norm = clip(trainable, args.max_grad_norm)
+            if 0 < norm < math.inf:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.check_gradient(norm)
+            means.add(grad_norm=norm, left_out=float(not math.isfinite(norm)))
+        run.log({"step": step, **means.over(ranks), "seconds": time.time() - started})
+        if args.eval_every and step % args.eval_every == 0 and step < last:
+            run.evaluate(step, model, tests)
+        stop = run.asked_to_stop()
+        if stop or step == last or (args.save_every and step % args.save_every == 0):
+            run.save(step)
+        if stop:
+            return run.stopped(step, last)
+    run.save_model(model)
+    run.finish(run.evaluate(last, model, tests))
+
+
+def two_groups(args: coldstart.Args, model: DeScore) -> list[dict]:
+    """[Reward] and head at their own rate, all else that trains at another, as in stage 1."""
+    trainable = model.trainable()
+    own = [p for name, p in trainable.items() if name.startswith(OWN)]
+    rest = [p for name, p in trainable.items() if not name.startswith(OWN)]
     head_lr = args.lr if args.head_lr is None else args.head_lr
-    groups = [{"params": own, "lr": head_lr}, {"params": rest, "lr": args.lr}]
-    optimizer = run.prepare(model, groups, args.weight_decay)
-    return run, model, optimizer, [group["lr"] for group in groups]
+    return [{"params": own, "lr": head_lr}, {"params": rest, "lr": args.lr}]
 
 
-def warm_up(run: Run, optimizer, rates: list[float], step: int, last: int) -> None:
-    for group, rate in zip(optimizer.param_groups, rates):
-        group["lr"] = rate * min(1.0, step / max(1, round(run.args.warmup * last)))
+def pairs_of(run: Run, model: DeScore, field: str, what: str, ties: bool) -> list[Pair]:
+    """The pairs of --train that say `field`, the winner first, with ties or without."""
+    args = run.args
+    pairs = read_pairs(args.train, args.label, args.root, model.processor.dimensions)
+    run.train_on(pairs)
+    pairs = [pair for pair in pairs if ties or pair.preference != "tie"]
+    check_said(args.train, pairs, field, what)
+    return [pair.winner_first() for pair in pairs]
 
 
 def ties() -> None:
     """Discriminative, by Bradley-Terry with ties: p is 1 whatever is given."""
-    run, model, optimizer, rates = score_run(TiesArgs)
+    run, model = begin(TiesArgs, "coldstart")
     run.args.mask_p = 1.0
-    plan = coldstart.make_plan(run.args, run.read_train("cot", "CoTs"), run)
-    for step, (micro_batches,) in run.steps(plan):
-        warm_up(run, optimizer, rates, step, len(plan))
-        (count,) = run.sum(sum(micro.weight.sum() for micro in micro_batches))
+    pairs = pairs_of(run, model, "cot", "CoTs", ties=True)
+    plan = coldstart.make_plan(run.args, pairs, model.processor, run.ranks)
+
+    def backward(step, micro_batches, means, update):
+        (count,) = run.ranks.sum([sum(micro.weight.sum().item() for micro in micro_batches)])
         for micro in micro_batches:
-            r_w, r_l = model.score(micro.batch, per_video(micro.pairs, "cot")).view(-1, 2).unbind(1)
-            is_tie = torch.tensor([pair.preference == "tie" for pair in micro.pairs])
+            r_w, r_l = model.score(micro.batch, per_video(micro.items, "cot")).view(-1, 2).unbind(1)
+            is_tie = torch.tensor([pair.preference == "tie" for pair in micro.items])
             losses = ties_loss(r_w - r_l, is_tie.to(r_w.device), run.args.theta)
-            loss = (losses * micro.weight).sum() / count
+            loss = (losses * micro.weight).sum() / max(1.0, count)
             loss.backward()
-            run.means.total(micro.weight, loss=loss)
-            run.means.add(micro.weight * ~is_tie, accuracy=(r_w > r_l).float())
-        run.descend(run.args.max_grad_norm)
+            means.total(micro.weight, update, loss=loss)
+            means.add(micro.weight * ~is_tie, accuracy=(r_w > r_l).float())
+
+    train(run, model, two_groups(run.args, model), plan, backward)
 
 
 # ------------------------------
@@ -151,38 +259,40 @@ def with_end(model: DeScore, texts: list[str]) -> tuple[Tensor, Tensor]:
 def supervise() -> None:
     """Cross-entropy: its mean over the tokens of the scores, and with CoTs its mean over theirs too. In one
     mean the few tokens of a score would hardly be learnt; without the CoTs these would be unlearnt."""
-    run, model, optimizer, rates = score_run(SuperviseArgs, shown=("loss",))
-    run.args.mask_p, dimensions = 0.0, model.processor.dimensions
-    plan = coldstart.make_plan(run.args, run.read_train("cot", "CoTs", ties=False), run)
-    for step, (micro_batches,) in run.steps(plan):
-        warm_up(run, optimizer, rates, step, len(plan))
-        written, counts = [], torch.zeros(2)
+    run, model = begin(SuperviseArgs, "coldstart")
+    run.args.mask_p = 0.0
+    dimensions = model.processor.dimensions
+    pairs = pairs_of(run, model, "cot", "CoTs", ties=False)
+    plan = coldstart.make_plan(run.args, pairs, model.processor, run.ranks)
+
+    def backward(step, micro_batches, means, update):
+        written = []
+        counts = torch.zeros(2)
         for micro in micro_batches:
-            cots = per_video(micro.pairs, "cot")
+            cots = per_video(micro.items, "cot")
             tokens, mask = with_end(model, [to_write(cot, dimensions, run.args.think) for cot in cots])
             thought = torch.tensor([len(model.processor.encode(cot)) * run.args.think for cot in cots])
             in_cot = torch.arange(mask.shape[1]) < thought[:, None]
             parts = torch.stack([mask & in_cot, mask & ~in_cot]).to(micro.weight.device)  # (2, B, C)
-            parts = parts * micro.weight.repeat_interleave(2)[:, None]
+            parts = parts * micro.row_weight[:, None]
             written.append((micro, tokens[:, None], mask[:, None], parts))
             counts = counts + parts.sum((1, 2)).cpu()
-        counts = torch.tensor(run.sum(*counts))
+        counts = torch.tensor(run.ranks.sum(counts.tolist())).clamp(min=1)
         for micro, tokens, mask, parts in written:
             logps, _ = model.group(micro.batch, tokens, mask)
             loss = -((logps[:, 0] * parts).sum((1, 2)) / counts.to(logps.device)).sum()
             loss.backward()
-            run.means.total(micro.weight, loss=loss)
-        run.descend(run.args.max_grad_norm)
+            means.total(micro.weight, update, loss=loss)
+
+    train(run, model, two_groups(run.args, model), plan, backward)
 
 
 @torch.no_grad()
-def roll_out(run: Run, model: DeScore, micro: MicroBatch, step: int) -> tuple:
+def roll_out(args: rl.Args, model: DeScore, micro: MicroBatch, step: int, means: Means) -> tuple:
     """The rollouts of some pairs: encoded batch, tokens, mask, log-probabilities, advantages, rewards."""
-    args, G = run.args, run.args.group_size
+    G = args.group_size
     batch = model.encode(micro.batch)
-    seeds = []
-    for place in micro.places:
-        seeds += [draw_seed(args.seed, step, place, side) for side in (0, 1)]
+    seeds = [draw_seed(args.seed, step, *row) for row in micro.rows]
     thoughts = model.think(batch, G, args.max_new_tokens, args.temperature, args.top_p, seeds)
     written = []
     for tokens, mask in zip(thoughts.tokens.flatten(0, 1), thoughts.mask.flatten(0, 1)):
@@ -190,35 +300,33 @@ def roll_out(run: Run, model: DeScore, micro: MicroBatch, step: int) -> tuple:
     written = torch.tensor(written).view(-1, 2, G)
     rewards = pairwise_rewards(written)
     advantages = rl.group_advantages(rewards.flatten(0, 1).float().to(model.device))
-    run.means.add(micro.weight[:, None, None].cpu(), reward=rewards, unread=written.isnan().float(),
-                  cot_tokens=thoughts.mask.sum(-1).view(-1, 2, G).float())
+    means.add(micro.weight[:, None, None].cpu(), reward=rewards, unread=written.isnan().float(),
+              cot_tokens=thoughts.mask.sum(-1).view(-1, 2, G).float())
     return batch, thoughts.tokens, thoughts.mask, thoughts.logps, advantages
 
 
 def pairwise() -> None:
     """GRPO on the whole chain, by the pairwise reward alone; one update a rollout batch, no KL term."""
-    run = Run(rl.Args, "rl", shown=("reward", "grpo_loss"))
+    run, model = begin(rl.Args, "rl")
     args = run.args
-    torch.manual_seed(args.seed)
-    model = DeScore.load(args.model, video=args.video)
-    model.set_trainable(args.lora_rank)
-    backbone = [name for name in model.trainable() if not name.startswith(OWN)]
-    run.prepare(model, [{"params": backbone, "lr": args.lr}], args.weight_decay)
-    plan = rl.make_plan(args, run.read_train("scores", "reference sub-scores", ties=False), run)
-    for step, updates in run.steps(plan):
-        for micro_batches in updates:
-            rolled = [roll_out(run, model, micro, step) for micro in micro_batches]
-            counts = [m.weight.sum().item() * 2 * args.group_size for m in micro_batches]
-            (count,) = run.sum(sum(counts))
-            for micro, (batch, tokens, mask, old_logps, advantages) in zip(micro_batches, rolled):
-                learnt = mask & (micro.weight.repeat_interleave(2) > 0)[:, None, None]
-                logps, _ = model.group(batch, tokens, mask, args.temperature)
-                loss, figures = rl.grpo_loss(logps, old_logps, None, advantages, learnt, args.clip_low,
-                                             args.clip_high, beta=0.0, count=count)
-                loss.backward()
-                run.means.total(micro.weight, grpo_loss=loss)
-                run.means.add(learnt.sum(), **figures)
-            run.descend(args.max_grad_norm)
+    backbone = [p for name, p in model.trainable().items() if not name.startswith(OWN)]
+    pairs = pairs_of(run, model, "scores", "reference sub-scores", ties=False)
+    plan = rl.make_plan(args, pairs, model.processor, run.ranks)
+
+    def backward(step, micro_batches, means, update):
+        rolled = [roll_out(args, model, micro, step, means) for micro in micro_batches]
+        counts = [m.weight.sum().item() * 2 * args.group_size for m in micro_batches]
+        (count,) = run.ranks.sum([sum(counts)])
+        for micro, (batch, tokens, mask, old_logps, advantages) in zip(micro_batches, rolled):
+            learnt = mask & (micro.row_weight > 0)[:, None, None]
+            logps, _ = model.group(batch, tokens, mask, args.temperature)
+            loss, figures = rl.grpo_loss(logps, old_logps, None, advantages, learnt, args.clip_low,
+                                         args.clip_high, beta=0.0, count=max(1.0, count))
+            loss.backward()
+            means.total(micro.weight, update, grpo_loss=loss)
+            means.add(learnt.sum(), **figures)
+
+    train(run, model, [{"params": backbone, "lr": args.lr}], plan, backward)
 
 
 @torch.no_grad()
@@ -249,7 +357,7 @@ def with_cots(model: DeScore, batch, cots: list[str]):
 
 
 if __name__ == "__main__":
-    WAYS = {way.__name__: way for way in (ties, supervise, pairwise)}
+    WAYS = {way.__name__: way for way in (expected, ties, supervise, pairwise)}
     if len(sys.argv) < 2 or sys.argv[1] not in WAYS:
         sys.exit(f"usage: python experiments/paradigms.py {{{','.join(WAYS)}}} ...")
     run_command(WAYS[sys.argv.pop(1)])

@@ -5,19 +5,21 @@ import runpy
 import sys
 
 
+class NotHere(FileNotFoundError):
+    """What stands above is not in this copy of the project."""
+
+
 def from_above(module: str, name: str):
     """What a module of another folder offers under this name, such as ("tools.report", "write_page").
-    Raises DataError where the project has no such folder or module."""
+    Raises NotHere where the project has no such module."""
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # a package that the module imports
-        from data import DataError
-
-        folder = module.partition(".")[0]
-        raise DataError(f"{name} is in {module.replace('.', '/')}.py, and this copy of the project has no "
-                        f"such file: it needs the folder {folder}/ too") from error
+        folder, _, file = module.rpartition(".")
+        raise NotHere(f"{name} is in {folder}/{file}.py, and this copy of the project has no such file: "
+                      f"it needs the folder {folder}/ too") from error
 
 
 def moved(old: str, new: str) -> None:

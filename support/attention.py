@@ -21,11 +21,14 @@ class GroupCache:
     hands both parts to `group_attention`."""
 
     def __init__(self, prompt_mask: torch.Tensor, n: int, max_new: int):
-        self.n, self.max_new, self.step = n, max_new, 0
+        self.n = n
+        self.max_new = max_new
+        self.step = 0
         # Padding of shorter prompts, as a bias on the attention scores: (B, 1, 1, 1, P).
         bias = torch.zeros(prompt_mask.shape, device=prompt_mask.device)
         self.bias = bias.masked_fill(~prompt_mask, float("-inf"))[:, None, None, None]
-        self.prompt, self.own = {}, {}  # layer → (keys, values)
+        self.prompt = {}  # layer → (keys, values)
+        self.own = {}
         self.prefilled: list[int] | None = None  # the videos whose prompts are in prefill
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
@@ -44,14 +47,15 @@ class GroupCache:
 
     def allocate(self, layer: int, *parts: torch.Tensor) -> None:
         _, heads, _, d = parts[0].shape
-        B, P = self.bias.shape[0], self.bias.shape[-1]
+        B, *_, P = self.bias.shape
         self.prompt[layer] = tuple(part.new_zeros(B, heads, P, d) for part in parts)
         own = (B, self.n, heads, self.max_new, d)
         self.own[layer] = tuple(part.new_empty(own) for part in parts)
 
     def keep(self, videos: torch.Tensor, columns: torch.Tensor) -> None:
         """Go on with some videos (b,) and for each with some of its CoTs (b, n')."""
-        self.n, self.bias = columns.shape[1], self.bias[videos]
+        self.n = columns.shape[1]
+        self.bias = self.bias[videos]
         for layer in self.prompt:
             self.prompt[layer] = tuple(part[videos] for part in self.prompt[layer])
             own = self.own[layer]
@@ -86,7 +90,9 @@ def pack_rows(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, prompt_positi
               tokens: torch.Tensor, inputs: torch.Tensor) -> Rows:
     """Put the G CoTs of each of B videos behind one copy of its prompt. prompt_ids and prompt_mask
     (B, P), prompt_positions (3, B, P); tokens (B, G, C), of which `inputs` (bool) are read."""
-    (B, G, C), P, device = tokens.shape, prompt_ids.shape[1], tokens.device
+    B, G, C = tokens.shape
+    P = prompt_ids.shape[1]
+    device = tokens.device
     length = inputs.sum(-1, keepdim=True)  # (B, G, 1)
     # Lay the row out in slots, P for the prompt, C + 1 for each CoT with its [Reward].
     slot = torch.arange(C + 1, device=device)
@@ -121,7 +127,8 @@ def row_attention(query, key, value, layout: RowLayout, scaling: float) -> torch
     """Attention over packed rows, of which only what is seen is computed: a prompt on itself,
     a CoT on both. A mask over whole rows would compute each CoT on all others, to throw it
     away. query (B, heads, L, d) → (B, L, heads, d)."""
-    P, G = layout.P, layout.G
+    P = layout.P
+    G = layout.G
     sdpa = nn.functional.scaled_dot_product_attention
 
     def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -163,7 +170,8 @@ def decode_attention(query, key: tuple, value: tuple, scaling: float) -> torch.T
     once a CoT.
 
     query (B · n, heads, 1, d); key and value as `GroupCache.update` hands them on."""
-    (prompt_k, own_k, bias), (prompt_v, own_v) = key, value
+    prompt_k, own_k, bias = key
+    prompt_v, own_v = value
     B, n, kv, T, d = own_k.shape
     P = prompt_k.shape[2]
     q = query.reshape(B, n, kv, -1, d) * scaling  # (B, n, kv, heads a kv head, d)

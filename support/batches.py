@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ THINK_TOKENS = 65_536  # thought at a time, unless told otherwise: at 8B a cache
 
 
 def prompt_lengths(processor: Processor, keys: list[Key], ranks: Ranks = ALONE) -> dict[Key, int]:
-    """How many tokens the prompt of each key has; ranks that are given share the work. 0 where a
-    video cannot be read: reading it will say why."""
+    """How many tokens the prompt of each key has, by one frame of each video; several ranks share
+    the work. 0 where a video cannot be read: reading it will say why."""
 
     def length(key: Key) -> int:
         try:
@@ -31,19 +32,19 @@ def prompt_lengths(processor: Processor, keys: list[Key], ranks: Ranks = ALONE) 
 
     keys = ranks.share(list(dict.fromkeys(keys)))
     with ThreadPoolExecutor() as pool:
-        found = pool.map(length, keys)
-        found = tqdm(found, "lengths", len(keys), unit="video", disable=len(keys) < 2000)
-        return dict(ranks.gather(list(zip(keys, found))))
+        lengths = pool.map(length, keys)
+        lengths = tqdm(lengths, "lengths", len(keys), unit="video", disable=len(keys) < 2000)
+        return dict(ranks.gather(list(zip(keys, lengths))))
 
 
 def read_ahead(processor: Processor, groups: list[list[list[Key]]], workers: int = 0,
                limit: int | None = None) -> Iterator[tuple[Batch, list[str | None]]]:
     """One Batch for each group, in order. With workers, other processes decode ahead.
 
-    A group is a list of units, such as pairs, and a unit a list of keys that stand or fall
-    together. Yields the batch and for each unit None, or what is wrong with it: a video that cannot
-    be read, or a prompt of more than `limit` tokens. In the batch black frames then stand in for
-    its videos, so that its rows are there."""
+    A group is a list of units, and a unit a list of keys that stand or fall together, such as the
+    `videos()` of an item. Yields the batch, and for each unit None or what is wrong with it: a
+    video that cannot be read, or a prompt of more than `limit` tokens. In the batch black frames
+    then stand in for the unit's videos, so that its rows are there."""
     # With no batch size the loader hands each group to `read_group`, in a worker if it has any. It
     # draws a seed that nobody uses, and should not draw it from the caller's random numbers.
     return iter(DataLoader(groups, batch_size=None, num_workers=workers, generator=torch.Generator(),
@@ -54,31 +55,34 @@ def read_ahead(processor: Processor, groups: list[list[list[Key]]], workers: int
 def read_group(processor: Processor, limit: int | None,
                group: list[list[Key]]) -> tuple[Batch, list[str | None]]:
     """What `read_ahead` yields for a group."""
-    samples, errors = [], []
+    samples = []
+    errors = []
     for unit in group:
         try:
-            read = [processor(*key) for key in unit]
-            for sample, (video, _) in zip(read, unit):
+            of_unit = [processor(*key) for key in unit]
+            for sample, (video, _) in zip(of_unit, unit):
                 length = len(sample.input_ids)
                 if limit and length > limit:
                     raise DataError(f"{video}: a prompt of {length} tokens, more than {limit}")
             errors.append(None)
         except DataError as error:
+            # The smallest video there is: as many frames and pixels as one token stands for.
             side = processor.settings.patch_size * processor.settings.merge_size
             frames = processor.settings.temporal_patch_size
             black = torch.zeros(frames, 3, side, side, dtype=torch.uint8)
             sample = processor.sample(black, [0.0] * frames, "")
-            read = [replace(sample, source=key) for key in unit]
+            of_unit = [replace(sample, source=key) for key in unit]
             errors.append(str(error))
-        samples += read
+        samples += of_unit
     return processor.collate(samples), errors
 
 
 def split_unreadable(group: list[tuple[int, Key]],
-             errors: list[str | None]) -> tuple[list[int], list[dict]]:
-    """The rows of a group of numbered keys that `read_ahead` could read, and a record of each
-    other: video, prompt, error."""
-    rows, unread = [], []
+                     errors: list[str | None]) -> tuple[list[int], list[dict]]:
+    """Of a group of numbered keys the rows that `read_ahead` could read, and for each of the others
+    a record: video, prompt, error."""
+    rows = []
+    unread = []
     for row, ((_, (video, prompt)), error) in enumerate(zip(group, errors)):
         if error:
             unread.append({"video": video, "prompt": prompt, "error": error})
@@ -99,17 +103,19 @@ def chunks(items: list, size: int) -> list[list]:
 
 
 def split_evenly(items: list, count: int) -> list[list]:
-    """A list cut into so many lists, or one an item if there are fewer, as even as can be."""
+    """A list cut into `count` lists as even as can be, in order; where it has fewer items, into
+    one list for each."""
     count = min(count, len(items))
     cuts = [len(items) * i // count for i in range(count + 1)]
     return [items[start:end] for start, end in pairwise(cuts)]
 
 
 def pack_by_budget(items: list, sizes: list[int], budget: int) -> list[list]:
-    """Items of like size together: lists in which the largest size times the number of items
-    is within the budget. The largest come first, so that what does not fit in memory shows
-    at once; one above the budget stands alone."""
-    lists, widest = [], 0
+    """Items of like size together: lists in which the largest size times the number of items, the
+    tokens that they take with their padding, is within the budget. The largest come first, so that
+    what does not fit in memory shows at once; an item above the budget stands alone."""
+    lists = []
+    widest = 0  # size in the last list
     for row in sorted(range(len(items)), key=lambda row: -sizes[row]):
         if not lists or widest * (len(lists[-1]) + 1) > budget:
             lists.append([])
@@ -119,12 +125,14 @@ def pack_by_budget(items: list, sizes: list[int], budget: int) -> list[list]:
 
 
 def group_by_length(lengths: list[int], waste: float = 0.1) -> list[list[int]]:
-    """Row numbers in lists of like length: side by side, at most a share `waste` of each
-    list is padding."""
-    lists, used = [], 0
+    """Row numbers in lists of like length, the longest first: side by side, at most a share
+    `waste` of each list is padding."""
+    lists = []
+    used = 0  # tokens in the last list
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if lists:
-            area = (len(lists[-1]) + 1) * lengths[lists[-1][0]]
+            longest = lengths[lists[-1][0]]
+            area = (len(lists[-1]) + 1) * longest
         if not lists or used + lengths[row] < (1 - waste) * area:
             lists.append([])
             used = 0
@@ -145,12 +153,41 @@ def deal(items: list, sizes: list[int], budget: int, ranks: Ranks) -> list[list[
     micro-batches and all of one turn are of like size: ranks of a sharded model run in step.
     Where the last of a turn are missing, a rank repeats another's item with weight 0."""
     largest_first = sorted(range(len(items)), key=lambda row: -sizes[row])
-    turns = chunks(largest_first, ranks.world)
-    mine = []
-    for micro in pack_by_budget(turns, [sizes[turn[0]] for turn in turns], budget):
-        mine.append([])
-        for turn in micro:
-            spare = ranks.rank >= len(turn)
-            row = turn[0] if spare else turn[ranks.rank]
-            mine[-1].append((items[row], 0.0 if spare else 1.0))
-    return mine
+    turns = chunks(largest_first, ranks.world)  # of each one row for each rank
+    widest = [sizes[turn[0]] for turn in turns]
+    micro_batches = []
+    for turns_together in pack_by_budget(turns, widest, budget):
+        mine = []
+        for turn in turns_together:
+            if ranks.rank < len(turn):
+                mine.append((items[turn[ranks.rank]], 1.0))
+            else:
+                mine.append((items[turn[0]], 0.0))
+        micro_batches.append(mine)
+    return micro_batches
+
+
+class Planned(NamedTuple):
+    """An item, such as a pair, in a step's plan."""
+
+    item: Any
+    place: int  # in the step's batch; what is random about it depends on (seed, step, place)
+    weight: float  # 1.0, or 0.0 where it only keeps this rank in step with the others
+
+
+def plan_step(items: list, sizes: list[int], budget: int, ranks: Ranks = ALONE,
+              updates: int = 1) -> list[list[list[Planned]]]:
+    """What this rank does in a step: for each optimiser update its micro-batches, each a list of
+    items that go through the model together.
+
+    items: the step's batch, over all ranks; sizes: the tokens that each of them takes. The batch
+    is split into so many updates, as even as can be and in its order (`split_evenly`); within an
+    update items of like size go together, each micro-batch within the budget (`deal`). Pure: what
+    a step does can be planned before the run begins, and each rank plans its own part alone."""
+    plan = []
+    for places in split_evenly(list(range(len(items))), updates):
+        micro_batches = []
+        for micro in deal(places, [sizes[place] for place in places], budget, ranks):
+            micro_batches.append([Planned(items[place], place, weight) for place, weight in micro])
+        plan.append(micro_batches)
+    return plan

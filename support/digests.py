@@ -8,13 +8,12 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from data import DataError, Pair
-from support.files import digest, head_file, local_folder, read_json
+from support.files import digest, head_file, local_folder, read_json, write_whole
 
 # What is smaller is read again each time, which is as quick as looking up what it was.
 REMEMBERED_FROM = 2**26  # bytes
@@ -65,7 +64,8 @@ def of_backbone(source: str | Path) -> str:
 def of_model(model, source: str | Path) -> str:
     """A fingerprint of a model as it was loaded from `source`: of its backbone, of the adapter, query
     and head on top of it, and of what it judges and reads."""
-    directory, processor = local_folder(source), model.processor
+    directory = local_folder(source)
+    processor = model.processor
     on_top = [directory / name for name in ON_TOP]
     on_top = [path for path in [*on_top, head_file(directory)] if path.is_file()]
     return of_json([
@@ -90,7 +90,10 @@ def remembered(path: Path) -> str:
             return entry["sha256"]
     sha256 = digest(path)
     with contextlib.suppress(*NOTHING_KEPT):
-        write_entry(entry_of(about["path"]), about | {"sha256": sha256})
+        place = entry_of(about["path"])
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # Each rank may be writing it just now.
+        write_whole(place, json.dumps(about | {"sha256": sha256}), f"{os.getpid()}.partial")
     return sha256
 
 
@@ -100,14 +103,6 @@ def entry_of(path: str) -> Path:
     return Path(folder) / "descore" / f"{of_json(path)}.json"
 
 
-def write_entry(place: Path, entry: dict) -> None:
-    """Write what other processes may be reading or writing: each of them finds a whole entry."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as file:
-        json.dump(entry, file)
-    os.replace(file.name, place)
-
-
 # ------------------------------
 # A run
 
@@ -115,14 +110,14 @@ def write_entry(place: Path, entry: dict) -> None:
 def of_code(root: Path) -> dict[str, str]:
     """SHA-256 of each file of the project in `root` that is imported by now, by its path there; not of
     tests, nor of what `ONLY_WRITE` names."""
-    found = {}
+    digest_of = {}
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or os.devnull).resolve()
         if root in path.parents and "site-packages" not in path.parts and path.is_file():
             name = path.relative_to(root).as_posix()
             if name not in ONLY_WRITE and not name.startswith("tests/"):
-                found[name] = digest(path)
-    return found
+                digest_of[name] = digest(path)
+    return digest_of
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:

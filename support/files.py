@@ -49,7 +49,8 @@ LAYOUTS = ("ours", "release")  # in which a model scores
 def read_info(directory: Path) -> dict:
     """descore.json of a directory, {} for a bare backbone. Raises DataError if it is neither
     a saved DeScore nor a backbone, or what it says is of the wrong type."""
-    path, own = directory / "descore.json", directory / "descore.safetensors"
+    path = directory / "descore.json"
+    own = directory / "descore.safetensors"
     if own.is_file() and not path.is_file():
         raise DataError(f"{path}: no such file, and it says how {own.name} is to be used")
     if not path.is_file() and not (directory / "config.json").is_file():
@@ -118,15 +119,6 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_out(out: Path, pairs: Path) -> None:
-    """Raises DataError if a command that reads `pairs` cannot write a new file to `out`."""
-    if out.is_dir():
-        raise DataError(f"{out}: is a directory")
-    if out.exists() and (not out.is_file() or out.samefile(pairs)):
-        what = "the pair file itself" if out.is_file() else "no plain file"
-        raise DataError(f"{out}: is {what}; choose another for what is written")
-
-
 def put_in_place(beside: Path, place: Path) -> None:
     """Rename a directory that was written beside its place into it, its content safe on the
     disk first. What was there before is kept as `place`.replaced until the new one is: whenever
@@ -181,11 +173,15 @@ def amend(path: Path, **more) -> None:
     write_whole(path, json.dumps(read_json(path) | more, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that at every moment holds the old text or the new. Raises OSError if it cannot
-    be written."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    beside.replace(path)
+def write_whole(path: Path, text: str, ending: str = "partial") -> None:
+    """Write a file that at every moment holds the old text or the new: beside its place, under its
+    name with this `ending`, then renamed. Several processes that may write the same file need each
+    an ending of its own. Raises OSError or UnicodeEncodeError if it cannot be written."""
+    beside = path.with_name(f"{path.name}.{ending}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
     sync(path.parent)

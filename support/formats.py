@@ -1,9 +1,10 @@
 """Pair files of every kind: our own format is read here, others by tools/formats.py."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from data import DIMENSIONS, DataError, Pairs, collect, is_number, json_records, read_scores, read_text
-from support.above import from_above
+from support.above import NotHere, from_above
 
 
 def read_pairs(path: str | Path, label: str | None = None, root: str | Path | None = None,
@@ -45,17 +46,24 @@ def with_prompt(record: dict, column: str, where: str) -> dict:
 
 
 def with_plain_scores(record: dict, dimensions: dict[str, int]) -> dict:
-    """The record with its reference scores as we write them; those in other words are read by
-    tools/forgiving.py. What are none `make_pair` refuses."""
+    """The record with its reference scores as we write them. Those in other words are read by
+    tools/forgiving.py, where it is there; what stays unread `make_pair` refuses."""
+    plain = {}
     for key in ("scores_a", "scores_b"):
         scores = record.get(key)
         if scores is not None and read_scores(scores, dimensions) is None:
-            return from_above("tools.forgiving", "forgiven")(record, dimensions)
-    plain = {}
+            return forgiven(record, dimensions)
     for key in ("overall_a", "overall_b"):
         overall = record.get(key)
         if is_number(overall):
             plain[key] = float(overall)
         elif overall is not None:
-            return from_above("tools.forgiving", "forgiven")(record, dimensions)
+            return forgiven(record, dimensions)
     return record | plain
+
+
+def forgiven(record: dict, dimensions: dict[str, int]) -> dict:
+    """What tools/forgiving.py makes of a record; the record itself where that is not there."""
+    with suppress(NotHere):
+        return from_above("tools.forgiving", "forgiven")(record, dimensions)
+    return record

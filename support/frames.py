@@ -1,11 +1,10 @@
 """The frames of a video file by their number, as a player shows them. They are decoded forward from
-the start, never sought: a jump lands where it should in some kinds of file only.
-
-PyAV reads them. decord, which the paper names, reads them where its frames are the same (`Video`)."""
+the start, never sought: a jump lands where it should in some kinds of file only. PyAV decodes;
+where decord's frames are the same, it may instead (tools/decord_reader.py)."""
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +13,9 @@ import numpy as np
 
 # Files that hold a video themselves. FFmpeg knows playlists too, which make it open other files.
 CONTAINERS = "mov,matroska,avi,mpeg,mpegts,flv,asf,ogg,gif"
-# In these each packet has its time, and of these codecs each is one frame that is shown.
-TIMED, PLAIN = ("mov", "matroska"), ("h264", "hevc", "av1", "vp9")
+TIMED = ("mov", "matroska")  # in these each packet has its time,
+PLAIN = ("h264", "hevc", "av1", "vp9")  # and of these codecs each is one frame that is shown
 READERS = ("av", "decord")
-# Of these both make the same red, green and blue, where the sides are even.
-EXACT = ("yuv420p", "yuv444p")
 MAX_PIXELS = 8192 * 8192  # a frame
 # What is raised for a file that cannot be read.
 ERRORS = (av.FFmpegError, LookupError, ValueError, ArithmeticError, MemoryError, RuntimeError)
@@ -26,18 +23,19 @@ ERRORS = (av.FFmpegError, LookupError, ValueError, ArithmeticError, MemoryError,
 
 class Video:
     """How many frames a file shows (`total`), how many a second (`fps`), the second of each
-    (`seconds`, from 0.0), and the frames. Raises one of ERRORS where it cannot be read whole.
+    (`seconds`, from 0.0), and the frames. Raises one of ERRORS where it cannot be read whole."""
 
-    reader "decord": let it decode the frames of a file that `suits_decord`. It does not notice that
-    a frame is damaged, and may hang on one that is; all else is read and checked as ever."""
-
-    def __init__(self, path: str | Path, reader: str = "av"):
+    def __init__(self, path: str | Path):
         self.path = path
         with opened(path) as (container, stream):
-            rate, tick = float(stream.average_rate or 0), float(stream.time_base)
-            packets = read_packets(container, stream)
-            stamps = packet_stamps(container, stream, packets)
-            self.by_decord = reader == "decord" and suits_decord(stream, packets, stamps)
+            rate = float(stream.average_rate or 0)
+            tick = float(stream.time_base)
+            context = stream.codec_context
+            self.pix_fmt = context.pix_fmt
+            self.size = (context.width, context.height)
+            self.packets = read_packets(container, stream)
+            self.stamps = packet_stamps(container, stream, self.packets)
+        stamps = self.stamps
         if stamps is None:
             stamps = [frame.pts for frame in self.decode()]
         self.total = len(stamps)
@@ -45,14 +43,9 @@ class Video:
 
     def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
         """The frames (H, W, 3) uint8 at these indices, which rise and may repeat."""
-        if self.by_decord:
-            # Whatever decord cannot do is left to PyAV, which says what is wrong with a file.
-            with suppress(Exception):
-                for picture in self.decord_frames(indices):
-                    yield picture
-                    indices = indices[1:]
-                return
-        wanted, count, size = Counter(indices), 0, {}
+        wanted = Counter(indices)
+        count = 0
+        size = {}  # that of the first wanted frame, for all of them
         for count, frame in enumerate(self.decode(), 1):
             if count - 1 in wanted:
                 size = size or {"width": frame.width, "height": frame.height}
@@ -61,21 +54,6 @@ class Video:
                 yield from [picture] * wanted[count - 1]
         if count != self.total:
             raise ValueError(f"{self.total} frames are announced, {count} can be decoded")
-
-    def decord_frames(self, indices: list[int]) -> Iterator[np.ndarray]:
-        """`frames` by decord. ValueError where they would not be PyAV's."""
-        first = next(self.decode())
-        shape = (first.height, first.width, 3)
-        # fault_tol: that it makes a frame up from its neighbours is an error.
-        reader = import_decord().VideoReader(f"file:{self.path}", num_threads=1, fault_tol=1e-9)
-        if "DISPLAYMATRIX" in first.side_data or len(reader) != self.total:
-            raise ValueError("it is turned, or decord counts its frames otherwise")
-        for index, times in Counter(indices).items():
-            reader.seek_accurate(index)  # forward, from the one keyframe
-            picture = reader.next().asnumpy()
-            if picture.shape != shape:  # narrow ones get a fourth colour
-                raise ValueError(f"a frame of shape {picture.shape}, not {shape}")
-            yield from [picture] * times
 
     def decode(self) -> Iterator[av.VideoFrame]:
         """All frames, in the order in which they are shown."""
@@ -119,7 +97,10 @@ class Packet(NamedTuple):
 def read_packets(container, stream) -> list[Packet]:
     """The packets of a stream. ValueError if it is damaged or, where that can be seen, cut short:
     a file of FLV, MPEG-TS or -PS may end anywhere."""
-    packets, samples, end, last = [], 0, 0.0, b""
+    packets = []
+    samples = 0
+    end = 0.0  # in seconds, of the last packet of any stream
+    last = b""
     for packet in container.demux():
         if packet.size and packet.pts is not None:
             end = max(end, float((packet.pts + packet.duration) * packet.time_base))
@@ -162,26 +143,6 @@ def packet_stamps(container, stream, packets: list[Packet]) -> list[int] | None:
     return sorted(packet.pts for packet in packets if not packet.is_discard)
 
 
-def suits_decord(stream, packets: list[Packet], stamps: list[int] | None) -> bool:
-    """Whether decord shows of a file what PyAV does: the packets tell when each frame is shown
-    (`packet_stamps`), all are shown, only at the first can decoding begin, and both make the same
-    colours of their pixels."""
-    if stamps is None or len(stamps) < len(packets):
-        return False
-    keyframes = [packet.is_keyframe for packet in packets]
-    context = stream.codec_context
-    exact = context.pix_fmt in EXACT and context.width % 2 == context.height % 2 == 0
-    return exact and keyframes[0] and sum(keyframes) == 1
-
-
-def import_decord():
-    """The package, which prints nothing. ImportError or OSError if it is not there."""
-    import decord  # where it is chosen; it brings an FFmpeg of its own
-
-    decord.logging.set_level(decord.logging.QUIET)
-    return decord
-
-
 def kind(container) -> str:
     return container.format.name.partition(",")[0]
 
@@ -196,7 +157,8 @@ def timing(stamps: list[int | None], tick: float, rate: float) -> tuple[float, l
         if not rate:
             raise ValueError("it has no frame rate")
         return rate, steady
-    seconds = [(stamp - min(stamps)) * tick for stamp in sorted(stamps)]
+    stamps = sorted(stamps)
+    seconds = [(stamp - stamps[0]) * tick for stamp in stamps]
     if rate:
         # Stamps are rounded to a tick, often of a millisecond.
         slack = 1.001 * min(max(tick, 0.001), 0.25 / rate)

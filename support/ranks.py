@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,9 @@ class Ranks:
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
             store = dist.PrefixStore(f"restart {restart}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        # The others wait while the first writes a checkpoint: NCCL's ten minutes can be too few.
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                timeout=timedelta(hours=2))
         return Ranks(dist.get_rank(), dist.get_world_size())
 
     def stop(self) -> None:

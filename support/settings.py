@@ -115,22 +115,24 @@ def optional(kind: Callable) -> Callable:
 
 
 def parse_args(Args: type, stage: str):
-    """Read the command line into a stage's Args, over a --preset. With no --train, what
-    neither gives comes from the embedded default's settings, toy/{stage}.json. Returns the Args,
-    and whether they are the embedded default's. Raises DataError for a bad preset, and for
-    settings that do not go together; argparse ends the command for a flag that it cannot read."""
+    """Read the command line into a stage's Args, over a --preset. With no --train, what neither
+    gives comes from the embedded default's settings, toy/{stage}.json. Raises DataError for a bad
+    preset, and for settings that do not go together; argparse ends the command for a flag that it
+    cannot read."""
     flags = sys.argv[1:]
     args = read_flags(Args, flags)
     if args.preset:
         flags = preset_flags(Path(args.preset), Args, stage) + flags
         args = read_flags(Args, flags)
-    embedded = args.train is None
-    if embedded:
+    if args.train is None:
         args = read_flags(Args, preset_flags(ROOT / f"toy/{stage}.json", Args, stage) + flags)
         if args.model.startswith("toy/"):
             args.model = str(ROOT / args.model)
     with error_context("settings that do not go together", ValueError):
-        return Args(**vars(args)), embedded
+        args = Args(**vars(args))
+    if args.model is None:
+        raise DataError("--train needs --model: a Qwen3-VL, directory or hub id")
+    return args
 
 
 def read_flags(Args: type, flags: list[str]):

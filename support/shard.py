@@ -10,7 +10,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(model) -> None:
@@ -26,6 +26,9 @@ def shard(model) -> None:
         fully_shard(block, mp_policy=policy)
     own = {model.query, *model.head.parameters()}
     fully_shard(model, mp_policy=policy, ignored_params=own)
+    for part in (*blocks, model):  # gradients are added up over ranks, as those of what is whole
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
     # Which block is gathered ahead in the backward. Left to itself FSDP goes by the order of
     # the forwards, those of thinking included, of which ranks make different numbers.
     for block, before in zip(blocks, [model, *blocks]):
@@ -72,6 +75,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def shard_like(value, like: torch.Tensor):
+    """Of a whole tensor this rank's shard, if `like` is sharded and of its shape; anything else, such
+    as a count of steps, as it is."""
+    can_split = isinstance(like, DTensor) and isinstance(value, torch.Tensor)
+    if not can_split or value.shape != like.shape:
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -52,6 +52,12 @@ def model():
     return model
 
 
+def plain_head(h, weights):
+    """r of the last hidden state h (H,) behind [Reward], by the weights of the head by name: calculated
+    plainly, here alone. A fork with another head writes this function anew."""
+    return h @ weights["head.weight"][0]
+
+
 def in_layout(model, layout):
     """The same model, which scores in our layout or the release's."""
     model.__class__ = {"ours": DeScore, "release": Release}[layout]

@@ -9,7 +9,6 @@ import json
 import torch
 
 import model
-import rl
 from data import DIMENSIONS
 from support.command import run_command
 
@@ -60,5 +59,7 @@ def install():
 
 
 if __name__ == "__main__":
+    import rl
+
     install()
     run_command(rl.main)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -47,7 +47,8 @@ from data import (
     smart_resize,
 )
 from support import formats
-from support.batches import group_by_length, pack_by_budget, prompt_lengths, read_ahead
+from support.batches import group_by_length, pack_by_budget, plan_step, prompt_lengths, read_ahead
+from support.ranks import Ranks
 from tools import annotate
 from tools.filter import consistent
 from tools.formats import write_pairs
@@ -442,6 +443,37 @@ def test_rows_side_by_side_are_alike(lengths, waste):
         assert 1 - sum(widths) / (len(widths) * max(widths)) <= waste + 1e-9
 
 
+def test_a_rank_without_an_item_of_its_own_repeats_anothers_for_nothing():
+    first, second = (plan_step(["a", "b", "c"], [5, 1, 3], 10, Ranks(rank, 2)) for rank in (0, 1))
+    assert first == [[[("a", 0, 1.0), ("b", 1, 1.0)]]]
+    assert second == [[[("c", 2, 1.0), ("b", 1, 0.0)]]]
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(1, 1000), st.integers(1, 4),
+       st.integers(1, 5))
+def test_a_step_plans_each_item_once_and_all_ranks_in_step(sizes, budget, world_size, updates):
+    items = [f"item {place}" for place in range(len(sizes))]
+    plans = [plan_step(items, sizes, budget, Ranks(rank, world_size), updates) for rank in range(world_size)]
+    widths = {len(items) // updates, -(-len(items) // updates)} if len(items) >= updates else {1}
+    seen = []
+    for update in zip(*plans, strict=True):
+        in_update = []
+        for turn in zip(*update, strict=True):  # a micro-batch of each rank
+            assert len({len(micro) for micro in turn}) == 1
+            for micro in turn:
+                widest = max(sizes[planned.place] for planned in micro)
+                assert len(micro) == 1 or widest * len(micro) <= budget
+                assert all(planned.item == items[planned.place] for planned in micro)
+                in_update += [planned.place for planned in micro if planned.weight == 1]
+                assert all(planned.weight in (0.0, 1.0) for planned in micro)
+        assert len(in_update) in widths
+        # Updates follow the order of the batch: only within one are items sorted by size.
+        assert not seen or max(seen) < min(in_update)
+        seen += in_update
+    assert sorted(seen) == list(range(len(items)))
+    assert len(plans[0]) == min(updates, len(items))
+
+
 def test_some_samples_of_a_batch_are_those_samples(processor):
     frames = torch.from_numpy(clip(4)).permute(0, 3, 1, 2)
     videos = [frames[: 2 * n] for n in (1, 2, 2)]
@@ -569,6 +601,48 @@ def test_both_sides_of_pairs_stand_in_the_order_of_their_keys():
     assert per_video(pairs, "cot") == ["cot 0a", "cot 0b", "cot 1a", "cot 1b"]
     assert per_video(pairs, "scores") == [None, {"subject": 0}, None, {"subject": 1}]
     assert keys_of([]) == per_video([], "cot") == []
+
+
+@dataclass
+class Rated:
+    """An item that is no pair: a video and the score that people gave it."""
+
+    video: str
+    prompt: str
+    opinion: float
+
+    def videos(self):
+        return [(self.video, self.prompt)]
+
+    def said(self, field):
+        return [getattr(self, field)]
+
+
+@pytest.mark.parametrize("ranks", [Ranks(), Ranks(1, 2)])
+def test_an_item_need_not_be_a_pair(processor, ranks):
+    """Its lengths, its place in a plan and its video are found by what it says of itself."""
+    items = []
+    for n, name in enumerate(("five", "four", "two")):
+        items.append(Rated(str(ROOT / f"tests/golden/{name}.mp4"), f"{name} " * 9**n, n / 2))
+    keys = keys_of(items)
+    assert keys == [(item.video, item.prompt) for item in items]
+    assert per_video(items, "opinion") == [0.0, 0.5, 1.0]
+    lengths = prompt_lengths(processor, keys)
+    sizes = [lengths[key] for key in keys]
+    assert sizes == [len(processor(*key).input_ids) for key in keys] and len(set(sizes)) == 3
+    ((micro,),) = plan_step(items, sizes, 3 * max(sizes), ranks)
+    dealt = [item for item, _, _ in micro]
+    first = sorted(items, key=lambda item: -lengths[item.videos()[0]])
+    assert dealt == (first if ranks.world == 1 else [first[1], first[2]])
+    ((batch, errors),) = read_ahead(processor, [[item.videos() for item in dealt]])
+    assert batch.sources == keys_of(dealt) and errors == [None] * len(dealt) == [None] * len(batch)
+    assert batch.mask.sum(1).tolist() == [lengths[key] for key in keys_of(dealt)]
+
+
+def test_a_pair_says_the_same_of_both_its_videos_whatever_it_is_asked():
+    pair = Pair("p", "a.mp4", "b.mp4", "B", "cot a", "cot b", None, {"subject": 2}, overall_a=1.0)
+    assert pair.said("cot") == ["cot a", "cot b"] and pair.said("scores") == [None, {"subject": 2}]
+    assert pair.said("overall") == [1.0, None] and pair.said("video") == [video for video, _ in pair.videos()]
 
 
 # ------------------------------------------------------------------------------------------------------------

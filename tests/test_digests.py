@@ -78,7 +78,8 @@ def ours(world_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("project")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, root)
-    shutil.copytree(ROOT / "support", root / "support")
+    for folder in ("support", "tools"):
+        shutil.copytree(ROOT / folder, root / folder)
     shutil.copytree(BACKBONE, root / "backbone")
     pairs = []
     for line in (world_dir / "train_cots.jsonl").read_text().splitlines():
@@ -86,7 +87,9 @@ def ours(world_dir, tmp_path_factory):
         pair |= {key: str(world_dir / pair[key]) for key in ("video_a", "video_b")}
         pairs += [pair] * (pair["preference"] != "tie")
     (root / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:4]))
-    (root / "mine.py").write_text("def longer(text, n_tokens, gold):\n    return float(n_tokens)\n")
+    # What it imports is among the run's code, but for files that decide nothing (`ONLY_WRITE`).
+    reward = "import tools.trackers\n\ndef longer(text, n_tokens, gold):\n    return float(n_tokens)\n"
+    (root / "mine.py").write_text(reward)
     (root / "ask.txt").write_text("<video><prompt>\nThink, then judge.")
     for stage in ("coldstart", "rl"):
         run(*command(stage), root=root)
@@ -225,8 +228,9 @@ def test_a_difference_stops_every_rank(world_dir, tmp_path):
     ([], {"resume": True}, "true"), (["--resume", "insist"], {"resume": False}, "insist")])
 def test_resume_is_true_false_or_insist(flags, preset, found, tmp_path, monkeypatch):
     (tmp_path / "preset.json").write_text(json.dumps(preset))
-    monkeypatch.setattr("sys.argv", ["x", "--preset", str(tmp_path / "preset.json"), "--train", "x", *flags])
-    assert parse_args(RunArgs, ROOT / "toy/coldstart.json")[0].resume == found
+    preset = ["--preset", str(tmp_path / "preset.json")]
+    monkeypatch.setattr("sys.argv", ["x", *preset, "--train", "x", "--model", "x", *flags])
+    assert parse_args(RunArgs, "coldstart").resume == found
 
 
 def test_a_rate_of_0_for_query_and_head_is_none(ours):

@@ -657,7 +657,7 @@ def test_errors_are_one_clear_line(command, message):
 def test_data_says_where_its_commands_have_gone(command):
     done = run("data.py", command, "pairs.csv", "out.jsonl", check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
-    assert f"is now python -m support.{command}" in done.stderr and "Traceback" not in done.stderr
+    assert f"is now python -m tools.{command}" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_overall_scores_of_an_earlier_annotation_do_not_outlive_it(world_dir, tmp_path):

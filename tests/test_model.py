@@ -7,7 +7,7 @@ from dataclasses import replace
 import bitsandbytes
 import pytest
 import torch
-from conftest import ROOT, in_layout
+from conftest import ROOT, in_layout, plain_head
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import model as descore
@@ -61,7 +61,7 @@ def plain(model, sample, ids, temperature=1.0):
     P = len(sample.input_ids)
     logits = qwen.lm_head(hidden[P - 1:P - 1 + len(ids)]) / temperature
     logps = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.long)]
-    return logps, hidden[-1] @ model.head.weight[0]
+    return logps, plain_head(hidden[-1], dict(model.named_parameters()))
 
 
 def as_transformers_asks(model, key, chosen=()):
@@ -231,7 +231,7 @@ def drawn_by_number(model, monkeypatch):
 
 
 def test_letting_finished_rollouts_go_changes_nothing(model, keys, drawn_by_number, monkeypatch):
-    sizes, real = [], descore.let_go
+    sizes, real = [], descore.drop_finished
 
     def watched(cache, rows, hidden, live):
         rows, hidden = real(cache, rows, hidden, live)
@@ -242,13 +242,13 @@ def test_letting_finished_rollouts_go_changes_nothing(model, keys, drawn_by_numb
         return model.think(make_batch(model, [keys[b] for b in which]), 12, 160, temperature=2.0,
                            seeds=[5 + b for b in which])
 
-    monkeypatch.setattr("model.let_go", watched)
+    monkeypatch.setattr("model.drop_finished", watched)
     together = think([0, 1, 2])
     assert sizes[0] == 36 and len(set(sizes)) > 2  # they left by and by
     lengths = together.mask.sum(-1)
     assert lengths.min() < 40 and lengths.max() > 100
     alone = [think([b]) for b in range(3)]
-    monkeypatch.setattr("model.let_go", lambda cache, rows, hidden, live: (rows, hidden))
+    monkeypatch.setattr("model.drop_finished", lambda cache, rows, hidden, live: (rows, hidden))
     all_stay = think([0, 1, 2])
     for b in range(3):
         for other in (alone[b], type(together)(*(x[b:b + 1] for x in all_stay[:4]))):

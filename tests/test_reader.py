@@ -20,6 +20,7 @@ from model import DeScore
 from support import frames
 from support.frames import Video
 from tools.annotate import Api
+from tools.decord_reader import DecordVideo
 from tools.report import film
 
 REAL = ROOT.parent / "shared/videos"
@@ -34,7 +35,7 @@ OTHERWISE = [("h264-10.mp4", "libx264", "yuv420p10le", (48, 64), None),
 
 def same_by_both(path):
     """Check that both readers show and sample the same of a file; returns it as each has opened it."""
-    ours, theirs = Video(path), Video(path, "decord")
+    ours, theirs = Video(path), DecordVideo(path)
     assert (ours.total, ours.fps, ours.seconds) == (theirs.total, theirs.fps, theirs.seconds)
     last = ours.total - 1
     for indices in (range(ours.total), [last, last], sorted({0, last // 3, last // 2, last})):
@@ -65,7 +66,7 @@ def test_both_readers_show_the_same_of_all_clips():
     ("v.mp4", "libx265", {"x265-params": "log-level=none:pools=none:info=0"})])
 def test_what_generators_write_is_decoded_by_decord(tmp_path, name, encoder, options):
     make_frames.write(tmp_path / name, encoder, {"g": "1000"} | options)
-    pictures = list(Video(tmp_path / name, "decord").decord_frames([0, 1, 9, 22, 23]))
+    pictures = list(DecordVideo(tmp_path / name).decord_frames([0, 1, 9, 22, 23]))
     assert [number(picture) for picture in pictures] == [0, 1, 9, 22, 23]
     assert same_by_both(tmp_path / name)[1].by_decord
 
@@ -95,7 +96,7 @@ def test_where_decord_gives_up_av_goes_on(monkeypatch):
         return read(self)
 
     monkeypatch.setattr(decord.VideoReader, "next", failing)
-    pictures = Video(FOLDER / "vp9.webm", "decord").frames([0, 0, 5, 7, 9, 23])
+    pictures = DecordVideo(FOLDER / "vp9.webm").frames([0, 0, 5, 7, 9, 23])
     assert [number(picture) for picture in pictures] == [0, 0, 5, 7, 9, 23] and len(count) == 3
 
 
@@ -149,7 +150,7 @@ def damaged(tmp_path_factory):
         try:
             read_video(clip)
         except DataError:
-            if len(list(Video(clip, "decord").decord_frames([0, 1, 2, 3]))) == 4:
+            if len(list(DecordVideo(clip).decord_frames([0, 1, 2, 3]))) == 4:
                 break
     scores = {"subject": 2, "dynamics": 1, "camera": "N/A", "environment": 2, "style": 0}
     pair = {"prompt": "A circle.", "video_a": "whole.mp4", "video_b": "damaged.mp4", "preference": "A",

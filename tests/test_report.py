@@ -16,10 +16,12 @@ from conftest import ROOT, TOY_VIDEO
 from launch import run
 from pages import DIMENSIONS, GOLDEN, HOSTILE, a_model, a_pair_file, a_run, judged_of, lines, write_lines
 
+import rl
 from data import DataError, Pair, VideoSettings, read_video
 from support.files import write_whole
+from support.means import Means
 from support.ranks import ALONE
-from support.run import ROUNDING, Means, Run, quantiles
+from support.run import ROUNDING, Run, quantiles
 from support.settings import RunArgs
 from tools import report, trackers
 
@@ -396,61 +398,61 @@ def test_a_largest_figure_is_that_of_all_micro_batches_and_ranks():
     for value in (0.5, 2.0, 1.0):
         one.largest(gap=torch.tensor(value))
     other.largest(gap=torch.tensor(3.0), only=torch.tensor(-1.0))
-    both = SimpleNamespace(sum=lambda numbers: numbers, gather=lambda mine: [*mine, other.most])
+    both = SimpleNamespace(gather=lambda mine: [*mine, other.maxima if mine[0] is one.maxima else other.sums])
     one.add(kl=1.0)
-    assert one.take(both) == {"kl": 1.0, "gap": 3.0, "only": -1.0}
-    one.add(kl=1.0)
-    assert one.take(ALONE) == {"kl": 1.0}  # a step's alone
+    assert one.over(both) == {"kl": 1.0, "gap": 3.0, "only": -1.0}
     one.largest(gap=math.nan)
     one.largest(gap=1.0)
-    one.add(kl=1.0)
-    assert math.isnan(one.take(ALONE)["gap"])
+    assert math.isnan(one.over(ALONE)["gap"])
 
 
-def test_a_ratio_that_is_not_1_is_logged_and_warned_of_once(capsys):
-    going = object.__new__(Run)
-    going.means, going.ranks, going.warned = Means(), ALONE, False
-    going.model = SimpleNamespace(dtype=torch.float32)
+def test_a_ratio_that_is_not_1_is_logged_and_warned_of_once(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
     old = torch.tensor([[[-1.0, -2.0, -9.0]]])
     new = torch.tensor([[[-1.5, -1.8, -1.0]]], requires_grad=True)
     learnt = torch.tensor([[[True, True, False]]])
-    going.check_ratio(new, old, learnt)
-    going.check_ratio(new, old, torch.zeros_like(learnt))  # nothing to learn
-    going.means.update = 1  # moved already
-    going.check_ratio(new, old, torch.ones_like(learnt))
-    going.means.add(kl=0.0)
-    figures = going.means.take(ALONE)
-    assert figures["ratio_max"] == pytest.approx(math.exp(0.2)) and figures["logp_gap"] == pytest.approx(0.5)
-    going.warn_of_ratio(1, ROUNDING)
+    figures = rl.ratio_figures(new, SimpleNamespace(old_logps=old, learnt=learnt))
+    assert figures["ratio_max"].item() == pytest.approx(math.exp(0.2))
+    assert figures["logp_gap"].item() == pytest.approx(0.5)
+    going = Run(RunArgs(out=str(tmp_path), train="x"), "rl", ALONE)
+    going.warn_of_ratio(1, {"logp_gap": ROUNDING}, torch.float32)
     assert capsys.readouterr().err == ""
-    going.warn_of_ratio(2, figures["logp_gap"])
-    going.warn_of_ratio(3, figures["logp_gap"])
+    for step in (2, 3):
+        going.warn_of_ratio(step, figures, torch.float32)
     assert re.findall(r"warning: step \d", capsys.readouterr().err) == ["warning: step 2"]
-    going.warned, going.model.dtype = False, torch.bfloat16  # which rounds to that
-    going.warn_of_ratio(4, figures["logp_gap"])
+    going = Run(RunArgs(out=str(tmp_path), train="x"), "rl", ALONE)
+    going.warn_of_ratio(4, figures, torch.bfloat16)  # which rounds to that
     assert capsys.readouterr().err == ""
-    going.warn_of_ratio(5, math.nan)
+    going.warn_of_ratio(5, {"logp_gap": math.nan}, torch.bfloat16)
     assert "warning: step 5" in capsys.readouterr().err
 
 
-def test_a_run_warns_of_it_and_goes_on(tmp_path, capsys):
-    going, done = object.__new__(Run), []
-    going.args, going.out, going.stage, going.shown = RunArgs(eval_before=False), tmp_path, "rl", ("kl",)
-    going.means, going.ranks, going.warned, going.kept, going.scores = Means(), ALONE, False, [], []
-    going.without_format, going.example = 0, ""
-    going.model = SimpleNamespace(
-        dtype=torch.float32, processor=SimpleNamespace(dimensions={}), train=lambda: None,
-        save=lambda folder, *_, **about: (folder.mkdir(), (folder / "descore.json").write_text("{}")))
-    going.tracker = trackers.tracker(None, tmp_path, {})
-    going.take_up, going.batches = lambda: 0, lambda plan: iter(())
-    going.say_what_it_is, going.read = lambda last: None, lambda updates, batches: updates
-    going.stops = lambda step, last: done.append(step)
-    for step, _ in going.steps([[], []]):
-        going.means.add(kl=0.0)
-        going.means.largest(logp_gap=torch.tensor(0.0 if step == 1 else 0.5))
-    assert done == [1, 2]
-    assert [record["logp_gap"] for record in lines(tmp_path / "metrics.jsonl")[:2]] == [0, 0.5]
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+MOVED = """
+import rl
+
+roll_out = rl.roll_out
+
+
+def moved(args, model, rewards, micro, step):
+    rollouts = roll_out(args, model, rewards, micro, step)
+    if step == 2:
+        rollouts.old_logps += 0.5
+    return rollouts
+
+
+rl.roll_out = moved
+rl.main()
+"""
+
+
+def test_a_run_warns_of_it_and_goes_on(world_dir, tmp_path):
+    """Of what only the first update of a step may show: later ones move the policy themselves."""
+    (tmp_path / "moved.py").write_text(MOVED)
+    _, *flags = stage2(world_dir, tmp_path / "out", "--steps", 3, "--lr", 0.1, "--eval-before", "false")
+    done = run(tmp_path / "moved.py", *flags)
+    steps = [record for record in lines(tmp_path / "out/metrics.jsonl") if "loss" in record]
+    assert [round(record["logp_gap"], 2) for record in steps] == [0, 0.5, 0]
+    warnings = [line for line in done.stderr.splitlines() if "warning: step" in line]
     assert len(warnings) == 1 and "step 2: before its first update" in warnings[0] and "0.5" in warnings[0]
 
 

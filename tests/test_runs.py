@@ -24,10 +24,11 @@ import support.checkpoint
 import support.run
 from data import DataError, read_pairs
 from support.batches import split_evenly
-from support.checkpoint import Checkpoints, Different, sum_of
+from support.checkpoint import Checkpoints, sum_of
 from support.files import amend, put_in_place, remove, settle
+from support.means import Means
 from support.ranks import ALONE, Ranks
-from support.run import Means, Run, append, cut
+from support.run import Run, append, cut
 from support.settings import RunArgs
 
 QUICK = [*TOY_VIDEO, "--workers", 0, "--max-new-tokens", 40, "--lr", 1e-3]
@@ -216,10 +217,9 @@ def test_what_cannot_be_a_runs_folder_is_not_said_to_be_in_use(name, tmp_path, m
         def refuse(path, mode):
             raise PermissionError(13, "Permission denied", str(path))
         monkeypatch.setattr(Path, "open", refuse)
-    started = object.__new__(Run)
-    started.out = tmp_path / name
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
     with pytest.raises(DataError, match="cannot be a run's folder"):
-        started.open_folder(started.out / "checkpoints")
+        Run(RunArgs(out=str(tmp_path / name)), "rl", ALONE)
 
 
 @pytest.mark.parametrize(("stage", "processes", "extra"), [
@@ -236,18 +236,29 @@ def test_processes_train_like_one(stage, processes, extra, world_dir, whole, tmp
 def test_sharded_training_is_the_same(stage, extra, world_dir, whole, tmp_path):
     """Three pairs for two ranks: one is idle for a turn in each step of stage 2. The test set is odd too."""
     extra = (*FULL, *extra, "--test", world_dir / "test_id.jsonl")
-    sharded = command(stage, world_dir, tmp_path, *extra, "--shard", "full", "--save-every", 1)
-    run_ranks(2, *sharded)
+    run_ranks(2, *command(stage, world_dir, tmp_path, *extra, "--shard", "full"))
     assert_close(whole(stage, *extra), tmp_path)
     before, after = (next(record for record in metrics(out) if "test_id/quality" in record)
                      for out in (whole(stage, *extra), tmp_path))
     assert before == pytest.approx(after, rel=1e-4)
-    newest = tmp_path / "checkpoints/step-3/rank-1.safetensors"  # the second rank's alone
+
+
+def test_a_sharded_run_goes_on_over_any_number_of_ranks(world_dir, whole, tmp_path):
+    """Its checkpoints hold whole tensors, and say the same whoever wrote them."""
+    sharded = command("coldstart", world_dir, tmp_path / "run", *FULL, "--shard", "full", "--save-every", 1)
+    run_ranks(2, *sharded)
+    assert len(list(tmp_path.glob("run/checkpoints/step-*/rank-*.safetensors"))) == 2  # of --keep
+    newest = tmp_path / "run/checkpoints/step-3/rank-0.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    done, _ = run_ranks(2, *sharded)
-    assert "step-3: passed over, it is broken (rank-1" in done.stderr
-    assert "going on after step 2" in done.stdout
-    assert_close(whole(stage, *extra), tmp_path)
+    shutil.copytree(tmp_path / "run", tmp_path / "first")
+    for ranks in (2, 3, 1):
+        done, *_ = run_ranks(ranks, *sharded)
+        assert "step-3: passed over, it is broken (rank-0" in done.stderr
+        assert "going on after step 2" in done.stdout
+        if ranks == 2:
+            assert_same(tmp_path / "first", tmp_path / "run")
+        assert_close(whole("coldstart", *FULL), tmp_path / "run")
+        newest.write_bytes(newest.read_bytes()[:-100])
 
 
 def test_a_rank_that_dies_is_brought_back(world_dir, whole, tmp_path):
@@ -403,6 +414,17 @@ def test_a_state_that_makes_no_sense_is_passed_over_whole(key, value, trained, c
         assert found["step"] == 2 and holds(model, weights[1]) and "step-3: passed over" in said
 
 
+def test_shards_that_earlier_code_wrote_are_not_passed_over(trained, capsys):
+    folder, _ = trained
+    path = folder / "step-3/state.json"
+    before = sum_of(path)
+    path.write_text(path.read_text().replace('"ranks": null', '"ranks": 2'))
+    sums = folder / "step-3/SHA256SUMS"
+    sums.write_text(sums.read_text().replace(before, sum_of(path)))
+    with pytest.raises(DataError, match=r"each of 2 ranks wrote its shards.*--resume false"):
+        taken_up(folder, capsys)
+
+
 def test_what_is_no_checkpoint_is_let_alone(trained, capsys):
     folder, weights = trained
     for name in ("step-old1", "step-", "step-3.5", "other"):
@@ -443,13 +465,12 @@ class Threads(Ranks):
 
 
 def on_two_ranks(folder, work):
-    """What `work` returns, or raises, on each of two ranks that hold a shard each."""
+    """What `work` returns, or raises, on each of two ranks."""
     lists, barrier = [[], []], threading.Barrier(2)
 
     def rank(number):
-        kind = torch.optim.SGD  # without moments, for these shards are plain tensors
         try:
-            return work(number, *tiny(folder, ranks=Threads(number, lists, barrier), kind=kind))
+            return work(number, *tiny(folder, ranks=Threads(number, lists, barrier)))
         except DataError as error:
             return error
 
@@ -457,32 +478,27 @@ def on_two_ranks(folder, work):
         return list(pool.map(rank, range(2)))
 
 
-@pytest.fixture
-def sharded(monkeypatch):
-    """Tensors pass for shards."""
-    monkeypatch.setattr(support.checkpoint, "DTensor", torch.Tensor)
-
-
-def test_ranks_agree_on_what_is_taken_up(sharded, tmp_path, capsys):
+def test_ranks_take_up_what_the_first_finds(tmp_path, capsys):
     weights, _ = on_two_ranks(tmp_path, lambda rank, *tiny: train(*tiny, (1, 2, 3)))
-    assert len(list(tmp_path.glob("step-3/rank-*.safetensors"))) == 2
+    assert len(list(tmp_path.glob("step-3/rank-*.safetensors"))) == 1
 
-    def take_up(rank, model, optimizer, checkpoints, other=None):
-        state = checkpoints.newest({"lr": 0.2 if rank == other else 0.1})
+    def take_up(rank, model, optimizer, checkpoints, rate=0.1):
+        state = checkpoints.newest({"lr": rate if rank == 0 else None})
         return state and state["step"], holds(model, weights[state["step"] - 1])
 
     assert on_two_ranks(tmp_path, take_up) == [(3, True)] * 2
-    for step, rank in ((3, 1), (2, 0)):
-        path = tmp_path / f"step-{step}/rank-{rank}.safetensors"
+    for step in (3, 2):
+        path = tmp_path / f"step-{step}/rank-0.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"?")
         assert on_two_ranks(tmp_path, take_up) == [(step - 1, True)] * 2
-        assert f"passed over, it is broken (rank-{rank}.safetensors is not" in capsys.readouterr().err
-    errors = on_two_ranks(tmp_path, lambda *both: take_up(*both, other=1))
-    assert all(isinstance(error, Different) and "--lr was 0.1, is 0.2" in str(error) for error in errors)
+        said = capsys.readouterr().err
+        assert said.count(f"step-{step}: passed over, it is broken (rank-0.safetensors is not") == 1
+    errors = on_two_ranks(tmp_path, partial(take_up, rate=0.2))
+    assert all("--lr was 0.1, is 0.2" in str(error) for error in errors)
 
 
-@pytest.mark.parametrize("name", ["rank-0.safetensors", "rank-1.safetensors", "state.json"])
-def test_a_rank_that_cannot_write_ends_them_all(name, sharded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["rank-0.safetensors", "state.json"])
+def test_a_first_rank_that_cannot_write_ends_them_all(name, tmp_path, monkeypatch):
     def work(rank, model, optimizer, checkpoints):
         train(model, optimizer, checkpoints, [1])
         checkpoints.ranks.meet[1].wait(20)
@@ -610,16 +626,15 @@ def test_a_log_is_cut_at_a_whole_line_and_never_grows(tmp_path, capsys):
 
 
 def test_the_logs_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
-    going, done = object.__new__(Run), []
-    going.out, going.ranks, going.stop_asked = tmp_path, ALONE, False
-    going.args, going.skipped, going.digests = RunArgs(), SimpleNamespace(records=[]), {}
-    going.logs = [tmp_path / "metrics.jsonl", tmp_path / "rollouts.jsonl"]
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
+    going, done = Run(RunArgs(out=str(tmp_path), train="x"), "rl", ALONE), []
+    going.skipped = SimpleNamespace(records=[])
     for path in going.logs:
         path.write_text("{}\n")
     monkeypatch.setattr(support.run, "sync", lambda path: done.append(path.name))
     going.checkpoints = SimpleNamespace(save=lambda step, state: done.append(state["rollouts_bytes"]))
-    assert not going.stops(50, 100)
-    assert done == ["metrics.jsonl", "rollouts.jsonl", 3]
+    going.save(50)
+    assert done == ["metrics.jsonl", "rollouts.jsonl", "held_out.jsonl", 3]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -628,15 +643,25 @@ def test_the_logs_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_
 
 def test_a_total_is_a_mean_over_the_updates_that_had_something():
     means = Means()
-    for losses, decided in (((1.0, 2.0), (1, 1)), ((0.0, 0.0), (0, 0)), ((5.0, 0.0), (1, 0))):
+    updates = (((1.0, 2.0), (1, 1)), ((0.0, 0.0), (0, 0)), ((5.0, 0.0), (1, 0)))
+    for update, (losses, decided) in enumerate(updates):
         for loss, weight in zip(losses, decided):
-            means.total(weight, bt_loss=loss)
-            means.total(0, nothing=0.0)
-            means.total(grpo_loss=loss)
-        means.update += 1
-    found = means.take(ALONE)
+            means.total(weight, update, bt_loss=loss)
+            means.total(0, update, nothing=0.0)
+            means.total(1, update, grpo_loss=loss)
+    found = means.over(ALONE)
     assert found["bt_loss"] == 4 and found["grpo_loss"] == pytest.approx(8 / 3)
-    assert math.isnan(found["nothing"]) and not means.sums and means.update == 0
+    assert math.isnan(found["nothing"])
+
+
+def test_ranks_add_up_figures_by_name():
+    mine, others = Means(), Means()
+    mine.add(a=1.0, b=2.0)
+    others.add(b=4.0, c=7.0)
+    others.add(a=3.0)
+    ranks = SimpleNamespace(gather=lambda one: [
+        *one, others.sums if one[0] is mine.sums else others.maxima])
+    assert mine.over(ranks) == {"a": 2.0, "b": 3.0, "c": 7.0}
 
 
 @pytest.mark.parametrize(("items", "updates", "sizes"), [

@@ -41,15 +41,14 @@ from support.frames import Video
 from tools import serve as serving
 from tools.client import Client, png
 
-README = (ROOT / "README.md").read_text()
-SECTION = README.partition("## In a trainer")[2].partition("\n## ")[0]
+PAGE = (ROOT / "docs/in-a-trainer.md").read_text()
 LIMITS = ["--max-new-tokens", 6, "--max-frames", 40, "--max-pixels", 100_000, "--max-body", 2_000_000]
 PORT = re.compile(r": (http://127\.0\.0\.1:(\d+))\n")
 
 
 def serve(model, *more):
-    """Start the server by the README's command on a free port; returns the process and its address."""
-    (line,) = re.findall(r"^    python (-m support\.serve .*)$", SECTION, re.MULTILINE)
+    """Start the server by the page's command on a free port; returns the process and its address."""
+    (line,) = re.findall(r"^    python (-m tools\.serve --model .*)$", PAGE, re.MULTILINE)
     assert "--model runs/rl --port 8000" in line
     process = Started(*line.replace("runs/rl", str(model)).replace("8000", "0").split(), *more)
     while not (said := PORT.search(Path(process.files[0]).read_text())):
@@ -556,7 +555,7 @@ def test_two_do_not_share_a_port(scorer_dir, url):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What a trainer copies, and what the README says
+# What a trainer copies, and what docs/in-a-trainer.md says
 
 
 def test_the_client_is_one_file_that_needs_numpy_alone(tmp_path, url, clip, expected):
@@ -587,7 +586,7 @@ LATER = {"to_thread", "cache", "pairwise", "removeprefix", "removesuffix", "Time
 
 @pytest.mark.parametrize("name", ["client.py", "adapters.py"])
 def test_what_is_copied_into_a_trainer_asks_for_python_3_8_alone(name):
-    tree = ast.parse((ROOT / "support" / name).read_text(), feature_version=(3, 8))
+    tree = ast.parse((ROOT / "tools" / name).read_text(), feature_version=(3, 8))
     assert re.search(r"Python\s3\.8 or later", ast.get_docstring(tree))
     nodes = list(ast.walk(tree))
     assert any(isinstance(node, ast.ImportFrom) and node.module == "__future__"
@@ -609,8 +608,8 @@ def test_the_clients_png_files_lose_nothing(size):
         assert image.mode == "RGB" and np.array_equal(np.asarray(image), picture)
 
 
-def test_the_readmes_python(url, scorer_dir, clip, expected, tmp_path):
-    in_process, served = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+def test_the_python_of_the_page(url, scorer_dir, clip, expected, tmp_path):
+    in_process, served = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     np.save(tmp_path / "frames.npy", clip[1].transpose(0, 3, 1, 2)[None])
     (tmp_path / "client.py").write_text((ROOT / "tools/client.py").read_text())
     given = f"import numpy; frames, prompts = numpy.load({str(tmp_path / 'frames.npy')!r}) / 255, ['p']\n"

@@ -14,6 +14,7 @@ from coldstart import order
 from data import DIMENSIONS, DataError, follows_format, read_pairs
 from model import DeScore
 from support.run import read_tests
+from support.settings import RunArgs
 
 QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--no-gradient-checkpointing"]
 
@@ -178,10 +179,10 @@ def test_infer_ranks_and_evaluates(world_dir, stage2, tmp_path):
 
 def test_test_sets_go_by_the_names_of_their_files(world_dir):
     paths = [str(world_dir / "test_id.jsonl"), str(world_dir / "test_ood.jsonl")]
-    tests = read_tests(paths, None, None, DIMENSIONS)
+    tests = read_tests(RunArgs(test=paths), DIMENSIONS)
     assert {name: len(pairs) for name, pairs in tests.items()} == {"test_id": 4, "test_ood": 4}
     with pytest.raises(DataError, match="the same name"):
-        read_tests([paths[0], paths[0]], None, None, DIMENSIONS)
+        read_tests(RunArgs(test=paths[:1] * 2), DIMENSIONS)
 
 
 @pytest.mark.parametrize(("command", "message"), [
@@ -340,3 +341,20 @@ def test_an_instruction_of_ones_own(world_dir, stage2, tmp_path):
     (tmp_path / "mine.txt").write_text("Watch it.")
     bad = run(*command, "--instruction", tmp_path / "mine.txt", check=False)
     assert bad.returncode == 1 and "must hold <video> exactly once" in bad.stderr
+
+
+def test_a_stage_trains_in_our_layout_whatever_the_models_own(world_dir, tmp_path):
+    figures = []
+    for layout in ("ours", "release"):
+        start = tmp_path / layout
+        shutil.copytree(ROOT / "toy/backbone", start)
+        info = json.loads((start / "descore.json").read_text())
+        (start / "descore.json").write_text(json.dumps(info | {"scoring_layout": layout}))
+        run("coldstart.py", "--model", start, "--train", world_dir / "train_cots.jsonl", "--epochs", 1,
+            "--out", tmp_path / f"out-{layout}", "--batch-size", 12, "--mask-p", 0, *TOY_VIDEO,
+            "--workers", 0)
+        lines = (tmp_path / f"out-{layout}/metrics.jsonl").read_text().splitlines()
+        figures.append(next(record for record in map(json.loads, lines) if "loss" in record))
+        saved = json.loads((tmp_path / f"out-{layout}/model/descore.json").read_text())
+        assert saved.get("scoring_layout", "ours") == "ours"
+    assert figures[0]["loss"] == figures[1]["loss"] and figures[0]["grad_norm"] == figures[1]["grad_norm"]

@@ -11,13 +11,13 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TOY_VIDEO
+from conftest import ROOT, TOY_VIDEO, plain_head
 from launch import run
 from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from model import DeScore
+from model import OWN, DeScore
 
 RANK, EMBEDDING = 4, "language_model.embed_tokens.weight"
 LABELS = ["tie", "A", "B", "B", "A", "tie", "B", "A"]  # stage 2 takes the first six
@@ -76,7 +76,7 @@ class Plain:
             before = len(sample.input_ids) - 1
             logits = self.qwen.lm_head(h[before : before + len(tokens)]).log_softmax(-1)
             logps.append(logits[range(len(tokens)), tokens])
-            scores.append(h[len(row) - 1] @ weights["head.weight"][0])
+            scores.append(plain_head(h[len(row) - 1], weights))
         return logps, torch.stack(scores)
 
 
@@ -84,8 +84,8 @@ class Steps:
     """AdamW along clipped gradients."""
 
     def __init__(self, weights, lr, head_lr, max_norm):
-        own = [weights["query"], weights["head.weight"]]
-        rest = [w for name, w in weights.items() if name not in ("query", "head.weight")]
+        own = [w for name, w in weights.items() if name.startswith(OWN)]
+        rest = [w for name, w in weights.items() if not name.startswith(OWN)]
         self.all = own + rest
         self.adam = torch.optim.AdamW([{"params": own, "lr": head_lr}, {"params": rest, "lr": lr}],
                                       weight_decay=DECAY)
@@ -173,9 +173,13 @@ LR, HEAD_LR, MAX_NORM = 5e-4, 2e-3, 7.0  # some steps are clipped, some are not
 
 
 def coldstart(pairs, start, out, *extra):
-    run("coldstart.py", "--model", start, "--train", pairs[0], "--out", out, *COMMON, "--lr", LR, "--head-lr",
-        HEAD_LR, "--weight-decay", DECAY, "--max-grad-norm", MAX_NORM, "--max-tokens", 1000, *extra)
+    run("coldstart.py", *stage1_flags(pairs, start, out), *extra)
     return metrics(out)
+
+
+def stage1_flags(pairs, start, out):
+    return ["--model", start, "--train", pairs[0], "--out", out, *COMMON, "--lr", LR, "--head-lr", HEAD_LR,
+            "--weight-decay", DECAY, "--max-grad-norm", MAX_NORM, "--max-tokens", 1000]
 
 
 def margins(plain, weights, rows):
@@ -262,8 +266,9 @@ def test_p_is_the_chance_that_a_pair_is_masked(p, plain, pairs, start, tmp_path)
 
 
 def test_the_expectation_over_the_mask_is_both_losses_weighed(plain, pairs, start, tmp_path):
-    (record,) = coldstart(pairs, start, tmp_path, "--epochs", 1, "--batch-size", 6, "--mask", "expected",
-                          "--mask-p", 0.3, "--warmup", 0)
+    run("experiments/paradigms.py", "expected", *stage1_flags(pairs, start, tmp_path), "--epochs", 1,
+        "--batch-size", 6, "--mask-p", 0.3, "--warmup", 0)
+    (record,) = metrics(tmp_path)
     weights, expected = plain.weights(start, mergers=True), Counter()
     descend = Steps(weights, LR, HEAD_LR, MAX_NORM)
     for row in pairs[1]:

@@ -1,6 +1,7 @@
 """Settings reach what they are for, and what cannot be read counts for nothing."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,9 @@ from conftest import ROOT, TOY_VIDEO
 from launch import run
 from safetensors.torch import load_file
 
-from data import DataError
 from rl import Args, make_rewards
-from support.ranks import Ranks
-from support.run import PATIENCE, Means, Run
+from support.optimize import clip
+from support.run import PATIENCE
 
 QUICK = [*TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--eval-before", "false", "--beta", 0.1]
 
@@ -157,15 +157,51 @@ def test_answers_that_cannot_be_read_are_not_thrown_away(world_dir, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_an_update_that_is_not_finite_is_left_out_and_five_end_the_run():
-    run, weight = object.__new__(Run), torch.nn.Parameter(torch.ones(3))
-    run.out, run.ranks, run.means, run.left_out = "out", Ranks(), Means(), 0
-    run.checkpoints, run.optimizer = SimpleNamespace(optimized=[weight]), torch.optim.SGD([weight], lr=1.0)
-    for _ in range(PATIENCE - 1):
-        weight.grad = torch.tensor([1.0, float("nan"), 1.0])
-        run.descend(1.0)
-    assert torch.equal(weight.detach(), torch.ones(3)) and weight.grad is None
-    assert run.means.take(run.ranks)["left_out"] == 1
-    weight.grad = torch.tensor([0.0, float("inf"), 0.0])
-    with pytest.raises(DataError, match="were not finite"):
-        run.descend(1.0)
+WRONG = """
+import torch
+import coldstart
+from coldstart import *
+
+read = Run.read
+seen = 0
+
+
+def spoiled(self, updates, videos, model):
+    global seen
+    seen += 1
+    if seen in SPOILED:
+        model.head.weight.register_hook(lambda gradient: gradient * VALUE)
+    return read(self, updates, videos, model)
+
+
+Run.read = spoiled
+coldstart.main()
+"""
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_five_end_the_run(value, world_dir, tmp_path):
+    script = WRONG.replace("SPOILED", "range(2, 9)").replace("VALUE", f"float('{value}')")
+    (tmp_path / "wrong.py").write_text(script)
+    train = world_dir / "train_cots.jsonl"
+    done = run(tmp_path / "wrong.py", "--model", ROOT / "toy/backbone", "--train", train, "--out",
+               tmp_path / "out", "--batch-size", 1, "--epochs", 1, "--save-every", 1, "--keep", 9,
+               "--lora-rank", 4, *TOY_VIDEO, "--workers", 0, "--lr", 1e-3, "--warmup", 0, check=False)
+    assert done.returncode != 0 and f"gradients of {PATIENCE} updates in a row" in done.stderr
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "loss" in record]
+    assert [record["left_out"] for record in records] == [0, 1, 1, 1, 1]
+    assert [record["grad_norm"] is None for record in records] == [False, True, True, True, True]
+    weights = [load_file(tmp_path / f"out/checkpoints/step-{step}/rank-0.safetensors") for step in (1, 5)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_gradients_are_clipped_to_a_norm_and_what_is_not_finite_stays():
+    weight = torch.nn.Parameter(torch.ones(2))
+    frozen = torch.nn.Parameter(torch.ones(2))
+    for gradient, norm, clipped in (([3.0, 4.0], 5.0, [0.6, 0.8]), ([0.3, 0.4], 0.5, [0.3, 0.4])):
+        weight.grad = torch.tensor(gradient)
+        assert clip([weight, frozen], 1.0) == pytest.approx(norm)
+        assert torch.allclose(weight.grad, torch.tensor(clipped))
+    weight.grad = torch.tensor([math.inf, 1.0])
+    assert clip([weight], 1.0) == math.inf and weight.grad.tolist() == [math.inf, 1.0]

@@ -46,11 +46,10 @@ from data import (
 from model import DeScore
 from support import tables
 from support.command import READER, Count, Positive, Whole, run_command
-from support.files import check_out
 from support.formats import read_pairs
 from tools import journal
 from tools.forgiving import read_annotation
-from tools.formats import write_pairs
+from tools.formats import check_out, write_pairs
 from tools.together import PLACES, QUESTION, b_comes_first, check_question, read_both
 
 try:

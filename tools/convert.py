@@ -7,9 +7,8 @@ import argparse
 from pathlib import Path
 
 from support.command import run_command
-from support.files import check_out
 from support.formats import read_pairs
-from tools.formats import write_pairs
+from tools.formats import check_out, write_pairs
 
 
 def main() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from data import DIMENSIONS, TAGS, Pair, overall_of, overall_score, per_video
 from support.command import run_command
-from support.files import check_out, local_folder, read_info
+from support.files import local_folder, read_info
 from support.formats import read_pairs
 from tools.forgiving import read_annotation
-from tools.formats import write_pairs
+from tools.formats import check_out, write_pairs
 
 
 def consistent(pair: Pair, dimensions: dict[str, int] = DIMENSIONS,

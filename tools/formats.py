@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from data import DataError, Pair, error_context, json_records
+from support.files import write_whole
 from tools.forgiving import by_plain_name, read_objects
 
 SIDES = {"A": "A", "B": "B", "same": "tie", "tie": "tie", "invalid": None}
@@ -159,6 +160,15 @@ def read_answer(text: str, where: str) -> dict:
     return found
 
 
+def check_out(out: Path, pairs: Path) -> None:
+    """Raises DataError if a command that reads `pairs` cannot write a new file to `out`."""
+    if out.is_dir():
+        raise DataError(f"{out}: is a directory")
+    if out.exists() and (not out.is_file() or out.samefile(pairs)):
+        what = "the pair file itself" if out.is_file() else "no plain file"
+        raise DataError(f"{out}: is {what}; choose another for what is written")
+
+
 def relative(video: str, folder: Path) -> str:
     """The path of a video from a folder; links to folders are followed, for ".." goes by what they
     lead to."""
@@ -174,11 +184,6 @@ def write_pairs(path: str | Path, pairs: list[Pair]) -> None:
         for key in ("video_a", "video_b"):
             record[key] = relative(record[key], path.parent)
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    beside = path.with_name(path.name + ".partial")
     with error_context(f"{path}: cannot be written", OSError, UnicodeEncodeError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_text("".join(lines), encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(path, "".join(lines))

@@ -188,6 +188,11 @@ def made_by(model, args: Namespace, scores: bool = True) -> dict:
         **({"opening": processor.opening} if processor.opening else {})}
 
 
+def open_journal(path: Path, model, args: Namespace, keys: list[Key]) -> Journal:
+    """The file in which a model's judgements of these keys stand, or will."""
+    return Journal(path, made_by(model, args), keys)
+
+
 def fingerprint(model, scores: bool = True) -> str:
     """A name for the weights that a model has, wherever they came from: SHA-256 over sums of their
     bits, each by an odd number of its place, which are exact and quick on any device, and over

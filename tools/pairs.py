@@ -35,10 +35,10 @@ from infer import add_thinking, judge_all, read_thinking
 from model import DeScore
 from support import tables
 from support.command import READER, NotNegative, Whole, run_command
-from support.files import MODELS, check_out, default_model
+from support.files import MODELS, default_model
 from support.ranks import Ranks
 from tools.forgiving import read_annotation
-from tools.formats import write_pairs
+from tools.formats import check_out, write_pairs
 
 SHOWN = 20  # how many of the least sure pairs are printed
 

@@ -1,0 +1,253 @@
+"""Ask a served DeScore (`python -m support.serve`) for the rewards of videos.
+
+    score = Client("http://127.0.0.1:8000")
+    records = score(frames, prompts, fps=16)    # as infer.Scorer answers: a dict a video
+
+This file needs Python 3.8 or later and numpy alone, so that it can be copied into a trainer.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import math
+import os
+import socket
+import struct
+import time
+import urllib.error
+import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
+
+import numpy as np
+
+# ------------------------------
+# What callers hold: paths, frames in arrays or tensors, pictures of PIL
+
+# Where the axes of frames stand in one video; in a batch B stands before them.
+LAYOUTS = {"TCHW": (0, 2, 3, 1), "CTHW": (1, 2, 3, 0), "THWC": (0, 1, 2, 3)}
+# What PIL turns into red, green and blue without loss or guess.
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
+
+
+def split(videos, layout: str | None = None) -> list:
+    """The videos one by one: paths as they are, and the frames of others as a sequence of (H, W, 3)
+    arrays, uint8, or float of values that should be in [0, 1] (`problem`).
+
+    videos: a path; an array or tensor, one video of four axes or a batch of five; a list of PIL
+    images, one video; or a list of any of these. The axis of size 3 is the colour's; where it
+    could be another too, `layout` must say: TCHW, CTHW or THWC. Raises ValueError or TypeError for
+    anything else."""
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}, none of {', '.join(LAYOUTS)}")
+    if isinstance(videos, (list, tuple)):
+        if any(is_picture(part) for part in videos):
+            return [[from_picture(part) for part in videos]]
+        found = []
+        for part in videos:
+            # An empty list among others is a video without frames.
+            empty = isinstance(part, (list, tuple)) and not part
+            found += [[]] if empty else split(part, layout)
+        return found
+    if isinstance(videos, (str, os.PathLike)) or is_opened(videos):
+        return [videos]
+    array = as_array(videos)
+    if array.ndim not in (4, 5):
+        raise ValueError(f"frames of shape {array.shape}: not four axes, or five of a batch")
+    axes = LAYOUTS[layout or layout_of(array)]
+    if array.ndim == 4:
+        array = array[None]
+    if array.shape[1 + axes[-1]] != 3:
+        raise ValueError(f"frames of shape {array.shape[-4:]}: in {layout} the colour's axis is not 3")
+    return list(array.transpose(0, *[1 + axis for axis in axes]))
+
+
+def is_opened(video) -> bool:
+    """Whether this is a video already, with frames by their number."""
+    return all(hasattr(video, name) for name in ("total", "fps", "frames"))
+
+
+def is_picture(value) -> bool:
+    """Whether this is an image of PIL."""
+    return hasattr(value, "convert") and hasattr(value, "mode")
+
+
+def from_picture(image) -> np.ndarray:
+    """An image of PIL as (H, W, 3) uint8. Raises ValueError if it is not of 8 bits a colour."""
+    if not is_picture(image) or image.mode not in MODES:
+        what = getattr(image, "mode", type(image).__name__)
+        raise ValueError(f"a frame is of {what}, not an image in RGB")
+    return np.asarray(image.convert("RGB"))
+
+
+def as_array(values) -> np.ndarray:
+    """A tensor or an array as an array of uint8 or floats; TypeError or ValueError for others."""
+    if hasattr(values, "detach"):  # of torch, which need not be here
+        # numpy has no bfloat16.
+        small = values.is_floating_point() and values.element_size() < 4
+        values = (values.detach().float() if small else values.detach()).cpu().numpy()
+    if not isinstance(values, np.ndarray):
+        raise TypeError(f"a {type(values).__name__} is no path, array, tensor or list of images")
+    if values.dtype != np.uint8 and values.dtype.kind != "f":
+        raise ValueError(f"frames of {values.dtype}: not uint8, nor float from 0 to 1")
+    return values
+
+
+def layout_of(array: np.ndarray) -> str:
+    """The only layout in which the colour's axis has size 3. Raises ValueError if there is none, or
+    more than one."""
+    shape = array.shape[-4:]
+    fits = [name for name, axes in LAYOUTS.items() if shape[axes[-1]] == 3]
+    if len(fits) != 1:
+        found = f"it may be {' or '.join(fits)}: say layout=…" if fits else "no axis of size 3 for colour"
+        raise ValueError(f"frames of shape {shape}: {found}")
+    return fits[0]
+
+
+def problem(frames) -> str | None:
+    """What is wrong with frames that `split` has found, if anything."""
+    if not len(frames):
+        return "it has no frames"
+    sizes = {frame.shape for frame in frames}
+    if len(sizes) > 1:
+        return f"its frames are of {len(sizes)} sizes"
+    if not math.prod(*sizes):
+        return f"its frames are of shape {sizes.pop()}"
+    if frames[0].dtype != np.uint8:
+        low = np.min([frame.min() for frame in frames])
+        high = np.max([frame.max() for frame in frames])
+        if not (low >= 0 and high <= 1):  # which NaN is not
+            return f"its values go from {low:g} to {high:g}, not from 0 to 1"
+    return None
+
+
+def grey_levels(frame: np.ndarray) -> np.ndarray:
+    """A frame in grey levels, (H, W, 3) uint8; a float in [0, 1] is rounded to the nearest."""
+    if frame.dtype != np.uint8:
+        frame = np.rint(frame.astype(np.promote_types(frame.dtype, np.float32)) * 255)
+    return np.array(frame, np.uint8, order="C")
+
+
+def paired(videos: list, prompts, fps) -> tuple[list[str], list[float | None]]:
+    """A prompt and the frames a second of each video: one given for all, or one each; None of paths,
+    whose files say it. Raises ValueError or TypeError where they do not go together."""
+    prompts = [prompts] * len(videos) if isinstance(prompts, str) else list(prompts)
+    rates = [*fps] if isinstance(fps, (list, tuple)) else [fps] * len(videos)
+    for given, name in ((prompts, "prompts"), (rates, "fps")):
+        if len(given) != len(videos):
+            raise ValueError(f"{len(videos)} videos, but {len(given)} {name}")
+    for video, prompt, rate in zip(videos, prompts, rates):
+        if not isinstance(prompt, str):
+            raise TypeError(f"a prompt is a {type(prompt).__name__}, not a text")
+        in_memory = not isinstance(video, (str, os.PathLike)) and not is_opened(video)
+        if rate is None and in_memory:
+            raise ValueError("frames have no rate of their own, and the model reads the second of "
+                             "each: say how many there are a second, fps=…")
+        is_rate = isinstance(rate, Real) and not isinstance(rate, bool) and 0.01 <= rate <= 1000
+        if rate is not None and not is_rate:
+            raise ValueError(f"fps is {rate!r}, not a number from 0.01 to 1000")
+    return prompts, [None if rate is None else float(rate) for rate in rates]
+
+
+# ------------------------------
+# The server
+
+
+class Client:
+    """A served model, called as `infer.Scorer` is, from any thread.
+
+    url: where it is served; timeout: seconds an answer may take; parallel: videos under way at a
+    time, which the server thinks about together; attempts: how often it is asked when it is busy or
+    cannot be reached, with a pause of 0.25, 0.5, … 8 seconds between."""
+
+    def __init__(self, url: str = "http://127.0.0.1:8000", *, timeout: float = 600.0,
+                 parallel: int = 8, attempts: int = 10):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url!r} is no address such as http://127.0.0.1:8000")
+        self.url, self.timeout, self.attempts = url.rstrip("/"), timeout, attempts
+        self.pool = ThreadPoolExecutor(parallel)
+        # What is set for the internet's sake, such as HTTP_PROXY, is not for a neighbour.
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def __call__(self, videos, prompts, *, fps=None, layout: str | None = None) -> list[dict]:
+        """A record a video, in their order: score, standardised, cot, sub_scores and error, of a
+        video that cannot be scored why not, with the score NaN.
+
+        videos, layout: see `split`; a path is a file here, and is sent. prompts, fps: one for all
+        videos or a list. Raises ValueError or TypeError where these make no sense, RuntimeError where
+        the server does not answer."""
+        videos = split(videos, layout)
+        return list(self.pool.map(self.ask, videos, *paired(videos, prompts, fps)))
+
+    def ask(self, video, prompt: str, fps: float | None) -> dict:
+        """The record of one video."""
+        if isinstance(video, (str, os.PathLike)):
+            try:
+                with open(video, "rb") as file:
+                    content = base64.b64encode(file.read()).decode()
+            except OSError as error:
+                return unusable(f"{video}: {error.strerror or error}")
+            turn = {"text": prompt, "video_b64": content}
+            asked = [{"history": [turn], "required_rewards": ["descore"]}]
+            found = self.post("/score", {"requests": asked})
+        elif reason := problem(video):
+            return unusable(reason)
+        else:
+            frames = [base64.b64encode(png(grey_levels(frame))).decode() for frame in video]
+            found = self.post("/compute", {"prompt": [prompt], "video": [frames], "fps": fps})
+        (record,) = found["records"]
+        return {**record, "score": math.nan if record["score"] is None else record["score"]}
+
+    def post(self, path: str, body: dict) -> dict:
+        """The server's answer. Raises RuntimeError if there is none, or it refuses."""
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        for attempt in range(self.attempts):
+            if attempt:
+                time.sleep(min(2**attempt / 8, 8))
+            try:
+                with self.opener.open(request, timeout=self.timeout) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                said = error.read(1000).decode(errors="replace")
+                reason = f"HTTP {error.code}: {said}"
+                if error.code != 503:
+                    break
+            # TimeoutError since Python 3.10. Whoever is slow would only have more to do.
+            except socket.timeout:  # noqa: UP041
+                reason = f"no answer within {self.timeout:g} seconds"
+                break
+            except (OSError, http.client.HTTPException) as error:  # cannot be reached, or went away
+                reason = str(error)
+        raise RuntimeError(f"{self.url}{path}: {reason}")
+
+
+def as_reward(record: dict) -> float:
+    """What a record says in one number: the standardised score, or where the model has no scale the
+    score itself; NaN of a video that could not be scored."""
+    return record["score"] if record["standardised"] is None else record["standardised"]
+
+
+def unusable(reason: str) -> dict:
+    """The record of a video that cannot be scored."""
+    return {"score": math.nan, "standardised": None, "cot": None, "sub_scores": None, "error": reason}
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A PNG file of a picture (H, W, 3) uint8, which loses nothing."""
+    height, width, _ = picture.shape
+    rows = picture.reshape(height, -1)
+    # A row begins with its filter's number; 2: what differs from the row above.
+    filtered = np.full((height, 1 + 3 * width), 2, np.uint8)
+    filtered[0, 1:] = rows[0]
+    filtered[1:, 1:] = rows[1:] - rows[:-1]
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),  # 8 bits, RGB
+             (b"IDAT", zlib.compress(filtered.tobytes(), 1)), (b"IEND", b""))
+    file = b"\x89PNG\r\n\x1a\n"
+    for name, content in parts:
+        file += struct.pack(">I", len(content)) + name + content
+        file += struct.pack(">I", zlib.crc32(name + content))
+    return file
