@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -166,7 +166,7 @@ class DeScore(nn.Module):
         return parts if self.has_head else torch.full_like(parts, torch.nan)
 
     def overall(self, parts: Tensor) -> Tensor:
-        """The score of what the head says: (..., K) → (...). Here K = 1, and r = w · h([Reward])."""
+        """The score of what the head says: (..., K) → (...). Here K = 1 and r = w · h([Reward])."""
         return parts[..., 0]
 
     def check_head(self) -> None:
@@ -202,12 +202,14 @@ class DeScore(nn.Module):
         self.eval()
         batch = self.encode(batch)
         if seeds is None:
-            seeds = torch.randint(2**62, (len(batch),)).tolist()
+            drawn = torch.randint(2**62, (len(batch),))
+            seeds = drawn.tolist()
         uniform = uniform_numbers(seeds, n, max_new_tokens).to(self.device)
         cache, hidden = self.prefill(batch, n, max_new_tokens)
         # The first token behind a prompt follows the largest position in it: (B, n).
-        last = batch.position_ids.amax((0, 2))
-        position = (last + 1)[:, None].expand(-1, n)
+        last = batch.position_ids.amax((0, 2))  # (B,)
+        next_place = last + 1
+        position = next_place[:, None].expand(-1, n)
         scores_no_cot = None
         if without_cot:
             everywhere = torch.ones_like(position, dtype=torch.bool)
@@ -251,14 +253,15 @@ class DeScore(nn.Module):
         uniform (B, n, C) numbers in [0, 1) that decide what is drawn. held (B · n, V) bool: which
         tokens the prompt holds, where there is a repetition penalty; those chosen are added."""
         B, n, C = uniform.shape
+        count = B * n
         device = self.device
         # What is written: a row per rollout.
-        tokens = torch.full((B * n, C), self.eos, device=device)
-        logps = torch.zeros(B * n, C, device=device)
+        tokens = torch.full((count, C), self.eos, device=device)
+        logps = torch.zeros(count, C, device=device)
         parts = torch.zeros_like(self.read_parts(hidden)).flatten(0, 1)  # (B · n, K)
-        done = torch.zeros(B * n, dtype=torch.bool, device=device)
+        done = torch.zeros(count, dtype=torch.bool, device=device)
         # Which of these rows are still computed; hidden, over, token and so on are of them.
-        rows = torch.arange(B * n, device=device).view(B, n)
+        rows = torch.arange(count, device=device).view(B, n)
         position = position.flatten()
         uniform = uniform.flatten(0, 1)
         for step in range(C):
@@ -333,34 +336,22 @@ class DeScore(nn.Module):
         What it returns can be scored behind many CoTs."""
         return self.encode(batch)
 
-    def score(
-            self, batch: Batch, cots: list[str | None],
-            without_cot: bool = False) -> Tensor:
-        """Score each of B videos after the given CoT, or after none where it is None: scores (B,);
-        `without_cot`: after the CoT and also after none, (B, 2). One forward over
-        [ prompt | CoT [R] ] or [ prompt | CoT [R] | [R] ], no logits; differentiable."""
-        return self.overall(self.score_parts(batch, cots, without_cot))
+    def score(self, batch: Batch, cots: list[str | None]) -> Tensor:
+        """Scores (B,) of B videos, each behind its CoT, or right behind the prompt where that is
+        None. One forward over [ prompt | CoT [R] ], no logits; differentiable."""
+        return self.overall(self.score_parts(batch, cots))
 
-    def score_parts(
-            self, batch: Batch, cots: list[str | None],
-            without_cot: bool = False) -> Tensor:
-        """What the head says where `score` scores: (B, K) or (B, 2, K)."""
+    def score_parts(self, batch: Batch, cots: list[str | None]) -> Tensor:
+        """`score`, with what the head says, (B, K), in place of the scores."""
         ids = []
-        lengths = []
         for cot in cots:
             text = checked(cot or "", "a CoT")
-            row = self.processor.encode_cot(text)
-            ids.append(torch.tensor(row, dtype=torch.long))
-            lengths.append([len(row)])
-        tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (B, C)
-        lengths = torch.tensor(lengths)  # (B, 1)
-        if without_cot:
-            lengths = F.pad(lengths, (0, 1))  # (B, 2): the second CoT has no token
-        places = torch.arange(tokens.shape[1])
-        mask = places < lengths[..., None]  # (B, 1 or 2, C)
-        tokens = tokens[:, None].expand(mask.shape)
-        _, parts = self.group_parts(batch, tokens, mask, temperature=None)
-        return parts if without_cot else parts[:, 0]
+            ids.append(torch.tensor(self.processor.encode_cot(text), dtype=torch.long))
+        tokens = pad_sequence(ids, batch_first=True)  # (B, C)
+        ones = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+        mask = pad_sequence(ones, batch_first=True)
+        _, parts = self.group_parts(batch, tokens[:, None], mask[:, None], temperature=None)
+        return parts[:, 0]
 
     def group(
             self, batch: Batch, tokens: Tensor, mask: Tensor,
@@ -390,7 +381,8 @@ class DeScore(nn.Module):
             here = mask[rows]  # (b, G, C)
             row = torch.arange(len(rows), device=self.device)
             sources = hidden[row[:, None, None], at_source]
-            of_tokens = self.token_logps(sources[here], tokens[rows][here], temperature)  # (N,)
+            targets = tokens[rows]
+            of_tokens = self.token_logps(sources[here], targets[here], temperature)  # (N,)
             logps[rows] = logps[rows].masked_scatter(here, of_tokens)
         places = torch.tensor(order).argsort()
         return logps, torch.cat(parts)[places]
@@ -573,7 +565,8 @@ def check_penalty(repetition_penalty: float, temperature: float) -> None:
 def tokens_held(batch: Batch, n: int, vocabulary: int) -> Tensor:
     """Which tokens each prompt holds, those of its video too, for n CoTs each: (B · n, V) bool."""
     ids = batch.input_ids
-    held = torch.zeros(len(batch), vocabulary, dtype=torch.bool, device=ids.device)
+    shape = (len(batch), vocabulary)
+    held = torch.zeros(shape, dtype=torch.bool, device=ids.device)
     row, place = batch.mask.nonzero(as_tuple=True)  # no padding
     held[row, ids[row, place]] = True
     return held.repeat_interleave(n, 0)

@@ -204,13 +204,13 @@ def test_a_masked_cot_is_no_cot(model, keys):
     assert (masked[1] - alone[1]).abs() > 1e-3
 
 
-def test_scores_with_and_without_a_cot_from_one_forward(model, keys):
+def test_cots_of_unequal_length_are_scored_in_one_forward(model, keys):
     cots = ["a red circle", None, "<think>\nsubject: a blue square, seen, so 2\n</think>"]
-    both = model.score(make_batch(model, keys), cots, without_cot=True)
-    for key, cot, found in zip(keys, cots, both):
+    scores = model.score(make_batch(model, keys), cots)
+    for key, cot, score in zip(keys, cots, scores):
         ids = model.processor.encode(cot or "")
-        expected = [plain(model, model.processor(*key), some)[1] for some in (ids, [])]
-        torch.testing.assert_close(found.double(), torch.stack(expected), **EXACT)
+        _, expected = plain(model, model.processor(*key), ids)
+        torch.testing.assert_close(score.double(), expected, **EXACT)
 
 
 def test_a_video_thinks_the_same_in_any_company(model, keys):

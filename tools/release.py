@@ -89,21 +89,17 @@ class Release(DeScore):
         scores_no_cot = self.score(watched, [None] * len(batch)) if without_cot else None
         return thoughts._replace(scores=self.overall(parts), scores_no_cot=scores_no_cot, parts=parts)
 
-    def score_parts(self, batch: Batch, cots: list[str | None], without_cot: bool = False) -> Tensor:
+    def score_parts(self, batch: Batch, cots: list[str | None]) -> Tensor:
         """`DeScore.score_parts`, and with it `score`, by the second pass. `batch` may be what `watch`
         made of it."""
         watched = batch if isinstance(batch, Watched) else self.watch(batch)
-        nothing = [None] * len(watched)
-        if without_cot:
-            behind = [self.score_parts(watched, texts) for texts in (cots, nothing)]
-            return torch.stack(behind, 1)
         samples = []
         rows = zip(watched.grid.tolist(), watched.seconds, watched.sources, cots)
         for grid, seconds, (_, prompt), cot in rows:
             ids = self.processor.prompt_ids(tuple(grid), seconds, prompt, cot or "")
             samples.append(Sample(ids, watched.patches[:0].cpu(), tuple(grid)))
         again = replace(self.processor.collate(samples), features=watched.features)
-        return super().score_parts(again, nothing)
+        return super().score_parts(again, [None] * len(watched))
 
 
 def in_its_layout(cls: type[DeScore]) -> type[DeScore]:
