@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from support.above import from_above
+from support.above import NotHere, from_above
 from support.frames import ERRORS, READERS, Video
 
 # What a CoT judges, and how much each weighs in an overall score; above 1 is primary.
@@ -95,7 +95,7 @@ def error_context(message: str, *kinds: type[Exception]) -> Iterator[None]:
     """Within it, exceptions of these kinds become a DataError that begins with the message."""
     try:
         yield
-    except DataError:
+    except (DataError, NotHere):
         raise
     except kinds as error:
         reason = str(error).strip() or type(error).__name__

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -337,19 +336,21 @@ class DeScore(nn.Module):
         return self.encode(batch)
 
     def score(self, batch: Batch, cots: list[str | None]) -> Tensor:
-        """Scores (B,) of B videos, each behind its CoT, or right behind the prompt where that is
-        None. One forward over [ prompt | CoT [R] ], no logits; differentiable."""
+        """Score each of B videos after the given CoT, or after none where it is None: scores (B,).
+        One forward over [ prompt | CoT [R] ], no logits; differentiable."""
         return self.overall(self.score_parts(batch, cots))
 
     def score_parts(self, batch: Batch, cots: list[str | None]) -> Tensor:
-        """`score`, with what the head says, (B, K), in place of the scores."""
-        ids = []
+        """What the head says where `score` scores: (B, K)."""
+        rows = []
         for cot in cots:
             text = checked(cot or "", "a CoT")
-            ids.append(torch.tensor(self.processor.encode_cot(text), dtype=torch.long))
-        tokens = pad_sequence(ids, batch_first=True)  # (B, C)
-        ones = [torch.ones_like(row, dtype=torch.bool) for row in ids]
-        mask = pad_sequence(ones, batch_first=True)
+            ids = self.processor.encode_cot(text)
+            rows.append(torch.tensor(ids, dtype=torch.long))
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, C)
+        lengths = torch.tensor([len(row) for row in rows])
+        places = torch.arange(tokens.shape[1])
+        mask = places < lengths[:, None]  # (B, C)
         _, parts = self.group_parts(batch, tokens[:, None], mask[:, None], temperature=None)
         return parts[:, 0]
 

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import bitsandbytes
+import paradigms
 import pytest
 import torch
 from conftest import ROOT, in_layout, plain_head
@@ -202,6 +203,16 @@ def test_a_masked_cot_is_no_cot(model, keys):
     for key, score in zip(keys, alone):
         torch.testing.assert_close(score.double(), plain(model, model.processor(*key), [])[1], **EXACT)
     assert (masked[1] - alone[1]).abs() > 1e-3
+
+
+def test_scores_with_and_without_a_cot_from_one_forward(model, keys):
+    cots = ["a red circle", None, "<think>\nsubject: a blue square, seen, so 2\n</think>"]
+    tokens, mask = paradigms.cots_and_none(model, cots)
+    _, both = model.group(make_batch(model, keys), tokens, mask)
+    for key, cot, found in zip(keys, cots, both):
+        ids = model.processor.encode(cot or "")
+        expected = [plain(model, model.processor(*key), some)[1] for some in (ids, [])]
+        torch.testing.assert_close(found.double(), torch.stack(expected), **EXACT)
 
 
 def test_cots_of_unequal_length_are_scored_in_one_forward(model, keys):

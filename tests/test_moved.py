@@ -4,6 +4,7 @@ tests/golden/earlier_run, earlier_model and earlier_client are what code from be
 steps of stage 1 and judgements of its pairs, a saved model, and what a trainer has copied."""
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from launch import Started, run
 
 import coldstart
 import rl
+from model import DeScore
 from support.settings import parse_args
 
 TABLE = (ROOT / "docs/moved.md").read_text(encoding="utf-8")
@@ -158,6 +160,12 @@ def a_flag_has_become_a_command(old, new, tmp_path):
     script, way = new[0].split()
     usage = run(script, check=False).stderr
     assert way in usage
+
+
+@case("`model.score(batch, cots, without_cot=True)`")
+def a_keyword_is_gone(old, new, tmp_path):
+    assert "without_cot" not in inspect.signature(DeScore.score).parameters
+    assert list(inspect.signature(DeScore.group).parameters)[1:4] == ["batch", "tokens", "mask"]
 
 
 @case("`data.both`")

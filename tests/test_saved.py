@@ -438,7 +438,8 @@ def test_without_tools_a_release_is_one_clear_line_and_ours_judges(saved, keys, 
             ("in_its_layout is in tools/release.py", video, prompt, "--model", weights),
             ("in_its_layout is in tools/release.py", video, prompt, "--model", tmp_path / "ours",
              "--scoring-layout", "release"),
-            ("made_by is in tools/journal.py", "--pairs", pairs, "--model", tmp_path / "ours", "--out", "o")):
+            ("open_journal is in tools/journal.py", "--pairs", pairs, "--model", tmp_path / "ours",
+             "--out", "o")):
         done = run("infer.py", *command, *short, root=tmp_path, check=False)
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert f"error: {what}, and this copy of the project has no such file" in done.stderr
