@@ -113,11 +113,12 @@ def judge(
     longest_cots = thinking.samples * thinking.max_new_tokens if think else 0
     sizes = [lengths[key] + longest_cots for _, key in numbered]
     groups = []
+    to_read = []
     for group in pack_by_budget(numbered, sizes, thinking.think_tokens):
         # A group with one key to do is judged whole: in other company rounding would differ.
         if any(key not in done for _, key in group):
             groups.append(group)
-    to_read = [[[key] for _, key in group] for group in groups]
+            to_read.append([[key] for _, key in group])
 
     def judged() -> Iterator[list[dict]]:
         batches = read_ahead(model.processor, to_read, workers)
@@ -140,32 +141,39 @@ def judge_batch(
     if not rows:
         return unread
     batch = model.encode(batch).select(rows)
-    numbers, keys = zip(*[group[row] for row in rows])
-    seeds = [draw_seed(thinking.seed, number) for number in numbers]
-    records = [{"video": video, "prompt": prompt} for video, prompt in keys]
+    seeds = []
+    records = []
+    for row in rows:
+        number, (video, prompt) = group[row]
+        seeds.append(draw_seed(thinking.seed, number))
+        records.append({"video": video, "prompt": prompt})
     no_cot = None
     if think:
-        # What stands for `think` need know no penalty.
+        # Another function may stand for `think`, and need not know a penalty.
         penalty = {}
         if thinking.repetition_penalty is not None:
             penalty["repetition_penalty"] = thinking.repetition_penalty
         thoughts = model.think(batch, thinking.samples, thinking.max_new_tokens,
                                thinking.temperature, seeds=seeds, without_cot=without_cot,
                                **penalty)
-        scores, no_cot = thoughts.scores, thoughts.scores_no_cot
-        truncated = model.truncated(thoughts)
+        no_cot = thoughts.scores_no_cot
+        truncated = model.truncated(thoughts)  # (B, n)
         for i, record in enumerate(records):
-            tokens = thoughts.tokens[i, 0][thoughts.mask[i, 0]]
-            record |= {"cot": model.processor.decode(tokens), "truncated": truncated[i, 0].item(),
-                       "score": scores[i].mean().item()}
+            first_cot = thoughts.tokens[i, 0][thoughts.mask[i, 0]]
+            scores = thoughts.scores[i]  # (n,)
+            record["cot"] = model.processor.decode(first_cot)
+            record["truncated"] = truncated[i, 0].item()
+            record["score"] = scores.mean().item()
             if thinking.samples > 1:
-                record["score_std"] = scores[i].std().item()
+                record["score_std"] = scores.std().item()
+            # A head of one's own may say more than one number.
             if thoughts.parts is not None and thoughts.parts.shape[-1] > 1:
-                for place, part in enumerate(thoughts.parts[i].mean(0).tolist(), 1):
+                parts = thoughts.parts[i].mean(0)  # (K,)
+                for place, part in enumerate(parts.tolist(), 1):
                     record[f"part_{place}"] = part
     if without_cot:
         if no_cot is None:
-            no_cot = model.score(batch, [None] * len(keys))
+            no_cot = model.score(batch, [None] * len(records))
         for record, score in zip(records, no_cot.tolist()):
             record["score_no_cot"] = score
     return records + unread
@@ -180,7 +188,8 @@ def accuracy_without_ties(human: Tensor, margin: Tensor) -> float:
 
     human (N,): +1 (A preferred), −1 (B), 0 (tie); margin (N,): r_A − r_B. NaN where every
     pair is a tie."""
-    human, margin = torch.as_tensor(human), torch.as_tensor(margin)
+    human = torch.as_tensor(human)
+    margin = torch.as_tensor(margin)
     right = torch.sign(margin) == human
     return right[human != 0].double().mean().item()
 
@@ -189,9 +198,11 @@ def accuracy_with_ties(human: Tensor, margin: Tensor) -> float:
     """The best accuracy over thresholds ε, |margin| ≤ ε counting as "tie" (arXiv 2305.14324).
 
     human and margin (N,) as above; ε < 0, no tie at all, is among the thresholds. O(n log n)."""
-    human, margin = torch.as_tensor(human), torch.as_tensor(margin)
+    human = torch.as_tensor(human)
+    margin = torch.as_tensor(margin)
     size, index = margin.abs().sort()
-    human, margin = human[index], margin[index]
+    human = human[index]
+    margin = margin[index]
     as_tie = (human == 0).long()
     as_sign = ((torch.sign(margin) == human) & (human != 0)).long()
     # How many are right with the k smallest margins called ties and the rest by sign; k must
@@ -200,7 +211,8 @@ def accuracy_with_ties(human: Tensor, margin: Tensor) -> float:
     right = as_sign.sum() + gained
     allowed = torch.ones(len(human) + 1, dtype=torch.bool)
     allowed[1:-1] = size[1:] != size[:-1]
-    return right[allowed].max().item() / len(human) if len(human) else float("nan")
+    best = right[allowed].max().item()
+    return best / len(human) if len(human) else float("nan")
 
 
 Judged = dict[Key, dict]  # a record for each (video, prompt) key
@@ -210,17 +222,17 @@ def margins(pairs: list[Pair], judged: Judged, field: str) -> Tensor | None:
     """r_A − r_B of each pair in float64; None where the field was not judged."""
     if not all(field in record for record in judged.values()):
         return None
-    found = []
+    differences = []
     for pair in pairs:
         a, b = (judged[key][field] for key in pair.videos())
-        found.append(a - b)
-    return torch.tensor(found, dtype=torch.double)
+        differences.append(a - b)
+    return torch.tensor(differences, dtype=torch.double)
 
 
 def accuracy_reading(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> float:
-    """What whoever reads the CoTs and no score would get: the share of decided pairs whose
-    preferred video's CoT says the better (`implied_overall`), half of one where they say the same
-    or one cannot be read."""
+    """The accuracy of somebody who reads the CoTs and sees no score: the share of decided pairs in
+    which the preferred video's CoT says the better (`implied_overall`). A pair counts half where
+    both say the same or one cannot be read."""
     right = []
     for pair in pairs:
         a, b = (implied_overall(judged[key]["cot"], dimensions, tags) for key in pair.videos())
@@ -258,8 +270,10 @@ def measure(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> d
     if not all("cot" in record for record in judged.values()):
         return figures
     figures["accuracy_reading"] = accuracy_reading(pairs, judged, dimensions, tags)
+    # A video that stands in several pairs counts once.
+    references = dict(zip(keys_of(pairs), per_video(pairs, "scores")))
     qualities = []
-    for key, gold in dict(zip(keys_of(pairs), per_video(pairs, "scores"))).items():
+    for key, gold in references.items():
         if gold:
             cot = parse_cot(judged[key]["cot"], dimensions, tags)
             qualities.append(agreement(cot["dimensional_scores"], gold) if cot else 0.0)
@@ -271,7 +285,8 @@ def measure(pairs: list[Pair], judged: Judged, dimensions: dict, tags=TAGS) -> d
     figures["truncated"] = statistics.fmean(record["truncated"] for record in records)
     scores = [record["score"] for record in records]
     figures["score_mean"] = statistics.fmean(scores)
-    return figures | {"score_std": statistics.pstdev(scores)}
+    figures["score_std"] = statistics.pstdev(scores)
+    return figures
 
 
 def evaluate(
@@ -323,7 +338,8 @@ def judge_all(
     journal = None
     if args.out and ranks.first:
         journal = from_above("tools.journal", "open_journal")(args.out, model, args, keys)
-    judged = by_key(ranks.gather([*journal.records.values()] if journal else []))
+    before = list(journal.records.values()) if journal else []
+    judged = by_key(ranks.gather(before))
     new = judge(model, keys, thinking, done={*judged}, think=args.cot == "on",
                 without_cot=bool(args.pairs), workers=args.workers, ranks=ranks)
     for record in tqdm(new, "judge", len(keys), initial=len(judged), unit="video",
@@ -338,15 +354,13 @@ def judge_all(
 FLAGS = {
     "samples": {"type": Count, "default": 1, "help": "CoTs a video, their scores averaged"},
     "max_new_tokens": {"type": Count, "default": 4096, "help": "longest CoT"},
-    "temperature": {
-        "type": NotNegative, "help": "0: the likeliest token [0; with --samples 1]"},
-    "repetition_penalty": {
-        "type": Positive, "help": "at temperature 0: above 1, what the prompt or the CoT holds "
-        "becomes less likely [1; 1.05 in the release's layout]"},
+    "temperature": {"type": NotNegative, "help": "0: the likeliest token [0; with --samples 1]"},
+    "repetition_penalty": {"type": Positive, "help": "at temperature 0: above 1, what the prompt "
+                           "or the CoT holds becomes less likely [1; 1.05 in the release's "
+                           "layout]"},
     "seed": {"type": Whole, "default": 0, "help": "of the sampling at a temperature above 0"},
-    "think_tokens": {
-        "type": Count, "default": THINK_TOKENS,
-        "help": "tokens thought at a time, of prompts and their longest CoTs"},
+    "think_tokens": {"type": Count, "default": THINK_TOKENS,
+                     "help": "tokens thought at a time, of prompts and their longest CoTs"},
 }
 
 
@@ -354,8 +368,9 @@ def add_thinking(parser: argparse.ArgumentParser, **changes: dict | None) -> Non
     """Add the flags of a `Thinking` to a command. `changes` has, by field, what add_argument
     gets in place of FLAGS, other names of the flag under "also", or None for no such flag."""
     for name, options in FLAGS.items():
-        if changes.get(name, {}) is not None:
-            options = options | changes.get(name, {})
+        change = changes.get(name, {})
+        if change is not None:
+            options = options | change
             also = options.pop("also", [])
             parser.add_argument("--" + name.replace("_", "-"), *also, **options)
 
@@ -407,11 +422,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, ranks = parse_args(), Ranks.start()
+    args = parse_args()
+    ranks = Ranks.start()
     args.model = args.model or default_model()
     model = DeScore.load(args.model, reader=args.reader, layout=args.scoring_layout)
     model.processor.use_instruction(args.instruction)
-    dimensions, pairs = model.processor.dimensions, None
+    dimensions = model.processor.dimensions
+    pairs = None
     if args.pairs:
         column = "problem" if args.instruction == "problem" else "prompt"
         pairs = read_pairs(args.pairs, args.label, args.root, dimensions, column)
@@ -419,21 +436,24 @@ def main() -> None:
         if ranks.first:
             print(pairs.summary(), file=sys.stderr)
     else:
-        keys = [(video, args.inputs[-1]) for video in args.inputs[:-1]]
-    judged = judge_all(model, list(dict.fromkeys(keys)), args.thinking, args, ranks)
+        *videos, prompt = args.inputs
+        keys = [(video, prompt) for video in videos]
+    keys = list(dict.fromkeys(keys))
+    judged = judge_all(model, keys, args.thinking, args, ranks)
     ranks.stop()
     if not ranks.first:
         return
     code = tables.list_unreadable(judged)
     if args.pairs:
-        found = report(pairs, judged, dimensions, model.processor.tags)
-        show = tables.show_report
+        answer = report(pairs, judged, dimensions, model.processor.tags)
+        text = tables.show_report(answer)
     else:
-        found, show = tables.ranking(model, judged), tables.show_ranking
-    print(tables.as_json(found) if args.json else show(found))
+        answer = tables.ranking(model, judged)
+        text = tables.show_ranking(answer)
+    print(tables.as_json(answer) if args.json else text)
     if args.report:
         write_page = from_above("tools.report", "write_page")
-        write_page(args.report, model, judged, pairs, found, args.workers)
+        write_page(args.report, model, judged, pairs, answer, args.workers)
     sys.exit(code)
 
 

@@ -165,7 +165,7 @@ class DeScore(nn.Module):
         return parts if self.has_head else torch.full_like(parts, torch.nan)
 
     def overall(self, parts: Tensor) -> Tensor:
-        """The score of what the head says: (..., K) → (...). Here K = 1, and r = w · h([Reward])."""
+        """The score of what the head says: (..., K) → (...). Here K = 1 and r = w · h([Reward])."""
         return parts[..., 0].clone()  # FSDP wants no view of what a forward returns
 
     def check_head(self) -> None:
@@ -201,12 +201,14 @@ class DeScore(nn.Module):
         self.eval()
         batch = self.encode(batch)
         if seeds is None:
-            seeds = torch.randint(2**62, (len(batch),)).tolist()
+            drawn = torch.randint(2**62, (len(batch),))
+            seeds = drawn.tolist()
         uniform = uniform_numbers(seeds, n, max_new_tokens).to(self.device)
         cache, hidden = self.prefill(batch, n, max_new_tokens)
         # The first token behind a prompt follows the largest position in it: (B, n).
-        last = batch.position_ids.amax((0, 2))
-        position = (last + 1)[:, None].expand(-1, n)
+        last = batch.position_ids.amax((0, 2))  # (B,)
+        next_place = last + 1
+        position = next_place[:, None].expand(-1, n)
         scores_no_cot = None
         if without_cot:
             everywhere = torch.ones_like(position, dtype=torch.bool)
@@ -250,14 +252,15 @@ class DeScore(nn.Module):
         uniform (B, n, C) numbers in [0, 1) that decide what is drawn. held (B · n, V) bool: which
         tokens the prompt holds, where there is a repetition penalty; those chosen are added."""
         B, n, C = uniform.shape
+        count = B * n
         device = self.device
         # What is written: a row per rollout.
-        tokens = torch.full((B * n, C), self.eos, device=device)
-        logps = torch.zeros(B * n, C, device=device)
+        tokens = torch.full((count, C), self.eos, device=device)
+        logps = torch.zeros(count, C, device=device)
         parts = torch.zeros_like(self.read_parts(hidden)).flatten(0, 1)  # (B · n, K)
-        done = torch.zeros(B * n, dtype=torch.bool, device=device)
+        done = torch.zeros(count, dtype=torch.bool, device=device)
         # Which of these rows are still computed; hidden, over, token and so on are of them.
-        rows = torch.arange(B * n, device=device).view(B, n)
+        rows = torch.arange(count, device=device).view(B, n)
         position = position.flatten()
         uniform = uniform.flatten(0, 1)
         for step in range(C):
@@ -346,7 +349,8 @@ class DeScore(nn.Module):
             rows.append(torch.tensor(ids, dtype=torch.long))
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, C)
         lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, C)
+        places = torch.arange(tokens.shape[1])
+        mask = places < lengths[:, None]  # (B, C)
         _, parts = self.group_parts(batch, tokens[:, None], mask[:, None], temperature=None)
         return parts[:, 0]
 
@@ -378,7 +382,8 @@ class DeScore(nn.Module):
             here = mask[rows]  # (b, G, C)
             row = torch.arange(len(rows), device=self.device)
             sources = hidden[row[:, None, None], at_source]
-            of_tokens = self.token_logps(sources[here], tokens[rows][here], temperature)  # (N,)
+            targets = tokens[rows]
+            of_tokens = self.token_logps(sources[here], targets[here], temperature)  # (N,)
             logps[rows] = logps[rows].masked_scatter(here, of_tokens)
         places = torch.tensor(order).argsort()
         return logps, torch.cat(parts)[places]
@@ -561,7 +566,8 @@ def check_penalty(repetition_penalty: float, temperature: float) -> None:
 def tokens_held(batch: Batch, n: int, vocabulary: int) -> Tensor:
     """Which tokens each prompt holds, those of its video too, for n CoTs each: (B · n, V) bool."""
     ids = batch.input_ids
-    held = torch.zeros(len(batch), vocabulary, dtype=torch.bool, device=ids.device)
+    shape = (len(batch), vocabulary)
+    held = torch.zeros(shape, dtype=torch.bool, device=ids.device)
     row, place = batch.mask.nonzero(as_tuple=True)  # no padding
     held[row, ids[row, place]] = True
     return held.repeat_interleave(n, 0)

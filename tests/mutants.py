@@ -212,7 +212,7 @@ MUTANTS = [
     ("model.py", "if not self.has_head:", "if False:", SAVED),
     ("model.py", "~(is_end & thoughts.mask).any(-1)", "(is_end & thoughts.mask).any(-1)", MODEL),
     ("model.py", "place = position[rows] + C", "place = position[rows] + C + 1", MODEL),
-    ("model.py", "position = (last + 1)[:, None]", "position = last[:, None]", MODEL),
+    ("model.py", "next_place = last + 1", "next_place = last", MODEL),
     ("support/attention.py", "positions = (start + slot)", "positions = (start + slot + 1)", MODEL),
     ("support/attention.py", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool, device=device)",
      MODEL),
@@ -324,7 +324,7 @@ MUTANTS = [
     # -- inference
     ("infer.py", "right[human != 0]", "right", EQUATIONS),
     ("infer.py", "allowed[1:-1] = size[1:] != size[:-1]", "pass", EQUATIONS),
-    ("infer.py", "found.append(a - b)", "found.append(b - a)", STAGES),
+    ("infer.py", "differences.append(a - b)", "differences.append(b - a)", STAGES),
     ("infer.py", "tables.check_scores(model, records)", "pass", JUDGING + " -k finite"),
     ("infer.py", "    if finite:\n        model.check_head()", "pass", STAGES + " -k one_clear_line"),
     ("infer.py", "for key, record in by_key(records).items() if key not in done]",

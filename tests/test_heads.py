@@ -77,6 +77,7 @@ def test_two_outputs_train_on_two_labels(two, keys):
     # Behind a given CoT, and behind none, it is the same head.
     cots = ["so it is", None]
     torch.testing.assert_close(two.score(batch, cots), two.overall(two.score_parts(batch, cots)))
+    assert two.score_parts(batch, cots).shape == (2, 2)
 
 
 def test_two_outputs_are_those_of_one_forward_however_they_are_asked_for(keys):

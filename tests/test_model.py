@@ -215,6 +215,15 @@ def test_scores_with_and_without_a_cot_from_one_forward(model, keys):
         torch.testing.assert_close(found.double(), torch.stack(expected), **EXACT)
 
 
+def test_cots_of_unequal_length_are_scored_in_one_forward(model, keys):
+    cots = ["a red circle", None, "<think>\nsubject: a blue square, seen, so 2\n</think>"]
+    scores = model.score(make_batch(model, keys), cots)
+    for key, cot, score in zip(keys, cots, scores):
+        ids = model.processor.encode(cot or "")
+        _, expected = plain(model, model.processor(*key), ids)
+        torch.testing.assert_close(score.double(), expected, **EXACT)
+
+
 def test_a_video_thinks_the_same_in_any_company(model, keys):
     together = model.think(make_batch(model, keys), n=2, max_new_tokens=10, seeds=[5, 6, 7])
     alone = model.think(make_batch(model, keys[1:2]), n=2, max_new_tokens=10, seeds=[6])
