@@ -321,7 +321,8 @@ class DeScore(nn.Module):
     def truncated(self, thoughts: Thoughts) -> Tensor:
         """(B, n) bool: which CoTs ran into the token limit."""
         is_end = thoughts.tokens == self.eos
-        return ~(is_end & thoughts.mask).any(-1)
+        ended = (is_end & thoughts.mask).any(-1)
+        return ~ended
 
     # -- CoTs that are there already: their scores and log-probabilities
 

@@ -272,15 +272,28 @@ class Rollouts:
     def figures(self) -> dict[str, Tensor]:
         """What is logged of each rollout, by name, (B, G) or (B, 1)."""
         R = self.rewards["reward"]
+        highest = R.amax(1, keepdim=True)
+        lowest = R.amin(1, keepdim=True)
         lengths = self.mask.sum(-1)
         return {
             **self.rewards, "cot_tokens": lengths, "truncated": self.truncated,
             # −log π of what was sampled: an unbiased estimate of the entropy
             "entropy": -self.old_logps.sum(-1) / lengths,
             "advantage_spread": self.advantages.abs(),
-            "reward_range": R.amax(1, keepdim=True) - R.amin(1, keepdim=True),
+            "reward_range": highest - lowest,
             "no_signal": (self.advantages == 0).all(1, keepdim=True),
         }
+
+    def written(self, b: int) -> list[dict]:
+        """The G rollouts of video b for a reader: each CoT with its rewards, advantage and score."""
+        figures = {**self.rewards, "advantage": self.advantages, "score": self.scores}
+        G = self.mask.shape[1]
+        first = b * G
+        records = []
+        for g, cot in enumerate(self.texts[first : first + G]):
+            values = {name: value[b, g].item() for name, value in figures.items()}
+            records.append({"cot": cot, **finite(values)})
+        return records
 
 
 @torch.no_grad()
@@ -374,22 +387,18 @@ def records_of(rolled: list[Rollouts], count: int, step: int, ranks: Ranks) -> l
     """What rollouts.jsonl keeps of a step: the rollouts of the batch's first `count` videos."""
     records = []
     for o in rolled:
-        figures = {**o.rewards, "advantage": o.advantages, "score": o.scores}
-        keys = keys_of(o.micro.items)
-        references = per_video(o.micro.items, "scores")
-        sides = len(keys) // len(o.micro.items)
-        G = o.mask.shape[1]
+        items = o.micro.items
+        keys = keys_of(items)
+        references = per_video(items, "scores")
+        sides = len(keys) // len(items)
         for b, (place, side) in enumerate(o.micro.rows):
             number = place * sides + side
             if number >= count or not o.micro.row_weight[b]:
                 continue
             video, prompt = keys[b]
-            record = {"step": step, "video": video, "prompt": prompt, "reference": references[b]}
-            cots = o.texts[b * G : (b + 1) * G]
-            record["rollouts"] = []
-            for g, cot in enumerate(cots):
-                values = {name: value[b, g].item() for name, value in figures.items()}
-                record["rollouts"].append({"cot": cot, **finite(values)})
+            record = {"step": step, "video": video, "prompt": prompt}
+            record["reference"] = references[b]
+            record["rollouts"] = o.written(b)
             records.append((number, record))
     records = sorted(ranks.gather(records), key=lambda numbered: numbered[0])
     return [record for _, record in records]
@@ -419,7 +428,8 @@ def ratio_figures(logps: Tensor, o: Rollouts) -> dict[str, Tensor]:
     are at most; both say what rounding does while π_θ is still the policy that sampled."""
     log_ratio = logps.detach() - o.old_logps
     log_ratio = log_ratio[o.learnt].double()
-    return {"ratio_max": log_ratio.max().exp(), "logp_gap": log_ratio.abs().max()}
+    largest = log_ratio.max()
+    return {"ratio_max": largest.exp(), "logp_gap": log_ratio.abs().max()}
 
 
 def make_plan(args: Args, pairs: list[Pair], processor: Processor, ranks: Ranks) -> list:
@@ -428,7 +438,8 @@ def make_plan(args: Args, pairs: list[Pair], processor: Processor, ranks: Ranks)
     plan = []
     lengths = prompt_lengths(processor, keys_of(pairs), ranks)
     cot_tokens = args.group_size * args.max_new_tokens  # of a video, at most
-    epochs = math.ceil(args.steps * args.batch_size / len(pairs))
+    wanted = args.steps * args.batch_size
+    epochs = math.ceil(wanted / len(pairs))
     sequence = order(len(pairs), epochs, args.seed)
     batches = chunks(sequence, args.batch_size)
     for rows in batches[: args.steps]:

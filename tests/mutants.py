@@ -210,7 +210,7 @@ MUTANTS = [
     ("model.py", "cache.step = 0  #", "#", MODEL),
     ("model.py", "parts if self.has_head else torch.full_like(parts, torch.nan)", "parts", SAVED),
     ("model.py", "if not self.has_head:", "if False:", SAVED),
-    ("model.py", "~(is_end & thoughts.mask).any(-1)", "(is_end & thoughts.mask).any(-1)", MODEL),
+    ("model.py", "return ~ended", "return ended", MODEL),
     ("model.py", "place = position[rows] + C", "place = position[rows] + C + 1", MODEL),
     ("model.py", "next_place = last + 1", "next_place = last", MODEL),
     ("support/attention.py", "positions = (start + slot)", "positions = (start + slot + 1)", MODEL),
