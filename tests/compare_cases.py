@@ -65,7 +65,7 @@ CASES = {name: [line.strip() for line in text.strip().splitlines()] for name, te
     "coldstart-inputs": f"""
         {COLD} --train DATA/lists/stage1.csv {LISTS} {SEEN} --instruction DATA/ask.txt --think-tokens 700 \
         --eval-before false --gradient-checkpointing false
-        {COLD} --train DATA/lists/stage1.csv {LISTS} --max-prompt 195 --max-skipped 0.7 --resume false""",
+        {COLD} --train DATA/lists/stage1.csv {LISTS} --max-prompt 463 --max-skipped 0.7 --resume false""",
     "coldstart-vision": f"{COLD} --train-vision true --no-train-merger",
     "coldstart-merger": f"{COLD} --train-merger false --keep 1 --save-every 1",
     "coldstart-whole": f"{COLD} --lora-rank 0 --optim adamw8bit --lr 1e-3",
@@ -107,7 +107,7 @@ CASES = {name: [line.strip() for line in text.strip().splitlines()] for name, te
     "rl-inputs": f"""
         {RL} --train DATA/lists/stage2.csv {LISTS} {SEEN} --instruction DATA/ask.txt --eval-tokens 700 \
         --eval-before false --gradient-checkpointing false --keep 3 --save-every 1
-        {RL} --train DATA/lists/stage2.csv {LISTS} --max-prompt 195 --max-skipped 0.7 --resume false""",
+        {RL} --train DATA/lists/stage2.csv {LISTS} --max-prompt 463 --max-skipped 0.7 --resume false""",
     "rl-rewards": f"""
         {RL} --w-format 0.3 --w-quality 0.5 --w-length 0.4 --length-excess 36 --no-advantage-std \
         --reward DATA/reward.py:vowels=0.5 DATA/reward.py:quality_reward""",

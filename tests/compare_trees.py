@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import resource
 import runpy
 import shlex
 import shutil
@@ -349,8 +350,9 @@ def chosen(pattern: str) -> list[str]:
     return sorted(wanted, key=list(CASES).index)
 
 
-def compare_case(case: str, work: Path) -> int:
-    """Print a row of the table, and below it what differs. Returns how much of it is not on purpose."""
+def compare_case(case: str, work: Path, seconds: float) -> int:
+    """Print a row of the table, with the seconds of computing, and below it what differs. Returns how much of
+    it is not on purpose."""
     found = list(compare_folders(work / "old" / case, work / "new" / case))
     for path in [*(work / "old" / case).glob("*.like"), *(work / "new" / case).glob("*.like")]:
         found += [(path.name, f"within a tree, {line}") for line in path.read_text().splitlines()]
@@ -362,7 +364,7 @@ def compare_case(case: str, work: Path) -> int:
         rows.append(f"    {where}: {what}" + "".join(f" (on purpose: {reason})" for reason in reasons))
     verdict = "differs" if real else "on purpose" if found else "same"
     exits = " ".join(path.read_text().strip() for path in sorted((work / "old" / case).glob("*.exit")))
-    print("\n".join([f"{case:26}{verdict:12}exit {exits[:60]}", *rows]), flush=True)
+    print("\n".join([f"{case:26}{verdict:12}{seconds:4.0f} s  exit {exits[:50]}", *rows]), flush=True)
     return real
 
 
@@ -406,8 +408,9 @@ def main() -> None:
     missed = [f"flag without a case: {name} {flag}" for (name, flag), places in used.items() if not places]
     failed = 0
     for case in cases:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         run_both(trees, case, work)
-        failed += compare_case(case, work)
+        failed += compare_case(case, work, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
     print("\n".join(missed))
     print(f"{len(cases)} cases, {failed} differences not on purpose, {len(missed)} flags without a case, "
           f"{time.time() - started:.0f} s; {f'kept in {work}' if args.keep else 'nothing kept'}")
