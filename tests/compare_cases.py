@@ -173,8 +173,8 @@ CASES = {name: [line.strip() for line in text.strip().splitlines()] for name, te
         {JUDGE} {VIDEOS} {PROMPT} --scoring-layout release --samples 2 --json
         {JUDGE} {VIDEOS} {PROMPT} --scoring-layout release --cot off
         infer.py --model DATA/actor {VIDEOS} {PROMPT} --max-new-tokens 15 --report page.html
-        infer.py --model DATA/actor --pairs {BROKEN} --max-new-tokens 9 --out actor.jsonl
-        infer.py --model DATA/actor {VIDEO} {PROMPT} --max-new-tokens 15 --scoring-layout ours""",
+        infer.py --model DATA/small_actor --pairs {BROKEN} --max-new-tokens 9 --out actor.jsonl
+        infer.py --model DATA/small_actor {VIDEO} {PROMPT} --max-new-tokens 15 --scoring-layout ours""",
     "infer-models": f"""
         infer.py {VIDEO} {PROMPT} --max-new-tokens 9
         $ mkdir runs; cp -r DATA/model runs/coldstart
@@ -244,10 +244,10 @@ CASES = {name: [line.strip() for line in text.strip().splitlines()] for name, te
         {PROBE} --limit 2 --samples 2 --seed 3
         {PROBE} --json --samples 1 --temperature 0.7 --think-tokens 400 --limit 3
         -m support.probe DATA/lists/videoalign.csv --root DATA/world --label VQ --model DATA/model \
-        --samples 1 --max-new-tokens 110 --instruction DATA/ask.txt --reader decord
+        --samples 1 --max-new-tokens 40 --instruction DATA/ask.txt --reader decord
         -m support.probe DATA/world/problems.jsonl --model DATA/model --instruction problem --limit 2 \
         --max-new-tokens 60
-        -m support.probe {BROKEN} --model DATA/actor --samples 2 --max-new-tokens 9""",
+        -m support.probe {BROKEN} --model DATA/small_actor --samples 2 --max-new-tokens 9""",
     "report": """
         $ cp -r ../rl-schedule/run rl; cp -r ../coldstart/run cold
         -m support.report rl
@@ -259,13 +259,16 @@ CASES = {name: [line.strip() for line in text.strip().splitlines()] for name, te
         api frames $URL
         api files $URL
         api client $URL
+        api arrays $URL
         api adapters $URL""",
     "serve-thoughts": f"""
-        {SERVE} --samples 2 --temperature 0.7 --seed 5 --think-tokens 90 --reader decord &
-        api client $URL""",
+        {SERVE} --samples 2 --temperature 0.7 --seed 5 --think-tokens 90 --reader decord --videos DATA/world &
+        api arrays $URL
+        api files $URL path""",
     "serve-scores": f"""
         {SERVE} --cot off &
         api client $URL
+        api arrays $URL
         api files $URL""",
     "serve-limits": f"""
         {SERVE} --queue 1 --max-body 300000 --max-frames 10 --videos DATA/world &

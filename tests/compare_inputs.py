@@ -73,7 +73,7 @@ def api_reward() -> None:
 
 def api_scorer() -> None:
     from infer import Scorer
-    scorer = Scorer(f"{DATA}/model", "cpu", window=0.2, reader="decord")
+    scorer = Scorer(f"{DATA}/model", "cpu", window=1.0, reader="decord")
     paths, prompts = videos()
     show(scorer(paths, prompts, max_new_tokens=30))
     found = {}
@@ -92,8 +92,15 @@ def api_scorer() -> None:
 def api_client(url: str) -> None:
     from support.client import Client
     client = Client(url, timeout=100, parallel=1, attempts=2)
-    paths, prompts = videos()
+    paths, _ = videos()
     show(client([*paths, "none.mp4"], "A red circle moves left."))
+
+
+def api_arrays(url: str) -> None:
+    from support.client import Client
+
+    client = Client(url)
+    paths, prompts = videos()
     array = frames(paths[1])
     show(client(array / 255, prompts[1], fps=8))
     show(client([array.transpose(3, 0, 1, 2)], prompts[:1], fps=[4], layout="CTHW"))
@@ -151,12 +158,15 @@ def api_frames(url: str) -> None:
     show(request(url + "/none", {}))
 
 
-def api_files(url: str) -> None:
+def api_files(url: str, kinds: str = "path b64") -> None:
+    """Ask about files, named and sent; of what is sent the draws are others each time."""
     paths, prompts = videos()
     turns = []
     for path, prompt in zip(paths, prompts):
-        turns.append({"text": prompt, "video_path": path.removeprefix(f"{DATA}/world/")})
-        turns.append({"text": prompt, "video_b64": base64.b64encode(Path(path).read_bytes()).decode()})
+        if "path" in kinds:
+            turns.append({"text": prompt, "video_path": path.removeprefix(f"{DATA}/world/")})
+        if "b64" in kinds:
+            turns.append({"text": prompt, "video_b64": base64.b64encode(Path(path).read_bytes()).decode()})
     turns += [{"text": "outside", "video_path": "../model/descore.json"}, {"text": "neither"}]
     for turn in turns:
         asked = [{"history": [turn], "required_rewards": ["descore"], "request_id": 7}]
@@ -393,3 +403,6 @@ def api_actor() -> None:
         part.save_pretrained(f"{DATA}/actor/huggingface")
     head = torch.randn(1, qwen.config.text_config.hidden_size)
     torch.save({"model": {"rm_head.weight": head}}, f"{DATA}/actor/rm_head.pth")
+    shutil.copytree(f"{DATA}/actor", f"{DATA}/small_actor")
+    seen = {"video": {"min_pixels": 4096, "max_pixels": 4096}}
+    Path(f"{DATA}/small_actor/huggingface/descore.json").write_text(json.dumps(seen))

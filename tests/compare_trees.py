@@ -175,7 +175,7 @@ def normalise(text: str) -> str:
     the last."""
     text = re.sub(r"/\S*?/(old|new)/tree\b", "TREE", text)
     text = re.sub(r"/\S*?/(old|new)/(?=[\w-]+/)", "WORK/", text)
-    text = re.sub(r"(127\.0\.0\.1|localhost):\d+", r"\1:PORT", text)
+    text = re.sub(r"(127\.0\.0\.1|localhost):\d+|0x[0-9a-f]{8,}", r"\1:PORT", text)
     lines = []
     for line in text.replace("\x1b[A", "").split("\n"):
         states = [state for state in line.split("\r") if state.strip()] or [""]
@@ -341,9 +341,9 @@ def has_effect(tree: Path, case: str, number: int, flag: str, work: Path) -> boo
 # The command
 
 
-def chosen(pattern: str) -> list[str]:
-    """The cases of a pattern, and those that they build on, in the order of the table."""
-    wanted = [case for case in CASES if fnmatchcase(case, pattern)]
+def chosen(patterns: list[str]) -> list[str]:
+    """The cases of some patterns, and those that they build on, in the order of the table."""
+    wanted = [case for case in CASES if any(fnmatchcase(case, pattern) for pattern in patterns)]
     for case in wanted:
         for name in re.findall(r"\.\./([\w-]+)/", " ".join(CASES[case])):
             wanted += [name] * (name not in wanted)
@@ -374,7 +374,7 @@ def main() -> None:
     add = parser.add_argument
     add("old", type=Path)
     add("new", type=Path)
-    add("--only", metavar="PATTERN", default="*", help="cases by their names")
+    add("--only", metavar="PATTERN", nargs="+", default=["*"], help="cases by their names")
     add("--list", action="store_true", help="list the cases")
     add("--keep", type=Path, metavar="DIR", help="a folder for inputs and outputs; inputs in it are used")
     add("--effects", metavar="PATTERN", help="look for flags without an effect in these commands of OLD, "
@@ -382,7 +382,8 @@ def main() -> None:
     args = parser.parse_args()
     cases = chosen(args.only)
     if args.list:
-        sys.exit("\n".join(f"{case:26}{len(CASES[case])} commands" for case in cases))
+        print("\n".join(f"{case:26}{len(CASES[case])} commands" for case in cases))
+        return
     for name in PRELOADED:
         importlib.import_module(name)
     work, started = (args.keep or Path(tempfile.mkdtemp(prefix="compare-"))).resolve(), time.time()
