@@ -9,6 +9,9 @@ folders within each tree. DATA is the folder of the inputs.
 
 # What differs on purpose: case and file (patterns), reason.
 DELIBERATE: list[tuple[str, str, str]] = []
+# Files that have moved to another folder; texts in which only the folder differs are equal.
+MOVED = (r"\b(support|tools)(?=[./](adapters|annotate|check|client|convert|filter|forgiving|formats|memory|"
+         r"page|pairs|probe|report|requirements|serve|together|trackers)\b)")
 
 # ------------------------------
 # The cases
@@ -57,7 +60,7 @@ CASES = {name: [line.strip() for line in text.strip().splitlines()] for name, te
     **resumed("coldstart-ranks", f"{COLD} {TEST} --save-every 1", "ranks=2"),
     **resumed("coldstart-shards", f"{COLD} {SHARDS}", "ranks=2"),
     "coldstart-schedule": f"""
-        {COLD} {TEST} DATA/world/test_ood.jsonl --backbone DATA/backbone --seed 5 --head-lr 3e-3 \
+        {COLD} {TEST} DATA/world/test_ood.jsonl --backbone DATA/model --seed 5 --head-lr 3e-3 \
         --warmup 0.7 --weight-decay 0.5 --max-grad-norm 0.3 --mask-p 0.3 --epochs 2 --max-tokens 700 \
         --save-every 1 --keep 3 --keep-rollouts 2 --eval-every 2 --eval-temperature 0.5 --eval-tokens 900 \
         --no-eval-before \
@@ -99,7 +102,7 @@ CASES = {name: [line.strip() for line in text.strip().splitlines()] for name, te
     **resumed("rl-ranks", f"{RL} {TEST} --save-every 1", "ranks=2"),
     **resumed("rl-shards", f"{RL} {SHARDS}", "ranks=2"),
     "rl-schedule": f"""
-        {RL} {TEST} DATA/world/test_ood.jsonl --backbone DATA/model --seed 5 --weight-decay 0.5 \
+        {RL} {TEST} DATA/world/test_ood.jsonl --backbone ../coldstart/run --seed 5 --weight-decay 0.5 \
         --max-grad-norm 0.3 --max-tokens 700 \
         --save-every 2 --keep 1 --keep-rollouts 2 --eval-every 2 --eval-temperature 0.5 \
         --think-tokens 900 --no-eval-before --no-gradient-checkpointing --reader decord --workers 1 \
@@ -141,7 +144,7 @@ CASES = {name: [line.strip() for line in text.strip().splitlines()] for name, te
     "rl-untrained": f"{RL} --model DATA/backbone --steps 1",
     "rl-embedded": f"""
         $ mkdir runs; cp -r DATA/world runs/toy; cp DATA/world/train.jsonl runs/toy/train_scores.jsonl
-        $ cp -r DATA/model runs/coldstart
+        $ cp -r DATA/model runs/coldstart; cp -r DATA/backbone runs
         rl.py --steps 1 --batch-size 2 --group-size 3 --out run --max-new-tokens 20 --lora-rank 4 {TEST}""",
     # ---- infer
     "infer-one": f"""
@@ -177,7 +180,7 @@ CASES = {name: [line.strip() for line in text.strip().splitlines()] for name, te
         infer.py --model DATA/small_actor {VIDEO} {PROMPT} --max-new-tokens 15 --scoring-layout ours""",
     "infer-models": f"""
         infer.py {VIDEO} {PROMPT} --max-new-tokens 9
-        $ mkdir runs; cp -r DATA/model runs/coldstart
+        $ mkdir runs; cp -r DATA/model runs/coldstart; cp -r DATA/backbone runs
         infer.py {VIDEO} {PROMPT} --max-new-tokens 9
         infer.py --model DATA/backbone {VIDEO} {PROMPT}
         infer.py --model DATA/other {VIDEOS} {PROMPT} --max-new-tokens 30 --json

@@ -38,7 +38,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 import compare_inputs
 import numpy as np
-from compare_cases import CASES, COMMANDS, DELIBERATE
+from compare_cases import CASES, COMMANDS, DELIBERATE, MOVED
 
 FORK = get_context("fork")
 # Imported once, before the forks; nothing of either tree is among them.
@@ -176,6 +176,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"/\S*?/(old|new)/tree\b", "TREE", text)
     text = re.sub(r"/\S*?/(old|new)/(?=[\w-]+/)", "WORK/", text)
     text = re.sub(r"(127\.0\.0\.1|localhost):\d+|0x[0-9a-f]{8,}", r"\1:PORT", text)
+    text = re.sub(MOVED, "ROOM", text)
     lines = []
     for line in text.replace("\x1b[A", "").split("\n"):
         states = [state for state in line.split("\r") if state.strip()] or [""]
@@ -328,7 +329,7 @@ def where_used(flags: dict[str, dict[str, str | None]]) -> dict[tuple[str, str],
 def has_effect(tree: Path, case: str, number: int, flag: str, work: Path) -> bool:
     """Whether a case of OLD leaves anything else, but for the settings, where a line lacks a flag."""
     lines = list(CASES[case])
-    values = r"( (?!--|&)('[^']*'|\S+))*"
+    values = r"( +(?!--|&)('[^']*'|\S+))*"
     lines[number] = re.sub(rf" {flag}{values}", "", lines[number])
     process = FORK.Process(target=run_case, args=(tree, lines, work / "old" / f"{case}~"))
     process.start()
@@ -402,6 +403,7 @@ def main() -> None:
     if args.effects:
         for (name, flag), places in used.items():
             if fnmatchcase(name, args.effects):
+                places.sort(key=lambda place: len(CASES[place[0]]))
                 effects = (place for place in places if has_effect(trees["old"], *place, flag, work))
                 place = next(effects, None)
                 print(f"{name} {flag}: {place or 'no effect is seen'}", flush=True)
