@@ -119,7 +119,8 @@ class DeScore(nn.Module):
         # A frozen tower keeps no activations, though the rest may train.
         trains = self.tower_trains and torch.is_grad_enabled()
         with torch.set_grad_enabled(trains), self.autocast():
-            pixels = (batch.patches.float() / 127.5 - 1).to(self.dtype)  # mean = std = 0.5
+            pixels = batch.patches.float() / 127.5 - 1  # mean = std = 0.5
+            pixels = pixels.to(self.dtype)
             out = self.qwen.model.visual(pixels, grid_thw=batch.grid)
         features = (out.pooler_output, out.deepstack_features)
         return replace(batch, patches=batch.patches[:0], features=features)

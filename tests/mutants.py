@@ -199,7 +199,7 @@ MUTANTS = [
     # -- the model
     ("model.py", "alpha = 2 * lora_rank", "alpha = lora_rank", STEPS1),
     ("model.py", 'OWN = ("query", "head.")', 'OWN = ("head.",)', STEPS1),
-    ("model.py", "/ 127.5 - 1)", "/ 255)", MODEL),
+    ("model.py", "/ 127.5 - 1  #", "/ 255  #", MODEL),
     ("model.py", "is_video = in_prompt & (ids", "is_video = (ids", MODEL),
     ("model.py", "deepstack_visual_embeds=deepstack,", "", MODEL),
     ("model.py", "self.logits(hidden) / (temperature or 1.0)", "self.logits(hidden)", MODEL),
