@@ -38,7 +38,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 import compare_inputs
 import numpy as np
-from compare_cases import CASES, COMMANDS, DELIBERATE, MOVED
+from compare_cases import CASES, COMMANDS, DELIBERATE, DROPPED, GONE, MOVED
 
 FORK = get_context("fork")
 # Imported once, before the forks; nothing of either tree is among them.
@@ -177,6 +177,8 @@ def normalise(text: str) -> str:
     text = re.sub(r"/\S*?/(old|new)/(?=[\w-]+/)", "WORK/", text)
     text = re.sub(r"(127\.0\.0\.1|localhost):\d+|0x[0-9a-f]{8,}", r"\1:PORT", text)
     text = re.sub(MOVED, "ROOM", text)
+    text = re.sub(rf"(?m)^({DROPPED})\n", "", text)
+    text = re.sub(r"(?s)^usage: .*?(?=^\S+: error:|\Z)", "usage\n", text, flags=re.MULTILINE)
     lines = []
     for line in text.replace("\x1b[A", "").split("\n"):
         states = [state for state in line.split("\r") if state.strip()] or [""]
@@ -191,7 +193,8 @@ def plain(value, place: str = "", without: tuple[str, ...] = ()):
         for key, part in value.items():
             is_time = key.startswith("seconds") and isinstance(part, (int, float))
             is_code = place == "digests" and re.fullmatch(r"\S+\.py", key)
-            if not (is_time or is_code or key in ("metrics_bytes", "written", "made", *without)):
+            is_gone = place in ("args", "settings") and key in GONE
+            if not (is_time or is_code or is_gone or key in ("metrics_bytes", "written", "made", *without)):
                 kept[normalise(key)] = plain(part, key, without)
         return kept
     if isinstance(value, list):  # a page has curves of times
