@@ -521,8 +521,8 @@ def main() -> None:
         A = group_advantages(R, args.advantage_std)  # (videos, G)
         hand_out(A, rows, rollouts)
         for o in rollouts:
-            row_weight = o.micro.row_weight[:, None]
-            means.add(row_weight, **o.figures())
+            weight = o.micro.row_weight[:, None].expand(-1, G)  # each rollout has its video's
+            means.add(weight, **o.figures())
         means.add(seconds_thinking=time.time() - thinking)
 
         # Learn: each update takes its part of the batch.

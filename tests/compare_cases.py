@@ -12,6 +12,7 @@ DELIBERATE: list[tuple[str, str, str]] = [
     ("help", "*.out", "one function declares how to think for five commands; stage 1 has no --mask"),
     ("coldstart-expected", "*", "the expectation over the mask is experiments/paradigms.py expected"),
     ("*-shards*", "run/checkpoints/*", "a checkpoint holds whole tensors, in one file"),
+    ("*-shards*", "*.err", "a score is no view any more, of which FSDP warned"),
     ("*-shards*", "run/metrics.jsonl", "grad_norm: torch's own norm of shards, in float32"),
 ]
 # Lines that stand in one tree alone, on purpose: a run says what LoRA leaves out and what the model brings of
