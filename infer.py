@@ -9,9 +9,8 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
-from functools import wraps
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -67,35 +66,22 @@ class Thinking:
     model's own"""
 
 
-# What `judge` took by place when it took these one by one.
-BY_PLACE = ("max_new_tokens", "temperature", "seed", "think_tokens")
+def one_record(thinking: Thinking | None, fields: dict) -> Thinking:
+    """The record that a call gives as `thinking`, or that its fields, given by name, make. Raises
+    TypeError for both at once, and for anything else."""
+    if thinking is None:
+        return Thinking(**fields)
+    if fields or not isinstance(thinking, Thinking):
+        raise TypeError(f"{thinking!r}, {fields}: give one Thinking, or its fields by name")
+    return thinking
 
 
-def takes_fields(judge: Callable) -> Callable:
-    """Let `judge` also take the fields of `thinking` one by one, by name or by place, as calls from
-    before there was a record do."""
-
-    @wraps(judge)
-    def wrapped(model, keys, *places, **options):
-        thinking = options.pop("thinking", Thinking())
-        if places and isinstance(places[0], Thinking):
-            thinking, *places = places
-        by_field = dict(zip(BY_PLACE, places))
-        for field in fields(Thinking):
-            if field.name in options:
-                by_field[field.name] = options.pop(field.name)
-        thinking = replace(thinking, **by_field)
-        return judge(model, keys, thinking, *places[len(BY_PLACE):], **options)
-
-    return wrapped
-
-
-@takes_fields
 def judge(
-        model: DeScore, keys: list[Key], thinking: Thinking = Thinking(), *,
+        model: DeScore, keys: list[Key], thinking: Thinking | None = None, *,
         done: Collection[Key] = (), think=True, without_cot=False, workers=0, finite=True,
-        ranks: Ranks = ALONE, numbers: list[int] | None = None) -> Iterator[dict]:
-    """Think about many (video, prompt) keys and score them, except those that are `done`.
+        ranks: Ranks = ALONE, numbers: list[int] | None = None, **fields) -> Iterator[dict]:
+    """Think about many (video, prompt) keys and score them, except those that are `done`. thinking: a
+    record, or in its place its fields by name, such as samples=4.
 
     Keys of like length go through the model together, the longest first, as many as fill
     thinking.think_tokens with the CoTs that they may get. `ranks` share the work, and each of
@@ -106,6 +92,7 @@ def judge(
     score is the mean over them, score_std their spread, and cot the first. `without_cot` adds
     score_no_cot; without `think` that alone is there. For an unreadable video: video, prompt,
     error. Raises DataError for a score that is not finite, unless `finite` is False."""
+    thinking = one_record(thinking, fields)
     if finite:
         model.check_head()
     numbered = ranks.share(list(zip(numbers or range(len(keys)), keys)))
@@ -129,7 +116,7 @@ def judge(
                 tables.check_scores(model, records)
             yield [record for key, record in by_key(records).items() if key not in done]
 
-    yield from ranks.in_turn(judged())
+    return ranks.in_turn(judged())
 
 
 @torch.no_grad()

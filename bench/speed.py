@@ -223,7 +223,8 @@ def main() -> None:
         keys = keys_of(read_pairs(f"{folder}/train.jsonl"))
 
         def judge(think_tokens: int, workers: int) -> list[float]:
-            judged = infer.by_key(infer.judge(toy, keys, 160, think_tokens=think_tokens, workers=workers))
+            judged = infer.by_key(infer.judge(
+                toy, keys, max_new_tokens=160, think_tokens=think_tokens, workers=workers))
             return [judged[key]["score"] for key in keys]
 
         together, alone = torch.tensor(judge(6000, 1)), torch.tensor(judge(1, 0))

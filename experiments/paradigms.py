@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import coldstart
 import rl
-from data import Pair, implied_overall, per_video
+from data import DataError, Pair, implied_overall, per_video
 from model import OWN, DeScore
 from support.batches import draw_seed
 from support.command import Factor, Share, run_command
@@ -206,7 +206,10 @@ def pairs_of(run: Run, model: DeScore, field: str, what: str, ties: bool) -> lis
     args = run.args
     pairs = read_pairs(args.train, args.label, args.root, model.processor.dimensions)
     run.train_on(pairs)
+    run.say(pairs.summary())
     pairs = [pair for pair in pairs if ties or pair.preference != "tie"]
+    if not pairs:
+        raise DataError(f"{args.train}: nothing but ties, from which nothing is learnt here")
     check_said(args.train, pairs, field, what)
     return [pair.winner_first() for pair in pairs]
 

@@ -19,7 +19,7 @@ def read_pairs(path: str | Path, label: str | None = None, root: str | Path | No
 
     Returns the pairs; rows marked invalid or whose videos are missing are listed in `left_out`.
     Raises DataError, naming the file and the row, for anything that cannot be understood, a label
-    outside the format's set included, and for a CSV file where tools/ is not there."""
+    outside the format's set included; NotHere for a CSV file where tools/ is not there."""
     path = Path(path)
     text = read_text(path)
     if text.lstrip()[:1] in ("{", "[", ""):
@@ -55,7 +55,7 @@ def with_plain_scores(record: dict, dimensions: dict[str, int]) -> dict:
             return forgiven(record, dimensions)
     for key in ("overall_a", "overall_b"):
         overall = record.get(key)
-        if is_number(overall):
+        if is_number(overall) and 1 <= overall <= 5:
             plain[key] = float(overall)
         elif overall is not None:
             return forgiven(record, dimensions)

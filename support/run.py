@@ -42,7 +42,7 @@ from support import digests
 from support.above import from_above
 from support.batches import read_ahead
 from support.checkpoint import Checkpoints
-from support.files import amend, digest, read_json, read_lines, remove, settle, sync, write_whole
+from support.files import amend, digest, read_lines, remove, settle, sync, write_whole
 from support.formats import read_pairs
 from support.ranks import Ranks
 from support.settings import FREE, FREE_IN, ROOT, RunArgs, function_file
@@ -91,7 +91,8 @@ class Run:
         self.checkpoints = Checkpoints(self.out / "checkpoints", args.keep, ranks)
         if ranks.first:
             self.open_folder()
-            prepare_toy(args, stage)
+            if args.embedded:
+                prepare_toy(Path(args.train))
         ranks.wait()
 
     def open_folder(self) -> None:
@@ -398,10 +399,9 @@ def check_said(path: str, pairs: list[Pair], field: str, what: str) -> None:
             raise DataError(f"{path}: the pair of {video} has no {what}")
 
 
-def prepare_toy(args: RunArgs, stage: str) -> None:
+def prepare_toy(train: Path) -> None:
     """Render and annotate the clips of the embedded default on first use."""
-    train, toy = Path(args.train), ROOT / f"toy/{stage}.json"
-    if not train.is_file() and toy.is_file() and args.train == read_json(toy)["train"]:
+    if not train.is_file():
         print(f"{train.parent}: rendering the clips of the embedded default (once)", flush=True)
         subprocess.run([sys.executable, str(ROOT / "toy/prepare.py"), str(train.parent)], check=True)
 

@@ -33,6 +33,8 @@ def setting(default, help: str, **more):
 class RunArgs:
     """What both stages are told; each adds the method's own settings."""
 
+    embedded = False  # no flag: whether the embedded default's settings were taken
+
     model: str | None = setting(None, "a saved model, a run's folder or a Qwen3-VL, directory or "
                                 "hub id [the embedded default's]", aliases=["--backbone"])
     train: str | None = setting(None, "pair file to train on [the embedded default]")
@@ -124,7 +126,8 @@ def parse_args(Args: type, stage: str):
     if args.preset:
         flags = preset_flags(Path(args.preset), Args, stage) + flags
         args = read_flags(Args, flags)
-    if args.train is None:
+    embedded = args.train is None
+    if embedded:
         args = read_flags(Args, preset_flags(ROOT / f"toy/{stage}.json", Args, stage) + flags)
         if args.model.startswith("toy/"):
             args.model = str(ROOT / args.model)
@@ -132,6 +135,7 @@ def parse_args(Args: type, stage: str):
         args = Args(**vars(args))
     if args.model is None:
         raise DataError("--train needs --model: a Qwen3-VL, directory or hub id")
+    args.embedded = embedded
     return args
 
 

@@ -87,6 +87,11 @@ MUTANTS = [
     ("support/checkpoint.py", "**(more or {})", "", "tests/test_loop.py -k average"),
     ("support/means.py", "for key, (value, weight) in of_rank.items():",
      "for key, (value, weight) in zip(self.sums, of_rank.values()):", RUNS + " -k by_name"),
+    ("tools/probe.py", "fps * (1 - 1e-9)", "fps", PROBE + " -k that_of_judge"),
+    ("support/formats.py", "is_number(overall) and 1 <= overall <= 5", "is_number(overall)",
+     FORGIVING + " -k overall_score_that"),
+    ("experiments/paradigms.py", "if not pairs:\n        raise", "if False:\n        raise",
+     PARADIGMS + " -k ties"),
     # -- stage 2: rewards
     ("rl.py", "float(follows_format(text, dimensions, tags))", "1.0", EQUATIONS),
     ("rl.py", "(n_tokens - low) / (high - low)", "n_tokens / high", EQUATIONS),
@@ -348,8 +353,8 @@ MUTANTS = [
     ("tools/annotate.py", 'load(args.model, video=video, ', 'load(args.model, ', JUDGING + " -k looks"),
     ("support/files.py", "beside.unlink(missing_ok=True)", "pass", JUDGING + " -k whole"),
     ("tools/annotate.py", "if not kept:", "if False:", WIRES),
-    ("infer.py", "zip(BY_PLACE, places)", "zip(BY_PLACE[::-1], places)", JUDGING + " -k by_place"),
-    ("infer.py", "replace(thinking, **by_field)", "thinking", JUDGING + " -k by_place"),
+    ("infer.py", "if fields or not isinstance", "if not isinstance", JUDGING + " -k by_name"),
+    ("infer.py", "return Thinking(**fields)", "return Thinking()", JUDGING + " -k by_name"),
     ("infer.py", "for name in FLAGS if name in args}", "for name in ()}", JUDGING + " -k flags_say"),
     ("infer.py", "draw_seed(thinking.seed, number)", "draw_seed(thinking.seed)", MODEL),
     # -- support

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DIMENSIONS, Pair, follows_format, parse_cot
+from data import DIMENSIONS, DataError, Pair, follows_format, parse_cot
 from infer import measure
 from presets import release
 from presets.strict import thought
@@ -239,3 +239,12 @@ def test_huge_nonsense_takes_no_time(text):
     started = time.process_time()
     assert read_annotation(text) is None
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("overall", [10**400, 7, -1, True, "9"])
+def test_an_overall_score_that_is_none_is_named_with_its_row(overall, world_dir, tmp_path):
+    row = json.loads((world_dir / "train.jsonl").read_text().splitlines()[0]) | {"overall_a": overall}
+    row |= {side: str(world_dir / row[side]) for side in ("video_a", "video_b")}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"pairs\.jsonl, row 1: overall_a is not a number from 1 to 5"):
+        read_pairs(tmp_path / "pairs.jsonl")

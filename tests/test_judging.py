@@ -8,6 +8,7 @@ import shutil
 from argparse import ArgumentParser
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import infer
 from data import DIMENSIONS, TEXT_LIMIT, DataError, Pair, Processor, read_pairs
-from infer import Thinking, by_key, evaluate, judge, report
+from infer import Thinking, by_key, evaluate, judge, report, reward
 from model import DeScore
 from support import tables
 from support.command import run_command
@@ -63,19 +64,20 @@ def broken(world_dir, tmp_path):
 # One record of how a model thinks
 
 
-def test_judge_takes_the_record_or_its_fields_by_name_or_by_place(model, keys):
+def test_judge_takes_the_record_or_its_fields_by_name(model, keys):
     thinking = Thinking(6, 3.0, samples=2, seed=3, think_tokens=900)
     expected = list(judge(model, keys, thinking))
     assert all(record["score_std"] > 0 for record in expected)
     by_name = {"max_new_tokens": 6, "temperature": 3.0, "samples": 2, "seed": 3, "think_tokens": 900}
-    for places, options in (((), {"thinking": thinking}), ((), by_name), ((6, 3.0, 3, 900), {"samples": 2}),
-                            ((Thinking(6, seed=3, think_tokens=900),), {"temperature": 3.0, "samples": 2})):
-        assert list(judge(model, keys, *places, **options)) == expected
-    assert list(judge(model, keys, thinking, seed=4)) != expected
+    for options in ({"thinking": thinking}, by_name):
+        assert list(judge(model, keys, **options)) == expected
+    assert list(judge(model, keys, **by_name | {"seed": 4})) != expected
     with pytest.raises(TypeError, match="max_token"):
         judge(model, keys, max_token=6)
-    with pytest.raises(TypeError, match="positional"):
-        judge(model, keys, 6, 3.0, 3, 900, ())
+    for call in (partial(judge, model, keys, 6), partial(judge, model, keys, thinking, seed=4),
+                 partial(reward, model, keys[0][0], "p", thinking=thinking, temperature=None)):
+        with pytest.raises(TypeError, match="give one Thinking, or its fields by name"):
+            call()
 
 
 @pytest.mark.parametrize(("module", "words", "default"), [
@@ -387,10 +389,10 @@ def test_a_score_that_is_not_finite_is_an_error(model, keys, broken, value):
     model.head.weight.data[0, 0] = value
     for options in ({}, {"samples": 2}, {"think": False}):
         with pytest.raises(DataError, match=r"mp4: its score\w* is .*(nan|inf); .*backbone has no"):
-            list(judge(model, keys[:1], 5, **options))
+            list(judge(model, keys[:1], max_new_tokens=5, **options))
     with pytest.raises(DataError, match="its score is"):
         evaluated(model, read_pairs(broken[0])[:1])
-    (record,) = judge(model, keys[:1], 5, finite=False)
+    (record,) = judge(model, keys[:1], max_new_tokens=5, finite=False)
     assert record["cot"] and record["video"] == keys[0][0]
 
 

@@ -283,7 +283,7 @@ def test_some_run_into_the_limit_while_others_have_gone(model, keys, drawn_by_nu
 
 
 def test_what_is_sampled_for_a_video_goes_by_its_number(model, keys):
-    one, two, again = (by_key(judge(model, some, 30, temperature=1.7))[keys[0]]["cot"]
+    one, two, again = (by_key(judge(model, some, max_new_tokens=30, temperature=1.7))[keys[0]]["cot"]
                        for some in ([keys[0], keys[1]], [keys[1], keys[0]], [keys[2], keys[0]]))
     assert one != two == again
 
@@ -609,10 +609,11 @@ def test_a_model_of_the_release_thinks_with_its_penalty_when_it_thinks_greedily(
             ("ours", {}, 1.0), ("release", {}, 1.05), ("release", {"temperature": 1.0}, 1.0),
             ("release", {"repetition_penalty": 1.0}, 1.0), ("ours", {"repetition_penalty": 1.2}, 1.2)):
         penalties.clear()
-        list(judge(in_layout(model, layout), keys[:1], 2, **options))
+        list(judge(in_layout(model, layout), keys[:1], max_new_tokens=2, **options))
         assert penalties == ([] if expected == 1 else [expected] * 2)  # of two tokens
     for penalty, temperature, message in (
             (1.1, 0.7, "1.1 is for temperature 0, not 0.7"), (0.0, 0.0, "0.0 is not above 0"),
             (-1.0, 0.0, "-1.0 is not above 0")):
         with pytest.raises(DataError, match=f"a repetition penalty of {message}"):
-            list(judge(model, keys[:1], 2, temperature, repetition_penalty=penalty))
+            list(judge(model, keys[:1], max_new_tokens=2, temperature=temperature,
+                       repetition_penalty=penalty))

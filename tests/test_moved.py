@@ -23,6 +23,7 @@ from launch import Started, run
 
 import coldstart
 import rl
+from infer import Thinking, judge
 from model import DeScore
 from support.settings import parse_args
 
@@ -166,6 +167,13 @@ def a_flag_has_become_a_command(old, new, tmp_path):
 def a_keyword_is_gone(old, new, tmp_path):
     assert "without_cot" not in inspect.signature(DeScore.score).parameters
     assert list(inspect.signature(DeScore.group).parameters)[1:4] == ["batch", "tokens", "mask"]
+
+
+@case("`judge(model, keys, 140)`")
+def how_it_thinks_goes_by_name(old, new, tmp_path):
+    with pytest.raises(TypeError, match="its fields by name"):
+        judge(None, [], 140)
+    assert "max_new_tokens=140" in new[0] and Thinking(max_new_tokens=140).max_new_tokens == 140
 
 
 @case("`data.both`")

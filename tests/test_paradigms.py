@@ -159,3 +159,14 @@ def test_every_paradigm_trains_and_what_it_makes_is_judged(world_dir, tmp_path):
     (record,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
                  if '"grpo_loss"' in line]
     assert math.isfinite(record["grpo_loss"]) and record["grad_norm"] >= 0
+
+
+@pytest.mark.parametrize("way", ["expected", "supervise", "pairwise"])
+def test_nothing_but_ties_teaches_nothing(way, world_dir, tmp_path):
+    rows = [json.loads(line) | {"preference": "tie"} for line in (world_dir / "train_cots.jsonl").open()]
+    for row in rows:
+        row |= {side: str(world_dir / row[side]) for side in ("video_a", "video_b")}
+    (tmp_path / "ties.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    done = run("experiments/paradigms.py", way, "--train", tmp_path / "ties.jsonl", "--model",
+               ROOT / "toy/backbone", "--out", tmp_path / "out", *TOY_VIDEO, "--lora-rank", 4, check=False)
+    assert done.returncode == 1 and "nothing but ties" in done.stderr and "Traceback" not in done.stderr

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -286,10 +287,13 @@ def test_sub_scores_are_falsified_in_answer_and_thought():
 # With a model
 
 
+@pytest.mark.parametrize("fps", [None, 6.3])  # of which the frames divided by it, times it, is less
 @pytest.mark.parametrize("layout", ["ours", "release", "release at a size"])
-def test_the_score_as_it_is_is_that_of_judge(model, keys, layout):
+def test_the_score_as_it_is_is_that_of_judge(model, keys, layout, fps):
     """In either layout; read again behind its own CoT it is the same."""
     in_layout(model, layout.split()[0])
+    if fps:
+        model.processor.settings = replace(model.processor.settings, fps=fps)
     if layout == "release at a size":
         model.info["scoring_video"] = {"min_pixels": 1024, "max_pixels": 1024}
     judged = by_key(judge(model, keys[:2], max_new_tokens=40))
@@ -355,7 +359,8 @@ def test_the_table_of_whole_cots_has_every_row(world_dir, scorer, tmp_path):
     found, pairs = json.loads(done.stdout), read_pairs(path)
     assert found["pairs"] == 2 and found["videos"] == 4 and "2 pairs" in done.stderr
     assert set(found["rows"]) == set(probe.WORDS) and found["spread"]["mean"] > 0
-    judged = by_key(judge(DeScore.load(scorer), [key for pair in pairs for key in pair.videos()], 140))
+    judged = by_key(judge(DeScore.load(scorer), [key for pair in pairs for key in pair.videos()],
+                          max_new_tokens=140))
     right = 0
     for pair in pairs:
         a, b = (judged[key]["score"] for key in pair.videos())

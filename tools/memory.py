@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from data import DataError, Key
-from infer import Thinking, by_key, judge
+from infer import Thinking, by_key, judge, one_record
 from model import DeScore
 from support import tables
 from tools import client
@@ -196,7 +195,7 @@ def reward(
     keys = list(dict.fromkeys(asked))
     if thinking is None and fields.get("temperature") is None:
         fields["temperature"] = float(fields.get("samples", 1) > 1)
-    thinking = replace(thinking or Thinking(), **fields)
+    thinking = one_record(thinking, fields)
     fits = thinking.samples >= 1 and thinking.max_new_tokens >= 1
     if not (fits and thinking.temperature >= 0 and thinking.seed >= 0):
         raise DataError("samples or max_new_tokens below 1, or temperature or seed below 0")

@@ -166,7 +166,7 @@ class Held:
     def __init__(self, clip: Seen, fps: float):
         self.clip = clip
         self.total = len(clip.frames)
-        self.fps = fps
+        self.fps = fps * (1 - 1e-9)  # a hair less: rounding must not leave out the last frames
         self.seconds = clip.seconds
 
     def frames(self, indices: list[int]) -> Iterator[np.ndarray]:

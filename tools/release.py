@@ -34,10 +34,14 @@ class Watched(Batch):
 
     seconds: list[list[float]] | None = None  # of the frames of each row
 
+    def select(self, rows: list[int]) -> "Watched":
+        return replace(super().select(rows), seconds=[self.seconds[row] for row in rows])
+
 
 class Release(DeScore):
     """A model that thinks as ours does, and scores in the release's layout. Its batches have to
-    say their sources."""
+    say their sources. An engine that is to think for it stands for `DeScore.think`, which this
+    `think` calls; what stands for this one has to score by the second pass itself."""
 
     def own_penalty(self, temperature: float) -> float:
         return 1.0 if temperature else REPETITION_PENALTY
