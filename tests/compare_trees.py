@@ -169,21 +169,29 @@ def run_both(trees: dict[str, Path], case: str, work: Path) -> None:
 # ------------------------------
 # Comparing what it left
 
+BAR = re.compile(r"([\w -]*): +\d+%\|[^|]*\| *(\d+)/(\d+) \[[^,\]]*,?[^,\]]*([^\]]*)\]")  # tqdm's
+
+
+def finished(bar: re.Match) -> str:
+    """What a progress bar says in the end. What it says earlier, and whether one that vanishes is seen at
+    all, depends on the time."""
+    what, done, total, figures = bar.groups()
+    return "" if done != total or what.startswith("evaluate") else f"{what}: {done}/{total}{figures}"
+
 
 def normalise(text: str) -> str:
-    """A text without what two equal runs say differently: folders, ports, times of a bar and its states but
-    the last."""
+    """A text without what two equal runs say differently: folders, ports, addresses, times."""
     text = re.sub(r"/\S*?/(old|new)/tree\b", "TREE", text)
     text = re.sub(r"/\S*?/(old|new)/(?=[\w-]+/)", "WORK/", text)
     text = re.sub(r"(127\.0\.0\.1|localhost):\d+|0x[0-9a-f]{8,}", r"\1:PORT", text)
     text = re.sub(MOVED, "ROOM", text)
     text = re.sub(rf"(?m)^({DROPPED})\n", "", text)
     text = re.sub(r"(?s)^usage: .*?(?=^\S+: error:|\Z)", "usage\n", text, flags=re.MULTILINE)
-    lines = []
-    for line in text.replace("\x1b[A", "").split("\n"):
-        states = [state for state in line.split("\r") if state.strip()] or [""]
-        lines.append(re.sub(r"\|[^|]*\| *(\S+) \[[^,\]]*,?[^,\]]*", r" \1 [", states[-1]).rstrip())
-    return "\n".join(lines)
+    if "\r" not in text:
+        return text
+    lines = BAR.sub(finished, text.replace("\x1b[A", "").replace("\r", "\n")).split("\n")
+    lines = [line.rstrip() for line in lines if line.strip()]
+    return "\n".join(line for number, line in enumerate(lines) if line not in lines[number - 1 : number])
 
 
 def plain(value, place: str = "", without: tuple[str, ...] = ()):
