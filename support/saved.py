@@ -135,14 +135,14 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: st
             for path in sorted(directory.glob("model*.safetensors")):
                 tensor_names(path)
         try:
-            qwen, found = Qwen3VLForConditionalGeneration.from_pretrained(
+            qwen, names = Qwen3VLForConditionalGeneration.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
         except RuntimeError as error:
             if "mismatched" in str(error):  # says no more, but that it was not ignored
                 raise ValueError("its weights have other shapes than config.json says") from error
             raise
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    check_names(directory, lacking=found["missing_keys"], unused=found["unexpected_keys"])
+    check_names(directory, lacking=names["missing_keys"], unused=names["unexpected_keys"])
     check_finite(directory, dict(qwen.named_parameters()))
     for module in qwen.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # of 4 bits; rules out gradients
@@ -201,8 +201,9 @@ def load_adapter(model, directory: Path) -> None:
             raise DataError(f"{file}: no such file, and the model is an adapter")
     with error_context(f"{directory}: its adapter cannot be loaded on {model.source}", Exception):
         model.backbone = PeftModel.from_pretrained(model.qwen, str(directory))
-        found, wanted = tensor_names(path), set(adapter_weights(model))
-    check_names(path, lacking=wanted - found, unused=found - wanted)
+        in_file = tensor_names(path)
+        wanted = set(adapter_weights(model))
+    check_names(path, lacking=wanted - in_file, unused=in_file - wanted)
     check_finite(path, adapter_weights(model))
 
 

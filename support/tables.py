@@ -53,11 +53,11 @@ def ranking(model, judged: dict[Key, dict]) -> list[dict] | dict:
     """The videos of one prompt that could be read, described, the best first; of a single video
     its description. Raises DataError if none could be read."""
     records = list(judged.values())
-    found = [describe(model, record) for record in records if "error" not in record]
-    if not found:
+    described = [describe(model, record) for record in records if "error" not in record]
+    if not described:
         raise DataError(records[0]["error"] if len(records) == 1 else "no video can be read")
-    found.sort(key=lambda record: -record["score"])
-    return found if len(records) > 1 else found[0]
+    described.sort(key=lambda record: -record["score"])
+    return described if len(records) > 1 else described[0]
 
 
 def check_scores(model, records: list[dict]) -> None:
@@ -88,9 +88,9 @@ def readable(pairs: list[Pair],
     return kept, {key: judged[key] for key in keys_of(kept)}, {"unreadable": left_out} if left_out else {}
 
 
-def as_json(found) -> str:
+def as_json(figures) -> str:
     """JSON for users, with null for figures that have no base, such as the accuracy of ties."""
-    return json.dumps(plain(found), ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain(figures), ensure_ascii=False, allow_nan=False)
 
 
 def plain(value):
@@ -102,35 +102,35 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def show_ranking(found: list[dict] | dict) -> str:
-    """What `ranking` found for a reader."""
-    if isinstance(found, dict):
-        return show(found)
+def show_ranking(ranked: list[dict] | dict) -> str:
+    """What `ranking` returns, for a reader."""
+    if isinstance(ranked, dict):
+        return show(ranked)
     lines = []
-    for place, record in enumerate(found, 1):
+    for place, record in enumerate(ranked, 1):
         lines.append(f"{place}. {show_score(record)}  {record['video']}")
     return "\n".join(lines)
 
 
-def show_score(found: dict) -> str:
-    spread = f" ± {found['score_std']:.4f}" if "score_std" in found else ""
-    z = found.get("standardised")
+def show_score(record: dict) -> str:
+    spread = f" ± {record['score_std']:.4f}" if "score_std" in record else ""
+    z = record.get("standardised")
     place = "" if z is None else f"   ({z:+.2f} standard deviations from the mean)"
-    more = "".join(f"   {name} {value:+.4f}" for name, value in further(found).items())
-    return f"{found['score']:+.4f}{spread}{place}{more}"
+    more = "".join(f"   {name} {value:+.4f}" for name, value in further(record).items())
+    return f"{record['score']:+.4f}{spread}{place}{more}"
 
 
-def show(found: dict) -> str:
+def show(record: dict) -> str:
     """A described video for a reader: the CoT, a table of sub-scores, the score."""
     lines = []
-    if found["cot"] is not None:
-        lines = [found["cot"].strip(), ""]
-        if found["truncated"]:
+    if record["cot"] is not None:
+        lines = [record["cot"].strip(), ""]
+        if record["truncated"]:
             lines.append("(the CoT ran into the token limit and was scored as it stands)")
-        if not found["sub_scores"]:
+        if not record["sub_scores"]:
             lines.append("(no sub-scores can be read from this CoT)")
-        lines += [f"{name:<12} {value}" for name, value in (found["sub_scores"] or {}).items()]
-    return "\n".join([*lines, f"{'score':<12} {show_score(found)}"])
+        lines += [f"{name:<12} {value}" for name, value in (record["sub_scores"] or {}).items()]
+    return "\n".join([*lines, f"{'score':<12} {show_score(record)}"])
 
 
 def bootstrap(figure: Callable[[torch.Tensor], float], count: int,

@@ -401,6 +401,8 @@ def test_a_model_scores_in_the_layout_that_it_is_loaded_in(keys, tmp_path):
             (again, None, Release), (again, "ours", DeScore), (again, "release", Release),
             (tmp_path / "DeScore", None, DeScore), (BACKBONE, "release", Release)):
         assert type(load(source, layout=layout)) is kind
+    shutil.copy(weights.parent / "rm_head.pth", tmp_path / "DeScore")  # beside a head of ours it is not read
+    assert type(load(tmp_path / "DeScore")) is DeScore
     found = {name: scores_of(load(again, layout=name), keys) for name in ("ours", "release")}
     assert found["ours"] == scores_of(ours, keys) != found["release"] == scores_of(own, keys)
     with pytest.raises(DataError, match="there is no scoring layout 'theirs', but ours and release"):
