@@ -1,15 +1,15 @@
 """Do two trees of the project do the same? Run every command and flag in both, compare what they leave.
 
     python tests/compare_trees.py OLD NEW --keep DIR       # a table; exit code 1 if anything differs
-    python tests/compare_trees.py OLD NEW --only 'rl*'     # some cases, and those that they build on
-    python tests/compare_trees.py OLD OLD --effects '*'    # which flags change nothing that is compared
+    python tests/compare_trees.py OLD NEW --keep DIR --reuse --only 'rl*'    # some cases, and those that they
+                                                           # build on; OLD is not run again
+    python tests/compare_trees.py OLD OLD --keep DIR --effects rl.py         # which flags change nothing there
 
 A case is a list of commands, run in a folder of its own (DIR/old/CASE, DIR/new/CASE) on inputs that OLD
 makes (DIR/data; tests/compare_inputs.py). Commands have their old names, which NEW answers through its stubs.
 Compared are stdout, stderr, exit codes and all files, floats to the bit; not compared are times, ports, what
 a progress bar shows before its end, and digests of code. A flag of OLD that no case gives a value other than
-its default is an error. The cases, and what differs on purpose, stand in
-tests/compare_cases.py.
+its default is an error. The cases, and what differs on purpose, stand in tests/compare_cases.py.
 """
 
 import argparse
@@ -106,6 +106,7 @@ def run_case(tree: Path, lines: list[str], folder: Path) -> None:
     for process in running:
         process.terminate()
     wait(folder, running)
+    (folder / "commands").write_text("\n".join(lines))  # last, so that it says that all is there
 
 
 def split_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -156,12 +157,14 @@ def wait(folder: Path, started: list) -> None:
                 (folder / f"{process.name}.{kind}").write_text("killed\n")
 
 
-def run_both(trees: dict[str, Path], case: str, work: Path) -> None:
-    """Run a case in both trees, side by side."""
-    started = [FORK.Process(target=run_case, args=(tree, CASES[case], work / name / case))
-               for name, tree in trees.items()]
-    for process in started:
-        process.start()
+def run_both(trees: dict[str, Path], case: str, work: Path, reuse: bool = False) -> None:
+    """Run a case in both trees, side by side; `reuse` what OLD has left of the same commands."""
+    started = []
+    for name, tree in trees.items():
+        done = work / name / case / "commands"
+        if not (reuse and name == "old" and done.is_file() and done.read_text() == "\n".join(CASES[case])):
+            started.append(FORK.Process(target=run_case, args=(tree, CASES[case], work / name / case)))
+            started[-1].start()
     for process in started:
         process.join()
 
@@ -276,7 +279,7 @@ def files(folder: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = re.sub("tfevents.*", "tfevents", path.relative_to(folder).as_posix())
-        if path.is_file() and not name.startswith("runs/toy/"):
+        if path.is_file() and name != "commands" and not name.startswith("runs/toy/"):
             found[name] = path
     return found
 
@@ -389,6 +392,7 @@ def main() -> None:
     add("--only", metavar="PATTERN", nargs="+", default=["*"], help="cases by their names")
     add("--list", action="store_true", help="list the cases")
     add("--keep", type=Path, metavar="DIR", help="a folder for inputs and outputs; inputs in it are used")
+    add("--reuse", action="store_true", help="take what OLD has left in --keep of the same commands")
     add("--effects", metavar="PATTERN", help="look for flags without an effect in these commands of OLD, "
         "whose cases have been run in --keep")
     args = parser.parse_args()
@@ -423,7 +427,7 @@ def main() -> None:
     failed = 0
     for case in cases:
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        run_both(trees, case, work)
+        run_both(trees, case, work, args.reuse)
         failed += compare_case(case, work, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
     print("\n".join(missed))
     print(f"{len(cases)} cases, {failed} differences not on purpose, {len(missed)} flags without a case, "
