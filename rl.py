@@ -501,6 +501,7 @@ def main() -> None:
     if done == 0 and args.eval_before:
         run.evaluate(0, model, tests)
     model.train()
+    step = done
     bar = progress("rl", done, last, ranks)
     for step in bar:
         started = time.time()
@@ -577,7 +578,7 @@ def main() -> None:
             return run.stopped(step, last)
 
     run.save_model(model)
-    run.finish(run.evaluate(last, model, tests))
+    run.finish(run.evaluate(step, model, tests))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def test_a_break_ends_a_run_with_its_model_saved_and_evaluated(world_dir, tmp_pa
     run(script, *stage1(world_dir, tmp_path / "out"))
     found = records(tmp_path / "out")
     assert [record["step"] for record in found if "loss" in record] == [1, 2]
-    assert "test_id/accuracy" in found[-1] and (tmp_path / "out/model/descore.safetensors").is_file()
+    assert "test_id/accuracy" in found[-1] and found[-1]["step"] == 2
+    assert (tmp_path / "out/model/descore.safetensors").is_file()
 
 
 def test_another_optimiser_is_one_line(world_dir, tmp_path):
