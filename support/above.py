@@ -3,6 +3,7 @@
 import importlib
 import runpy
 import sys
+from types import ModuleType
 
 
 class NotHere(FileNotFoundError):
@@ -12,19 +13,31 @@ class NotHere(FileNotFoundError):
 def from_above(module: str, name: str):
     """What a module of another folder offers under this name, such as ("tools.report", "write_page").
     Raises NotHere where the project has no such module."""
+    return getattr(import_above(module, name), name)
+
+
+def import_above(module: str, what: str) -> ModuleType:
+    """A module of another folder, in which `what` is. Raises NotHere where there is none."""
     try:
-        return getattr(importlib.import_module(module), name)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # a package that the module imports
         folder, _, file = module.rpartition(".")
-        raise NotHere(f"{name} is in {folder}/{file}.py, and this copy of the project has no such file: "
+        raise NotHere(f"{what} is in {folder}/{file}.py, and this copy of the project has no such file: "
                       f"it needs the folder {folder}/ too") from error
 
 
 def moved(old: str, new: str) -> None:
     """Let an old module's name stand for a new module: run it where the old one is run, else be it."""
+    try:
+        module = import_above(new, "what was here")
+    except NotHere as error:
+        if old == "__main__":
+            raise SystemExit(f"error: {error}") from error
+        raise
     if old == "__main__":
+        del sys.modules[new]  # it is to run as the script
         runpy.run_module(new, run_name="__main__", alter_sys=True)
     else:
-        sys.modules[old] = importlib.import_module(new)
+        sys.modules[old] = module

@@ -142,7 +142,7 @@ class Checkpoints:
         weights = {}
         for name, tensor in self.tensors.items():
             if name not in stored:
-                raise ValueError(f"it holds no {name}, which this run keeps")
+                raise ValueError(f"it was made without {name}, which this run keeps")
             weights[name] = shard_like(stored[name], tensor)
             if weights[name].shape != tensor.shape or weights[name].dtype != tensor.dtype:
                 raise ValueError(f"{name.removeprefix('weight/')} has another shape or type than "

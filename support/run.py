@@ -264,8 +264,9 @@ class Run:
                 if "error" not in judged[name][key]:
                     record = {"step": step, "test": name, **judged[name][key]}
                     self.log(record | {"reference": references[key]}, "held_out")
-            records = judged[name].values()  # those of the last set give the model its scale
-            self.scores = [record["score"] for record in records if "error" not in record]
+            if f"{name}/score_mean" in figures:  # the last set that has it gives the model its scale
+                records = judged[name].values()
+                self.scores = [record["score"] for record in records if "error" not in record]
         return figures
 
     def ask_to_stop(self, number, frame) -> None:

@@ -92,6 +92,7 @@ MUTANTS = [
      FORGIVING + " -k overall_score_that"),
     ("experiments/paradigms.py", "if not pairs:\n        raise", "if False:\n        raise",
      PARADIGMS + " -k ties"),
+    ("support/run.py", 'if f"{name}/score_mean" in figures:', "if True:", STAGES + " -k in_vain"),
     # -- stage 2: rewards
     ("rl.py", "float(follows_format(text, dimensions, tags))", "1.0", EQUATIONS),
     ("rl.py", "(n_tokens - low) / (high - low)", "n_tokens / high", EQUATIONS),

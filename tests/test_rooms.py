@@ -2,7 +2,10 @@
 
 import ast
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, TOY_VIDEO
@@ -77,6 +80,15 @@ def test_the_api_that_stands_above_is_missed_in_one_line(trained, tmp_path):
     (trained / "ask.py").write_text("from infer import reward\n")
     done = run("ask.py", root=trained, check=False)
     assert "reward is in tools/memory.py, and this copy" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("words", [["-m", "support.check", "x"], ["-c", "from support import client"]])
+def test_an_old_name_says_what_it_needs(words, trained):
+    done = subprocess.run([sys.executable, *words], check=False, cwd=trained, capture_output=True, text=True,
+                          env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "it needs the folder tools/ too" in last
+    assert ("Traceback" in done.stderr) == (words[0] == "-c")
 
 
 # ------------------------------------------------------------------------------------------------------------

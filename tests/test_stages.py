@@ -358,3 +358,17 @@ def test_a_stage_trains_in_our_layout_whatever_the_models_own(world_dir, tmp_pat
         saved = json.loads((tmp_path / f"out-{layout}/model/descore.json").read_text())
         assert saved.get("scoring_layout", "ours") == "ours"
     assert figures[0]["loss"] == figures[1]["loss"] and figures[0]["grad_norm"] == figures[1]["grad_norm"]
+
+
+def test_a_last_test_set_of_which_nothing_can_be_read_does_not_end_a_run_in_vain(world_dir, tmp_path):
+    pair = json.loads((world_dir / "test_id.jsonl").read_text().splitlines()[0])
+    (tmp_path / "no.mp4").write_bytes(b"not a video" * 100)
+    pair |= {"video_a": str(tmp_path / "no.mp4"), "video_b": str(tmp_path / "no.mp4")}
+    (tmp_path / "broken.jsonl").write_text(json.dumps(pair) + "\n")
+    run("coldstart.py", "--model", ROOT / "toy/backbone", "--train", world_dir / "train_cots.jsonl",
+        "--epochs", 1, "--out", tmp_path / "out", "--batch-size", 12, *QUICK, "--eval-before", "false",
+        "--max-new-tokens", 5, "--test", world_dir / "test_id.jsonl", tmp_path / "broken.jsonl")
+    info = json.loads((tmp_path / "out/model/descore.json").read_text())
+    figures = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
+    assert info["score_mean"] == figures["test_id/score_mean"] and figures["broken/unreadable"] == 1
+    assert info["score_quantiles"][0] <= info["score_mean"] <= info["score_quantiles"][-1]
