@@ -2,8 +2,8 @@
 
     python tests/compare_trees.py OLD NEW --keep DIR       # a table; exit code 1 if anything differs
     python tests/compare_trees.py OLD NEW --keep DIR --reuse --only 'rl*'    # some cases, and those that they
-                                                           # build on; OLD is not run again
-    python tests/compare_trees.py OLD OLD --keep DIR --effects rl.py       # which flags change nothing there
+                                         # build on; OLD is not run again
+    python tests/compare_trees.py OLD OLD --keep DIR --effects rl.py  # which flags change nothing there
 
 A case is a list of commands, run in a folder of its own (DIR/old/CASE, DIR/new/CASE) on inputs that OLD
 makes (DIR/data; tests/compare_inputs.py). Commands have their old names, which NEW answers through its stubs.
