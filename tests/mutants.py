@@ -330,7 +330,7 @@ MUTANTS = [
     # -- inference
     ("infer.py", "right[human != 0]", "right", EQUATIONS),
     ("infer.py", "allowed[1:-1] = size[1:] != size[:-1]", "pass", EQUATIONS),
-    ("infer.py", "differences.append(a - b)", "differences.append(b - a)", STAGES),
+    ("infer.py", "differences.append(a - b)", "differences.append(b - a)", JUDGING + " -k margin_is"),
     ("infer.py", "tables.check_scores(model, records)", "pass", JUDGING + " -k finite"),
     ("infer.py", "    if finite:\n        model.check_head()", "pass", STAGES + " -k one_clear_line"),
     ("infer.py", "for key, record in by_key(records).items() if key not in done]",

@@ -622,3 +622,11 @@ def test_the_release_reads_a_video_once_for_all_its_scores(model, keys, monkeypa
         (found,) = judge(model, keys[:1], max_new_tokens=3, temperature=1.0, samples=3, without_cot=True)
         assert {"score", "score_std", "score_no_cot"} <= set(found)
         assert len([count for count in read if count > 1]) == 1 + more and sum(encoded) == 1 + more
+
+
+def test_a_margin_is_a_less_b():
+    pairs = [Pair("p", "a.mp4", "b.mp4", "A"), Pair("p", "b.mp4", "c.mp4", "B")]
+    scores = {"a.mp4": 2.5, "b.mp4": 1.0, "c.mp4": -1.0}
+    judged = {(video, "p"): {"score": score} for video, score in scores.items()}
+    assert infer.margins(pairs, judged, "score").tolist() == [1.5, 2.0]
+    assert infer.margins(pairs, judged, "score_no_cot") is None
