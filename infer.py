@@ -9,7 +9,7 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from data import (
     parse_cot,
     per_video,
 )
-from model import DeScore, check_penalty
+from model import DeScore, Thoughts, check_sampling
 from support import tables
 from support.above import from_above
 from support.batches import (
@@ -40,11 +40,14 @@ from support.batches import (
     read_ahead,
     split_unreadable,
 )
-from support.command import READER, Count, NotNegative, Positive, Whole, run_command
+from support.command import READER, Count, Positive, Temperature, Whole, run_command
 from support.files import LAYOUTS, MODELS, default_model
 from support.formats import read_pairs
 from support.ranks import ALONE, Ranks
 from support.shard import gathered
+
+# Why the score behind a CoT does not count, or None: of the text, and whether it was cut off.
+Unfit = Callable[[str, bool], str | None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def one_record(thinking: Thinking | None, fields: dict) -> Thinking:
 def judge(
         model: DeScore, keys: list[Key], thinking: Thinking | None = None, *,
         done: Collection[Key] = (), think=True, without_cot=False, workers=0, finite=True,
-        ranks: Ranks = ALONE, numbers: list[int] | None = None, **fields) -> Iterator[dict]:
+        ranks: Ranks = ALONE, numbers: list[int] | None = None,
+        unfit: Unfit | None = None, **fields) -> Iterator[dict]:
     """Think about many (video, prompt) keys and score them, except those that are `done`. thinking: a
     record, or in its place its fields by name, such as samples=4.
 
@@ -91,7 +95,9 @@ def judge(
     Yields one dict per key: video, prompt, cot, truncated, score. With more samples than one,
     score is the mean over them, score_std their spread, and cot the first. `without_cot` adds
     score_no_cot; without `think` that alone is there. For an unreadable video: video, prompt,
-    error. Raises DataError for a score that is not finite, unless `finite` is False."""
+    error. `unfit` says of a CoT, and whether it was cut off, why its score does not count, or None;
+    a video then has `usable`, how many CoTs count, and an error where none does. Raises DataError
+    for a score that is not finite, unless `finite` is False."""
     thinking = one_record(thinking, fields)
     if finite:
         model.check_head()
@@ -111,7 +117,7 @@ def judge(
         batches = read_ahead(model.processor, to_read, workers)
         for group, (batch, errors) in zip(groups, batches):
             records = judge_batch(model, group, batch, errors, thinking, think,
-                                  without_cot or not think)
+                                  without_cot or not think, unfit)
             if finite:
                 tables.check_scores(model, records)
             yield [record for key, record in by_key(records).items() if key not in done]
@@ -122,7 +128,8 @@ def judge(
 @torch.no_grad()
 def judge_batch(
         model: DeScore, group: list[tuple[int, Key]], batch: Batch, errors: list[str | None],
-        thinking: Thinking, think: bool, without_cot: bool) -> list[dict]:
+        thinking: Thinking, think: bool, without_cot: bool,
+        unfit: Unfit | None = None) -> list[dict]:
     """`judge` for the numbered keys of one batch, and what is wrong with each, or None."""
     rows, unread = split_unreadable(group, errors)
     if not rows:
@@ -144,26 +151,47 @@ def judge_batch(
                                thinking.temperature, seeds=seeds, without_cot=without_cot,
                                **penalty)
         no_cot = thoughts.scores_no_cot
-        truncated = model.truncated(thoughts)  # (B, n)
         for i, record in enumerate(records):
-            first_cot = thoughts.tokens[i, 0][thoughts.mask[i, 0]]
-            scores = thoughts.scores[i]  # (n,)
-            record["cot"] = model.processor.decode(first_cot)
-            record["truncated"] = truncated[i, 0].item()
-            record["score"] = scores.mean().item()
-            if thinking.samples > 1:
-                record["score_std"] = scores.std().item()
-            # A head of one's own may say more than one number.
-            if thoughts.parts is not None and thoughts.parts.shape[-1] > 1:
-                parts = thoughts.parts[i].mean(0)  # (K,)
-                for place, part in enumerate(parts.tolist(), 1):
-                    record[f"part_{place}"] = part
+            record |= record_thoughts(model, thoughts, i, unfit)
     if without_cot:
         if no_cot is None:
             no_cot = model.score(batch, [None] * len(records))
         for record, score in zip(records, no_cot.tolist()):
             record["score_no_cot"] = score
     return records + unread
+
+
+def record_thoughts(
+        model: DeScore, thoughts: Thoughts, i: int, unfit: Unfit | None = None) -> dict:
+    """What a record has of video i's n CoTs: the score, and the first CoT. With `unfit`, of those
+    that count alone, and how many these are, `usable`; an error where there are none."""
+    cots = [model.processor.decode(tokens[mask])
+            for tokens, mask in zip(thoughts.tokens[i], thoughts.mask[i])]
+    truncated = model.truncated(thoughts)[i].tolist()  # (n,)
+    counted = list(range(len(cots)))
+    record = {}
+    if unfit:
+        reasons = [unfit(cot, cut_off) for cot, cut_off in zip(cots, truncated)]
+        counted = [place for place, reason in enumerate(reasons) if reason is None]
+        record["usable"] = len(counted)
+        if not counted:
+            return record | {"cot": cots[0], "truncated": truncated[0], "error": reasons[0]}
+    first = counted[0]
+    record["cot"] = cots[first]
+    record["truncated"] = truncated[first]
+    scores = thoughts.scores[i, counted]  # (n',)
+    # What was chosen among numbers that ran over is no thought.
+    if not thoughts.logps[i, counted].isfinite().all():
+        scores = torch.full_like(scores, torch.nan)
+    record["score"] = scores.mean().item()
+    if len(counted) > 1:
+        record["score_std"] = scores.std().item()
+    # A head of one's own may say more than one number.
+    if thoughts.parts is not None and thoughts.parts.shape[-1] > 1:
+        parts = thoughts.parts[i, counted].mean(0)  # (K,)
+        for place, part in enumerate(parts.tolist(), 1):
+            record[f"part_{place}"] = part
+    return record
 
 
 # ------------------------------
@@ -341,7 +369,7 @@ def judge_all(
 FLAGS = {
     "samples": {"type": Count, "default": 1, "help": "CoTs a video, their scores averaged"},
     "max_new_tokens": {"type": Count, "default": 4096, "help": "longest CoT"},
-    "temperature": {"type": NotNegative, "help": "0: the likeliest token [0; with --samples 1]"},
+    "temperature": {"type": Temperature, "help": "0: the likeliest token [0; with --samples 1]"},
     "repetition_penalty": {"type": Positive, "help": "at temperature 0: above 1, what the prompt "
                            "or the CoT holds becomes less likely [1; 1.05 in the release's "
                            "layout]"},
@@ -364,11 +392,12 @@ def add_thinking(parser: argparse.ArgumentParser, **changes: dict | None) -> Non
 
 def read_thinking(args: argparse.Namespace) -> Thinking:
     """The record of what a command line says. Where it gives no temperature, args gets 0, or 1
-    with more samples than one. DataError for a penalty that does not go with it."""
+    with more samples than one. DataError for one that is too low, and a penalty
+    that does not go with it."""
     if args.temperature is None:
         args.temperature = 0.0 if args.samples == 1 else 1.0
     thinking = Thinking(**{name: getattr(args, name) for name in FLAGS if name in args})
-    check_penalty(thinking.repetition_penalty or 1.0, thinking.temperature)
+    check_sampling(thinking.temperature, 1.0, thinking.repetition_penalty or 1.0)
     return thinking
 
 

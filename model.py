@@ -32,7 +32,13 @@ from data import Batch, DataError, Processor, VideoSettings, checked
 from support import saved
 from support.attention import GroupCache, pack_rows
 from support.batches import group_by_length, pack_by_budget
-from support.command import LoraConfig, PeftModel, get_peft_model
+from support.command import (
+    LEAST_TEMPERATURE,
+    LEAST_TOP_P,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
 from support.shard import is_sharded
 
 # What LoRA adapts: the language model's linear layers, not lm_head, embeddings, vision tower.
@@ -197,7 +203,7 @@ class DeScore(nn.Module):
         policy, without it."""
         if repetition_penalty is None:
             repetition_penalty = self.own_penalty(temperature)
-        check_penalty(repetition_penalty, temperature)
+        check_sampling(temperature, top_p, repetition_penalty)
         was_training = self.training
         self.eval()
         batch = self.encode(batch)
@@ -556,8 +562,14 @@ def uniform_numbers(seeds: list[int], n: int, count: int) -> Tensor:
     return torch.stack(numbers)
 
 
-def check_penalty(repetition_penalty: float, temperature: float) -> None:
-    """DataError for a repetition penalty that cannot be used at this temperature."""
+def check_sampling(temperature: float, top_p: float, repetition_penalty: float) -> None:
+    """DataError for numbers by which nothing can be drawn, or not from the policy. Divided by a
+    temperature near 0, logits run over; a set of mass near 0 holds no token."""
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < torch.inf:
+        raise DataError(f"a temperature of {temperature} is neither 0 nor at least "
+                        f"{LEAST_TEMPERATURE}")
+    if not LEAST_TOP_P <= top_p <= 1:
+        raise DataError(f"a top_p of {top_p} is not from {LEAST_TOP_P} to 1")
     if not repetition_penalty > 0:
         raise DataError(f"a repetition penalty of {repetition_penalty} is not above 0")
     if repetition_penalty != 1 and temperature:

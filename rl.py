@@ -43,7 +43,18 @@ from data import (
 )
 from model import DeScore
 from support.batches import chunks, draw_seed, plan_step, prompt_lengths
-from support.command import Count, Factor, NotNegative, Number, Positive, Share, TopP, Whole, run_command
+from support.command import (
+    Count,
+    Factor,
+    Heat,
+    NotNegative,
+    Number,
+    Positive,
+    Share,
+    TopP,
+    Whole,
+    run_command,
+)
 from support.formats import read_pairs
 from support.means import Means
 from support.optimize import adamw, all_reduce, clip
@@ -64,7 +75,7 @@ class Args(RunArgs):
     batch_size: Count = setting(128, "pairs a rollout batch, over all ranks")
     updates: Count = setting(32, "optimiser steps a rollout batch")
     group_size: Count = setting(8, "G: rollouts a video")
-    temperature: Positive = setting(1.0, "of the sampling")
+    temperature: Heat = setting(1.0, "of the sampling")
     top_p: TopP = setting(1.0, "of the sampling")
     w_format: Number = setting(0.1, "w_f")
     w_quality: Number = setting(0.7, "w_q")

@@ -134,7 +134,7 @@ def score(model: DeScore, asked: list[world.Scene], chosen: Tensor, think: bool,
         for one in chosen[b]:
             videos.append(torch.from_numpy(world.render(to_clip(one), rng)).permute(0, 3, 1, 2))
             prompts.append(prompt)
-    found = reward(model, videos, prompts, fps=world.FPS, think=think, max_new_tokens=160)
+    found = reward(model, videos, prompts, fps=world.FPS, think=think, max_new_tokens=160, accept_any=True)
     return torch.tensor([record["standardised"] for record in found]).view(chosen.shape[:2])
 
 

@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from data import DataError, error_context
 from support.batches import THINK_TOKENS
-from support.command import READER, Count, NotNegative, Positive, Share, Whole
+from support.command import READER, Count, Positive, Share, Temperature, Whole
 from support.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,7 @@ class RunArgs:
     max_new_tokens: Count = setting(4096, "longest CoT")
     eval_before: bool = setting(True, "evaluate before the first step")
     eval_every: Whole = setting(0, "evaluate every so many steps too [never]")
-    eval_temperature: NotNegative = setting(1.0, "of its CoTs; 1 is the policy itself")
+    eval_temperature: Temperature = setting(1.0, "of its CoTs; 1 is the policy itself")
     keep_rollouts: Whole = setting(4, "videos whose thoughts are written down: of each step of "
                                    "stage 2, and of each test set at each evaluation")
     log: Literal["tensorboard", "wandb"] | None = setting(None, "send the figures there too")

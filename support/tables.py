@@ -11,7 +11,7 @@ import torch
 from data import DataError, Key, Pair, follows_format, is_number, keys_of, parse_cot
 
 # The numbers of a record, or of its description, that have a place of their own.
-PLACED = ("score", "score_std", "score_no_cot", "standardised", "overall_score")
+PLACED = ("score", "score_std", "score_no_cot", "standardised", "overall_score", "usable")
 
 
 def describe(model, record: dict) -> dict:

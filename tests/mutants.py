@@ -37,6 +37,7 @@ READER = "tests/test_reader.py"
 READER_ALL = READER + " -m slow"
 PAIRS, PROBE = "tests/test_pairs.py", "tests/test_probe.py"
 DIGESTS = "tests/test_digests.py"
+JUDGEMENT = "tests/test_judgement.py"
 NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
 
 MUTANTS = [
@@ -426,7 +427,7 @@ MUTANTS = [
     ("support/saved.py", "layout = layout or own_layout", "layout = own_layout", SAVED + " -k layout"),
     ("support/saved.py", "is_file() and not is_ours:", "is_file():", SAVED + " -k layout"),
     ("tools/release.py", "else type(cls.__name__, (Release, cls), {})", "else Release", SAVED + " -k layout"),
-    ("infer.py", "thoughts.parts[i].mean(0)", "thoughts.parts[i, 0]", HEADS),
+    ("infer.py", "thoughts.parts[i, counted].mean(0)", "thoughts.parts[i, 0]", HEADS),
     ("infer.py", '| own\n', '\n', HEADS + " -k figures"),
     ("model.py", "torch.tensor(order).argsort()", "torch.tensor(order)", MODEL),
     ("tools/release.py", "super().score_parts(again, [None] * len(watched))",
@@ -606,12 +607,10 @@ MUTANTS = [
     ("tools/memory.py", "numbers=[number_of(key) for key in keys]", "numbers=None",
      MEMORY + " -k depend"),
     ("tools/memory.py", "keys = list(dict.fromkeys(asked))", "keys = asked", MEMORY + " -k twice"),
-    ("tools/memory.py", "with torch.autocast(model.device.type, enabled=False):", "if True:",
-     MEMORY + " -k precision"),
     ("tools/memory.py", "    model.check_head()\n    asked", "    asked", MEMORY + " -k without_a_head"),
-    ("tools/memory.py", "if not math.isfinite(found[\"score\"]):", "if False:",
+    ("tools/memory.py", "and not math.isfinite(found[\"score\"]):", "and False:",
      MEMORY + " -k none_is"),
-    ("tools/memory.py", "    if standardise:", "    if True:", MEMORY + " -k standardised"),
+    ("tools/memory.py", "if standardise and found", "if found", MEMORY + " -k standardised"),
     ("tools/client.py", "return np.array(frame, np.uint8, order=\"C\")",
      "return np.array(frame, np.uint8, order=\"C\")[:, ::-1].copy()", MEMORY + " -k files_score"),
     ("tools/client.py", "np.rint(frame.astype(", "np.floor(frame.astype(", MEMORY + " -k files_score"),
@@ -763,6 +762,30 @@ MUTANTS = [
     ("tools/journal.py", "and not (name in NEUTRAL and value == NEUTRAL[name])", "",
      JUDGING + " -k penalty"),
     ("tools/journal.py", '"repetition_penalty", "together")', '"together")', JUDGING + " -k written_down"),
+    # -- a reward that is no judgement
+    ("infer.py", "if reason is None]", "]", JUDGEMENT),
+    ("infer.py", "first = counted[0]", "first = 0", JUDGEMENT),
+    ("infer.py", "scores = thoughts.scores[i, counted]", "scores = thoughts.scores[i]", JUDGEMENT),
+    ("infer.py", "if not thoughts.logps[i, counted].isfinite().all():", "if False:", JUDGEMENT),
+    ("infer.py", "without_cot or not think, unfit)", "without_cot or not think)", JUDGEMENT),
+    ("tools/memory.py", "None if accept_any else partial", "None if not accept_any else partial", JUDGEMENT),
+    ("tools/memory.py", "    if truncated:\n", "    if False:\n", JUDGEMENT),
+    ("tools/memory.py", "if is_asked and parse_cot", "if parse_cot", JUDGEMENT),
+    ("tools/memory.py", "is_asked = processor.instruction == usual", "is_asked = False", JUDGEMENT),
+    ("tools/memory.py", "return min(trained, LONGEST_ANSWER)", "return trained", JUDGEMENT),
+    ("tools/memory.py", "return min(trained, LONGEST_ANSWER)", "return LONGEST_ANSWER", JUDGEMENT),
+    ("tools/memory.py", "stack.callback(torch.set_default_dtype, dtype)", "pass", JUDGEMENT),
+    ("tools/memory.py", "if dtype != torch.float32:", "if False:", JUDGEMENT),
+    ("tools/memory.py", "stack.enter_context(torch.device(\"cpu\"))", "pass", JUDGEMENT),
+    ("tools/memory.py", "stack.enter_context(torch.inference_mode(False))", "pass", JUDGEMENT),
+    ("tools/memory.py", "stack.enter_context(torch.autocast(kind, enabled=False))", "pass", JUDGEMENT),
+    ("tools/memory.py", "as_if_alone(), torch.random.fork_rng(devices=[]):", "as_if_alone():", JUDGEMENT),
+    ("support/command.py", "x >= LEAST_TEMPERATURE)\nTemp", "x >= 0)\nTemp", JUDGEMENT),
+    ("support/command.py", "x == 0 or x >= LEAST_TEMPERATURE", "x >= 0", JUDGEMENT),
+    ("support/command.py", "lambda x: LEAST_TOP_P <= x <= 1", "lambda x: 0 < x <= 1", JUDGEMENT),
+    ("model.py", "if temperature != 0 and not LEAST_TEMPERATURE <= temperature", "if not 0 <= temperature",
+     JUDGEMENT),
+    ("model.py", "if not LEAST_TOP_P <= top_p <= 1:", "if not 0 < top_p <= 1:", JUDGEMENT),
 ]
 
 

@@ -509,7 +509,9 @@ def test_every_number_of_a_command_line_has_a_range(monkeypatch):
                     refused.add(odd)
                 else:
                     assert type(value) in (int, float)
-                    kinds = ("Number",) if odd == "-1" else ("Number", "Whole", "NotNegative", "Share")
+                    kinds = ["Number"]
+                    if odd != "-1":
+                        kinds += ["Whole", "NotNegative", "Share", "Temperature"]
                     assert action.type in [RANGES[kind] for kind in kinds]
             assert refused >= set(ODD) - {"-1", "0", "1e-400"}, flag
 

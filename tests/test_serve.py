@@ -42,7 +42,8 @@ from tools import serve as serving
 from tools.client import Client, png
 
 PAGE = (ROOT / "docs/in-a-trainer.md").read_text()
-LIMITS = ["--max-new-tokens", 6, "--max-frames", 40, "--max-pixels", 100_000, "--max-body", 2_000_000]
+LIMITS = ["--accept-any", "--max-new-tokens", 6, "--max-frames", 40, "--max-pixels", 100_000,
+          "--max-body", 2_000_000]
 PORT = re.compile(r": (http://127\.0\.0\.1:(\d+))\n")
 
 
@@ -84,7 +85,7 @@ def url(scorer_dir, clip):
 @pytest.fixture(scope="module")
 def expected(scorer_dir, clip):
     """The record of the clip and the prompt "p"."""
-    return Scorer(scorer_dir, "cpu")(str(clip[0]), "p", max_new_tokens=6)[0]
+    return Scorer(scorer_dir, "cpu")(str(clip[0]), "p", max_new_tokens=6, accept_any=True)[0]
 
 
 def ask(url, path, body, headers=None, method="POST"):
@@ -483,8 +484,8 @@ def test_a_body_of_many_small_values_is_not_parsed(start):
 
 
 def test_beyond_its_queue_it_is_busy_and_it_ends_when_what_it_has_is_done(scorer_dir, clip):
-    process, url = serve(scorer_dir, "--queue", 1, "--window", 1.5, "--max-new-tokens", 6, "--fps", 4,
-                         "--unusable", "-2.5")
+    process, url = serve(scorer_dir, "--queue", 1, "--window", 1.5, "--accept-any", "--max-new-tokens", 6,
+                         "--fps", 4, "--unusable", "-2.5")
     body = {"prompt": ["p", "p"], "video": [frames_in(clip[1]), ["bad"]]}
 
     def wait_for(held):

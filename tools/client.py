@@ -231,9 +231,10 @@ def as_reward(record: dict) -> float:
     return record["score"] if record["standardised"] is None else record["standardised"]
 
 
-def unusable(reason: str) -> dict:
+def unusable(reason: str | None) -> dict:
     """The record of a video that cannot be scored."""
-    return {"score": math.nan, "standardised": None, "cot": None, "sub_scores": None, "error": reason}
+    return {"score": math.nan, "standardised": None, "cot": None, "sub_scores": None,
+            "truncated": None, "format_ok": None, "error": reason}
 
 
 def png(picture: np.ndarray) -> bytes:

@@ -9,6 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
@@ -16,7 +18,7 @@ from threading import Lock
 import numpy as np
 import torch
 
-from data import DataError, Key
+from data import DataError, Key, make_instruction, parse_cot
 from infer import Thinking, by_key, judge, one_record
 from model import DeScore
 from support import tables
@@ -156,26 +158,66 @@ class Together:
 
 
 def rewarded(model, record: dict, standardise: bool = True) -> dict:
-    """A judged video as `reward` gives it: score, standardised, cot, sub_scores, error, and
-    what else is known. Where there is no score, NaN stands for it and the error says why."""
-    if "error" in record:
-        return client.unusable(record["error"])
-    found = tables.describe(model, record)
-    if not math.isfinite(found["score"]):
-        return client.unusable(f"its score is {found['score']}: {model.name} has broken weights, or its "
-                        "numbers ran over")
-    first = {"score": found["score"], "standardised": None, "cot": found["cot"],
-             "sub_scores": found.get("sub_scores"), "error": None}
-    if standardise:
-        first["standardised"] = tables.standardised(model, found["score"])
-    known = {*first, "video", "prompt"}
-    return first | {name: value for name, value in found.items() if name not in known}
+    """A judged video as `reward` gives it: score, standardised, cot, sub_scores, truncated,
+    format_ok, error, and what else is known. Where there is no score, NaN stands for it and the
+    error says why."""
+    found = client.unusable(record.get("error"))
+    if "cot" in record or found["error"] is None:  # a model has seen it
+        known = tables.describe(model, {"score": math.nan} | record)
+        found |= {name: value for name, value in known.items() if name not in ("video", "prompt")}
+    if found["error"] is None and not math.isfinite(found["score"]):
+        found["error"] = (f"its score is {found['score']}: {model.name} has broken weights, or its "
+                          "numbers ran over")
+    found["standardised"] = None
+    if standardise and found["error"] is None:
+        found["standardised"] = tables.standardised(model, found["score"])
+    return found
 
+
+def unfit(model: DeScore, limit: int, cot: str, truncated: bool) -> str | None:
+    """Why the score behind a CoT is no judgement, or None: it never ended, or its answer cannot be
+    read. What a model with an instruction of its own answers is that instruction's affair."""
+    if truncated:
+        return f"its CoT did not end within {limit:,} tokens"
+    processor = model.processor
+    usual = make_instruction(processor.dimensions, processor.tags)
+    is_asked = processor.instruction == usual
+    if is_asked and parse_cot(cot, processor.dimensions, processor.tags) is None:
+        return "its CoT has no answer that can be read"
+    return None
+
+
+# R_l pays for nothing beyond 2,000 tokens (`rl.length_reward`), and no CoT needs more.
+LONGEST_ANSWER = 2048
+
+
+def longest_answer(model: DeScore) -> int:
+    """How many tokens a CoT needs at most: as many as the policy could write when it was trained,
+    and no more than `LONGEST_ANSWER`."""
+    trained = model.info.get("args", {}).get("max_new_tokens", LONGEST_ANSWER)
+    return min(trained, LONGEST_ANSWER)
+
+
+@contextmanager
+def as_if_alone():
+    """Within it torch is as a new process finds it, whatever a trainer has set: default dtype and
+    device, autocast, inference mode. Afterwards they are as they were. The default dtype is one for
+    all threads; it is changed only where it is not float32."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        for kind in {"cpu", "cuda" if torch.cuda.is_available() else "cpu"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
 
 
 def reward(
         model: DeScore, videos, prompts: str | list[str], *, thinking: Thinking | None = None,
-        fps=None, layout: str | None = None, think=True, standardise=True,
+        fps=None, layout: str | None = None, think=True, standardise=True, accept_any=False,
         **fields) -> list[dict]:
     """Think about videos that are at hand, and score how well each follows its prompt.
 
@@ -183,25 +225,29 @@ def reward(
     (B, 3, T, H, W) of several; a list of PIL images; or a list of these. fps: frames a second,
     which files alone say themselves. prompts, fps: one for all videos, or a list. layout: "TCHW",
     "CTHW" or "THWC", where sizes do not tell the colour's axis. thinking: a record, or in its
-    place its fields by name, where the temperature is by default 0, with more samples 1; a video's
-    draws depend on it, its prompt and the seed alone.
+    place its fields by name, where the temperature is by default 0, with more samples 1, and
+    max_new_tokens `longest_answer`; a video's draws depend on it, its prompt and the seed alone.
 
-    Returns a dict a video: score (a mean over the samples), standardised (standard deviations from
-    the mean of held-out videos; None if the model knows none), cot, sub_scores, error. A video that
-    cannot be scored has the score NaN, and an error that says why. What is the same twice is
-    thought about once. DataError where the call makes no sense."""
+    Returns a dict a video: score (a mean over the samples that count), standardised (standard
+    deviations from the mean of held-out videos; None if the model knows none), cot, sub_scores,
+    truncated, format_ok, error. A video that cannot be scored has the score NaN, and an error that
+    says why; so has one whose CoTs are no judgement (`unfit`), unless accept_any. `usable` is the
+    number of its CoTs that count. What is the same twice is thought about once. DataError where the
+    call makes no sense."""
     model.check_head()
     asked = clip_keys(videos, prompts, fps, layout)
     keys = list(dict.fromkeys(asked))
-    if thinking is None and fields.get("temperature") is None:
-        fields["temperature"] = float(fields.get("samples", 1) > 1)
+    if thinking is None:
+        if fields.get("temperature") is None:
+            fields["temperature"] = float(fields.get("samples", 1) > 1)
+        fields.setdefault("max_new_tokens", longest_answer(model))
     thinking = one_record(thinking, fields)
     fits = thinking.samples >= 1 and thinking.max_new_tokens >= 1
     if not (fits and thinking.temperature >= 0 and thinking.seed >= 0):
         raise DataError("samples or max_new_tokens below 1, or temperature or seed below 0")
-    # What a trainer wraps its own model in is not meant for this one.
-    with torch.autocast(model.device.type, enabled=False):
-        judged = by_key(judge(model, keys, thinking, think=think, finite=False,
+    refuse = None if accept_any else partial(unfit, model, thinking.max_new_tokens)
+    with as_if_alone():
+        judged = by_key(judge(model, keys, thinking, think=think, finite=False, unfit=refuse,
                               numbers=[number_of(key) for key in keys]))
     return [rewarded(model, judged[key], standardise) for key in asked]
 
@@ -213,7 +259,9 @@ class Scorer:
     def __init__(self, model_dir: str | Path, device=None, *, window=0.01, reader="av"):
         """window: seconds to wait for others who ask at the same time; reader: of video files
         (`data.read_video`)."""
-        self.model = DeScore.load(model_dir, device=device, reader=reader)
+        # Query and head are drawn before they are loaded; a trainer's noise is not to change by it.
+        with as_if_alone(), torch.random.fork_rng(devices=[]):
+            self.model = DeScore.load(model_dir, device=device, reader=reader)
         self.model.check_head()
         self.together = Together(self.score, window)
 

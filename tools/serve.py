@@ -38,7 +38,7 @@ from support.files import MODELS, default_model
 from support.frames import ERRORS, opened
 from support.tables import as_json, further
 from tools.client import as_reward, from_picture, grey_levels, paired, unusable
-from tools.memory import Clip
+from tools.memory import LONGEST_ANSWER, Clip, longest_answer
 
 try:
     import uvicorn
@@ -343,7 +343,11 @@ def parse_args() -> argparse.Namespace:
     add("--videos", type=Path, help="a folder below which files may be named by their path")
     add("--reader", **READER)
     add("--cot", choices=("on", "off"), default="on", help="off: score without thinking")
-    add_thinking(parser, repetition_penalty=None)
+    add_thinking(parser, repetition_penalty=None, max_new_tokens={
+        "default": None, "help": "longest CoT [what the model was trained to write, at most "
+        f"{LONGEST_ANSWER:,}]"})
+    add("--accept-any", action="store_true", help="score behind CoTs that were cut off or have no "
+        "readable answer too")
     add("--unusable", type=Number, help="reward of /compute for a video that cannot be scored [null]")
     add("--window", type=NotNegative, default=0.02, help="seconds to wait for others who ask")
     add("--queue", type=Count, default=32, help="requests under way at a time; others get 503")
@@ -364,7 +368,10 @@ def main() -> None:
     listening = socket.create_server((args.host, args.port), family=family)
     model = args.model or default_model()
     scorer = Scorer(model, args.device, window=args.window, reader=args.reader)
-    score = partial(scorer, think=args.cot == "on", thinking=read_thinking(args))
+    if args.max_new_tokens is None:
+        args.max_new_tokens = longest_answer(scorer.model)
+    score = partial(scorer, think=args.cot == "on", thinking=read_thinking(args),
+                    accept_any=args.accept_any)
     app = make_app(Service(score, args), model)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{model}: http://{host}:{listening.getsockname()[1]}", flush=True)
