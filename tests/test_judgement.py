@@ -118,12 +118,22 @@ def test_a_cot_may_be_as_long_as_an_answer_needs(model, monkeypatch, clip):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_thought_among_numbers_that_are_none_is_an_error(model, clip, value):
-    model.qwen.lm_head.weight.data[7] = value
-    (found,) = reward(model, clip, "p", max_new_tokens=5, accept_any=True)
-    assert math.isnan(found["score"]) and "its score is nan" in found["error"]
-    with pytest.raises(DataError, match="its score is nan"):
-        list(judge(model, [(clip, "p")], max_new_tokens=5))
+def test_a_thought_among_numbers_that_are_none_is_an_error(model, monkeypatch, clip, value):
+    """Its hidden states, and so its score, may be finite all the same."""
+    logits = model.logits
+
+    def broken(hidden):
+        numbers = logits(hidden)
+        numbers[..., 7] = value
+        return numbers
+
+    monkeypatch.setattr(model, "logits", broken)
+    for temperature in (0.0, 1.0):
+        how = {"max_new_tokens": 5, "temperature": temperature}
+        (found,) = reward(model, clip, "p", accept_any=True, **how)
+        assert math.isnan(found["score"]) and "its score is nan" in found["error"]
+        with pytest.raises(DataError, match="its score is nan"):
+            list(judge(model, [(clip, "p")], **how))
 
 
 @pytest.mark.parametrize(("name", "bad", "good", "bound"), [
