@@ -439,7 +439,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    ranks = Ranks.start()
+    ranks = Ranks.start() if args.pairs else ALONE  # of a few videos one process makes a ranking
     args.model = args.model or default_model()
     model = DeScore.load(args.model, reader=args.reader, layout=args.scoring_layout)
     model.processor.use_instruction(args.instruction)
@@ -449,6 +449,7 @@ def main() -> None:
         column = "problem" if args.instruction == "problem" else "prompt"
         pairs = read_pairs(args.pairs, args.label, args.root, dimensions, column)
         keys = keys_of(pairs)
+        ranks.agree(vars(args), args.pairs, keys)
         if ranks.first:
             print(pairs.summary(), file=sys.stderr)
     else:

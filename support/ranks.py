@@ -1,14 +1,24 @@
 """The processes that torchrun started, and what they tell each other."""
 
+import hashlib
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from threading import Timer
 
 import torch
 import torch.distributed as dist
 
-from data import DataError
+from data import DataError, Key
+from support.files import digest
+
+# What torchrun tells a process. Some of it may be left over from somebody else's.
+TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+QUIET = 5.0  # seconds of waiting for the others, before it is said
 
 
 @dataclass(frozen=True)
@@ -20,8 +30,13 @@ class Ranks:
 
     @staticmethod
     def start() -> "Ranks":
+        """The ranks that the environment speaks of. Raises DataError where it says half of it."""
         if "RANK" not in os.environ:
             return Ranks()
+        lacking = [name for name in TOLD if name not in os.environ]
+        if lacking:
+            raise DataError(f"RANK is set, and {', '.join(lacking)} not: start it by torchrun, or "
+                            "unset RANK to run it alone")
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -29,6 +44,11 @@ class Ranks:
         # torchrun keeps one store over its restarts. Under a name of each restart's own, no
         # rank finds the address of one that died. (Only hosts that all count alike can agree
         # on such a name.)
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        said = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}, waiting for the others at {place}"
+        waiting = Timer(QUIET, print, [said], {"file": sys.stderr, "flush": True})
+        waiting.daemon = True
+        waiting.start()
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -36,6 +56,7 @@ class Ranks:
         # The others wait while the first writes a checkpoint: NCCL's ten minutes can be too few.
         dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                                 timeout=timedelta(hours=2))
+        waiting.cancel()
         return Ranks(dist.get_rank(), dist.get_world_size())
 
     def stop(self) -> None:
@@ -77,6 +98,22 @@ class Ranks:
         if isinstance(answer, DataError):
             raise answer
         return answer
+
+    def agree(self, settings: dict, file: str | Path, keys: list[Key]) -> None:
+        """Raises DataError on all ranks, naming what differs, unless all have the same settings, and
+        see the same file and the same videos, by name and size."""
+        if self.world == 1:
+            return
+        sizes = [os.path.getsize(video) if os.path.isfile(video) else None for video, _ in keys]
+        videos = json.dumps([keys, sizes]).encode()
+        asked = {f"--{name.replace('_', '-')}": repr(value) for name, value in settings.items()}
+        asked |= {str(file): digest(Path(file)), "the videos": hashlib.sha256(videos).hexdigest()}
+        first, *others = self.gather([asked])
+        for rank, other in enumerate(others, 1):
+            differing = [name for name, value in first.items() if other.get(name) != value]
+            if differing:
+                raise DataError(f"rank {rank} is asked about something else than rank 0: "
+                                f"{', '.join(differing)} differ")
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Each number added up over all ranks."""

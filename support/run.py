@@ -115,8 +115,15 @@ class Run:
         """Keep in mind what the run trains on, pairs or other items as a file has them, and list those
         whose videos are missing. Raises DataError where these are more than --max-skipped allows."""
         self.items = items
+        self.ranks.agree(self.deciding, self.args.train, keys_of(items))
         self.skipped = Skipped(self.out / "skipped.jsonl", items, self.args.max_skipped,
                                write=self.ranks.first)
+
+    @property
+    def deciding(self) -> dict:
+        """The settings that decide what is trained."""
+        free = FREE | FREE_IN.get(self.stage, set())
+        return {name: value for name, value in asdict(self.args).items() if name not in free}
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
@@ -135,9 +142,7 @@ class Run:
         self.digests = self.ranks.ask_first(lambda: self.make_digests(model))
         state = {}
         if args.resume != "false":
-            free = FREE | FREE_IN.get(self.stage, set())
-            settings = {name: value for name, value in asdict(args).items() if name not in free}
-            state = self.checkpoints.newest(settings) or {}
+            state = self.checkpoints.newest(self.deciding) or {}
             if not state and (self.out / "model").is_dir():
                 raise DataError(f"{self.out}: holds a model and no checkpoint to go on from; give "
                                 "another --out, or --resume false to begin anew")

@@ -37,7 +37,7 @@ READER = "tests/test_reader.py"
 READER_ALL = READER + " -m slow"
 PAIRS, PROBE = "tests/test_pairs.py", "tests/test_probe.py"
 DIGESTS = "tests/test_digests.py"
-JUDGEMENT = "tests/test_judgement.py"
+JUDGEMENT, RANKS = "tests/test_judgement.py", "tests/test_ranks.py"
 NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
 
 MUTANTS = [
@@ -786,6 +786,17 @@ MUTANTS = [
     ("model.py", "if temperature != 0 and not LEAST_TEMPERATURE <= temperature", "if not 0 <= temperature",
      JUDGEMENT),
     ("model.py", "if not LEAST_TOP_P <= top_p <= 1:", "if not 0 < top_p <= 1:", JUDGEMENT),
+    # -- ranks that were asked different things
+    ("infer.py", "Ranks.start() if args.pairs else ALONE", "Ranks.start()", RANKS),
+    ("infer.py", "        ranks.agree(vars(args), args.pairs, keys)\n", "", RANKS),
+    ("tools/probe.py", "    ranks.agree(vars(args), args.pairs, keys_of(pairs))\n", "", RANKS + " -k end"),
+    ("support/run.py", "        self.ranks.agree(self.deciding, self.args.train, keys_of(items))\n", "",
+     RANKS + " -k end"),
+    ("support/ranks.py", "        if lacking:\n", "        if False:\n", RANKS),
+    ("support/ranks.py", "        waiting.start()\n", "", RANKS),
+    ("support/ranks.py", "str(file): digest(Path(file)), ", "", RANKS),
+    ("support/ranks.py", "json.dumps([keys, sizes])", "json.dumps([keys])", RANKS),
+    ("support/ranks.py", "if other.get(name) != value]", "if False]", RANKS),
 ]
 
 

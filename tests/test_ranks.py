@@ -1,0 +1,130 @@
+"""Ranks that were asked different things do not work together, and none waits in silence."""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TOY_VIDEO
+from launch import Started, run
+from test_adapters import save_scorer
+
+from data import DataError
+from support.ranks import Ranks
+
+
+def environment(rank, port):
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port)}
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_scorer(tmp_path_factory.mktemp("scorer") / "model")
+
+
+def test_a_few_videos_need_no_ranks_whatever_the_environment_says(folder, world_dir, port):
+    videos = sorted((world_dir / "videos").glob("*.mp4"))[:2]
+    started = []
+    for rank, video in enumerate(videos):
+        command = ("infer.py", video, "a red circle", "--model", folder, "--max-new-tokens", 4, "--json")
+        started.append(Started(*command, env=environment(rank, port)))
+    for video, process in zip(videos, started):
+        done = process.wait()
+        assert done.returncode == 0 and str(video) in done.stdout and done.stdout.count('"score"') == 1
+
+
+def test_what_is_missing_in_the_environment_is_named(folder, world_dir):
+    command = ("infer.py", "--pairs", world_dir / "test_id.jsonl", "--model", folder)
+    done = run(*command, env={"RANK": "0", "WORLD_SIZE": "2"}, check=False)
+    assert done.returncode == 1
+    assert done.stderr == ("error: RANK is set, and LOCAL_RANK, MASTER_ADDR, MASTER_PORT not: start it by "
+                           "torchrun, or unset RANK to run it alone\n")
+
+
+COMMANDS = {
+    "infer.py": ["infer.py", "--pairs", "test_id.jsonl", "--seed"],
+    "tools.probe": ["-m", "tools.probe", "test_id.jsonl", "--seed"],
+    "coldstart.py": ["coldstart.py", "--train", "train_cots.jsonl", "--out", "OUT", *TOY_VIDEO,
+                     "--lora-rank", "4", "--seed"],
+}
+
+
+@pytest.mark.parametrize("name", [*list(COMMANDS)[:1], *[
+    pytest.param(name, marks=pytest.mark.slow) for name in list(COMMANDS)[1:]]])
+def test_ranks_that_were_asked_different_things_end(name, folder, world_dir, port, tmp_path):
+    command = [str(world_dir / part) if part.endswith("jsonl") else part for part in COMMANDS[name]]
+    command = [str(tmp_path / part) if part == "OUT" else part for part in command]
+    started = [Started(*command, seed, "--model", folder, env=environment(rank, port))
+               for rank, seed in enumerate((0, 1))]
+    for process in started:
+        done = process.wait()
+        assert done.returncode == 1
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert errors[-1].startswith("error: rank 1 is asked about something else than rank 0: --seed")
+
+
+class Two(Ranks):
+    """Rank 0 of two, of which the other says `other`."""
+
+    other: dict
+
+    def gather(self, mine):
+        Two.seen = mine[0]
+        return [*mine, Two.other]
+
+
+def test_ranks_that_see_other_files_are_named(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("one")
+    video = tmp_path / "a.mp4"
+    video.write_bytes(b"short")
+    keys = [(str(video), "p"), (str(tmp_path / "none.mp4"), "p")]
+    ranks = Two(0, 2)
+    Two.other = {}
+
+    def differing():
+        with pytest.raises(DataError) as found:
+            ranks.agree({"seed": 0}, file, keys)
+        return str(found.value).partition("rank 0: ")[2]
+
+    differing()
+    Two.other = Two.seen
+    ranks.agree({"seed": 0}, file, keys)  # the same
+    file.write_text("two")
+    assert differing() == f"{file} differ"
+    file.write_text("one")
+    video.write_bytes(b"longer")
+    assert differing() == "the videos differ"
+    Path(keys[1][0]).write_bytes(b"")
+    video.write_bytes(b"short")
+    assert differing() == "the videos differ"
+
+
+def test_a_rank_says_for_whom_it_waits(folder, world_dir, port, tmp_path):
+    script = tmp_path / "impatient.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport infer\nimport support.ranks\n"
+                      "support.ranks.QUIET = 0.2\ninfer.main()\n")
+    command = (script, "--pairs", world_dir / "test_id.jsonl", "--model", folder)
+    process = Started(*command, env=environment(0, port))
+    wanted = f"rank 0 of 2, waiting for the others at localhost:{port}\n"
+    try:
+        for _ in range(600):
+            if wanted in Path(process.files[1]).read_text():
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("it waits in silence")
+    finally:
+        process.kill()
+        process.process.join()
+        for path in process.files:
+            os.unlink(path)
