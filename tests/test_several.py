@@ -138,15 +138,14 @@ SETS = ("test_ood", "test_id", "train")  # no order of names; the last gives the
 
 @pytest.fixture(scope="module")
 def sets(world_dir, tmp_path_factory):
-    """Files of two pairs each, by name; all paths in them are absolute."""
+    """Files of two pairs each, by name, all paths in them absolute. The references of a pair's sides differ."""
     folder = tmp_path_factory.mktemp("sets")
     found = {}
-    for place, name in enumerate(SETS):
-        pairs = []
-        for line in (world_dir / f"{name}.jsonl").read_text().splitlines()[place : place + 2]:
-            pair = json.loads(line)
+    for name in SETS:
+        pairs = [pair for pair in lines_of(world_dir / f"{name}.jsonl") if pair["scores_a"] != pair["scores_b"]]
+        pairs = pairs[:2]
+        for pair in pairs:
             pair |= {side: str(world_dir / pair[side]) for side in ("video_a", "video_b")}
-            pairs.append(pair)
         found[name] = folder / f"{name}.jsonl"
         found[name].write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return found
@@ -197,7 +196,6 @@ def test_a_run_keeps_of_each_video_what_is_its_own(trained, sets):
     videos = videos_of(sets["test_id"])
     said = [(record["video"], record["prompt"], record["reference"]) for record in kept["rollouts"]]
     assert sorted(said, key=str) == sorted(videos, key=str)  # in the order of the batch, the preferred first
-    assert len({str(reference) for *_, reference in videos}) == 4
     model = DeScore.load(start, device="cpu")
     for record in kept["rollouts"]:
         found = scored(model, videos, [rollout["cot"] for rollout in record["rollouts"]])
@@ -235,7 +233,7 @@ def test_each_test_set_has_its_own_figures_and_the_last_gives_the_scale(trained,
     assert info["score_std"] == pytest.approx(statistics.pstdev(scores))  # of the last set's videos
     lowest, *_, highest = info["score_quantiles"]
     assert [lowest, info["score_quantiles"][50], highest] == pytest.approx(
-        [min(scores), statistics.median(scores), max(scores)])
+        [min(scores), statistics.median(scores), max(scores)], abs=1e-3)
 
 
 def test_the_page_of_a_run_has_each_thought_with_its_video(trained):
