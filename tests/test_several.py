@@ -138,12 +138,12 @@ SETS = ("test_ood", "test_id", "train")  # no order of names; the last gives the
 
 @pytest.fixture(scope="module")
 def sets(world_dir, tmp_path_factory):
-    """Files of two pairs each, by name, all paths in them absolute. The references of a pair's sides differ."""
+    """Files of two pairs each, by name, of which both sides' references differ; all paths are absolute."""
     folder = tmp_path_factory.mktemp("sets")
     found = {}
     for name in SETS:
-        pairs = [pair for pair in lines_of(world_dir / f"{name}.jsonl") if pair["scores_a"] != pair["scores_b"]]
-        pairs = pairs[:2]
+        lines = lines_of(world_dir / f"{name}.jsonl")
+        pairs = [pair for pair in lines if pair["scores_a"] != pair["scores_b"]][:2]
         for pair in pairs:
             pair |= {side: str(world_dir / pair[side]) for side in ("video_a", "video_b")}
         found[name] = folder / f"{name}.jsonl"
@@ -182,13 +182,11 @@ def videos_of(path):
 
 
 def scored(model, videos, cots):
-    """What a model gives each of several videos, by itself, behind each of the CoTs: (videos, CoTs)."""
-    rows = []
+    """What a model gives each of several videos behind each of the CoTs: (videos, CoTs)."""
+    samples = [model.processor(video, prompt) for video, prompt, _ in videos]
     with torch.no_grad():
-        for video, prompt, _ in videos:
-            alone = model.encode(model.processor.collate([model.processor(video, prompt)]))
-            rows.append([model.score(alone, [cot]).item() for cot in cots])
-    return torch.tensor(rows)
+        batch = model.encode(model.processor.collate(samples))
+        return torch.stack([model.score(batch, [cot] * len(videos)) for cot in cots], 1)
 
 
 def test_a_run_keeps_of_each_video_what_is_its_own(trained, sets):
@@ -218,10 +216,10 @@ def test_each_test_set_has_its_own_figures_and_the_last_gives_the_scale(trained,
         records = [record for record in kept["held_out"] if record["test"] == name]
         videos = videos_of(path)
         assert [(record["video"], record["prompt"], record["reference"]) for record in records] == videos
-        for place, record in enumerate(records):
-            behind, without = scored(model, videos, [record["cot"], None]).T
-            for found, score in ((behind, record["score"]), (without, record["score_no_cot"])):
-                away = (found - score).abs()
+        scores = torch.tensor([[record["score"], record["score_no_cot"]] for record in records])
+        *behind, without = scored(model, videos, [record["cot"] for record in records] + [None]).T
+        for place, found in enumerate(behind):
+            for away in ((found - scores[place, 0]).abs(), (without - scores[place, 1]).abs()):
                 assert away[place] < 1e-3 and away.argmin() == place
         scores = [record["score"] for record in records]
         means[name] = statistics.fmean(scores)
