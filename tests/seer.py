@@ -112,8 +112,10 @@ class Seer:
         return Thoughts(tokens, mask, tokens * 0.0, scores, no_cot, parts)
 
     def score(self, batch, cots):
-        assert cots == [None] * len(batch)
-        return torch.tensor([self.score_no_cot(key) for key in self.seen(self.model.encode(batch))])
+        keys = self.seen(self.model.encode(batch))
+        scores = [self.score_no_cot(key) if cot is None else self.score_of(key)
+                  for key, cot in zip(keys, cots, strict=True)]
+        return torch.tensor(scores)
 
 
 def ran(main, *words):
