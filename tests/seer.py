@@ -47,7 +47,12 @@ class Seer:
         sample = self.model.processor(video, self.prompts[0])
         with torch.no_grad():
             batch = self.model.encode(self.model.processor.collate([sample]))
-        return batch.features[0].mean(0)
+        return self.opening(batch.features[0], batch.grid[0])
+
+    @staticmethod
+    def opening(features, grid):
+        """What the tower makes of a video's first frames, which are the same at any rate."""
+        return features[: len(features) // int(grid[0])].flatten()
 
     def install(self, monkeypatch):
         """Let every command and function of this process ask it."""
@@ -85,17 +90,27 @@ class Seer:
         """The (video, prompt) key of each row of an encoded batch, from what stands in it."""
         tokens = (batch.input_ids == self.model.processor.video_id).sum(1).tolist()
         keys = []
-        for ids, mask, features in zip(batch.input_ids, batch.mask, batch.features[0].split(tokens)):
-            distances = (self.looks - features.mean(0)).norm(dim=1)
+        rows = zip(batch.input_ids, batch.mask, batch.grid, batch.features[0].split(tokens))
+        for ids, mask, grid, features in rows:
+            distances = (self.looks - self.opening(features, grid)).norm(dim=1)
             text = self.model.processor.tokenizer.decode(ids[mask])
             prompt = next(prompt for prompt in self.prompts if prompt in text)
             keys.append((self.videos[distances.argmin()], prompt))
         return keys
 
+    def stamps(self, batch):
+        """The last second that each row of a batch is told of its video."""
+        found = []
+        for ids in batch.input_ids:
+            text = self.model.processor.tokenizer.decode(ids)
+            found.append(float(re.findall(r"<(\d+\.\d) seconds>", text)[-1]))
+        return found
+
     def think(self, batch, n=1, max_new_tokens=4096, temperature=1.0, top_p=1.0, seeds=None,
               without_cot=False, repetition_penalty=None):
         keys = self.seen(self.model.encode(batch))
-        self.calls.append({"samples": n, "temperature": temperature, "keys": keys})
+        self.calls.append({"samples": n, "temperature": temperature, "keys": keys,
+                           "stamps": self.stamps(batch)})
         eos = self.model.eos
         rows = []
         for key in keys:

@@ -192,30 +192,28 @@ def test_margins_of_made_pairs_and_pages_go_by_the_mean(seer, keys, tmp_path):
         assert f'"score_std":{json.dumps(record["score_std"])}' in text
 
 
-@pytest.mark.parametrize(("flags", "warm"), [([], 1.0), (["--temperature", 0.5], 0.5)])
-def test_the_probe_thinks_once_in_each_way_and_for_the_spread_warmly(seer, keys, flags, warm, tmp_path):
+@pytest.mark.parametrize(("flags", "samples", "own", "warm"), [
+    ([], 4, 0.0, 1.0), (["--temperature", 0.5, "--samples", 3], 3, 0.5, 0.5)])
+def test_the_probe_thinks_once_in_each_way_and_for_the_spread_warmly(
+        seer, keys, flags, samples, own, warm, tmp_path):
     path = tmp_path / "pairs.jsonl"
     lines = [{"prompt": prompt, "video_a": a, "video_b": keys[place - 1][0], "preference": "A"}
              for place, (a, prompt) in enumerate(keys)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    own = warm if flags else 0.0
-    for samples in (4, 3):
-        seer.calls.clear()
-        words = [*flags] if samples == 4 else [*flags, "--samples", samples]  # 4 unless told
-        code, said = ran(probe.main, path, "--model", "seer", "--json", *words)
-        assert code == 0
-        found = json.loads(said)
-        asked = {(call["samples"], call["temperature"]) for call in seer.calls}
-        assert asked == {(1, own), (samples, warm)}
-        variances = []
-        again = []
-        for key in dict.fromkeys(keys_of(read_pairs(path))):
-            scores = [seer.score_of(key, k, warm) for k in range(samples)]
-            variances.append(statistics.variance(scores))
-            again.append((scores[0] - seer.score_of(key, 0, own)) / STD)
-        assert found["spread"]["samples"] == samples
-        assert found["spread"]["mean"] == pytest.approx(math.sqrt(statistics.fmean(variances)) / STD)
-        assert found["rows"]["again"]["change"]["mean"] == pytest.approx(statistics.fmean(again))
+    code, said = ran(probe.main, path, "--model", "seer", "--json", *flags)
+    assert code == 0
+    found = json.loads(said)
+    asked = {(call["samples"], call["temperature"]) for call in seer.calls}
+    assert asked == {(1, own), (samples, warm)}
+    variances = []
+    again = []
+    for key in dict.fromkeys(keys_of(read_pairs(path))):
+        scores = [seer.score_of(key, k, warm) for k in range(samples)]
+        variances.append(statistics.variance(scores))
+        again.append((scores[0] - seer.score_of(key, 0, own)) / STD)
+    assert found["spread"]["samples"] == samples
+    assert found["spread"]["mean"] == pytest.approx(math.sqrt(statistics.fmean(variances)) / STD)
+    assert found["rows"]["again"]["change"]["mean"] == pytest.approx(statistics.fmean(again))
 
 
 def test_a_models_own_thoughts_are_scored_one_by_one(model, keys, monkeypatch):

@@ -15,11 +15,12 @@ from launch import run
 from seer import MEAN, STD, Seer, scores_of, served
 from test_memory import decoded
 
-from data import parse_cot
+from data import parse_cot, read_video
 from infer import Scorer, reward
 from model import DeScore
 from tools import report
 from tools.client import Client, png
+from tools.memory import Frames
 
 PROMPTS = ["A red circle.", "A blue cross at sea.", "A fox runs."]
 
@@ -91,8 +92,9 @@ def pngs(frames):
 
 def test_served_videos_are_told_apart(seer, asked, clips):
     frames = [(3, 2), (None, 0), (5, 0), (3, 1), (0, 2)]  # numbers of a video and its prompt
+    rates = [4, 4, 5, 6, 5]
     files = [(1, 0), (4, 1), (None, 2), (1, 2)]
-    body = {"prompt": [PROMPTS[prompt] for _, prompt in frames], "fps": world.FPS, "video": []}
+    body = {"prompt": [PROMPTS[prompt] for _, prompt in frames], "fps": rates, "video": []}
     for number, _ in frames:
         body["video"].append(["AAAA"] * 4 if number is None else pngs(decoded(clips[number])[0]))
     requests = []
@@ -100,21 +102,28 @@ def test_served_videos_are_told_apart(seer, asked, clips):
         content = b"not a video" * 100 if number is None else clips[number].read_bytes()
         turn = {"text": PROMPTS[prompt], "video_b64": base64.b64encode(content).decode()}
         requests.append({"history": [turn], "required_rewards": ["descore"], "sample_id": place})
-    with served("--window", 0.5, "--unusable", -9) as url, ThreadPoolExecutor() as pool:
-        # Two requests in one round.
+    with served("--window", 0.2, "--unusable", -9) as url, ThreadPoolExecutor() as pool:
+        # Two requests, most likely in one round.
         first = pool.submit(Client(url).post, "/compute", body)
         second = pool.submit(Client(url).post, "/score", {"requests": requests})
         of_frames = first.result()
         of_files = second.result()
-        (call,) = seer.calls
-        assert len(call["keys"]) == 4 + 3
+        told = {}
+        for call in seer.calls:
+            told |= dict(zip(call["keys"], call["stamps"]))
+        assert len(told) == 4 + 3
         records = Client(url, parallel=7)(asked, ASKED_PROMPTS, fps=world.FPS)
+    settings = seer.model.processor.settings
     for place, (number, prompt) in enumerate(frames):
         record = of_frames["records"][place]
         assert is_of(seer, record, number, PROMPTS[prompt])
         assert of_frames["errors"][place] == record["error"]
         expected = -9 if number is None else record["standardised"]
         assert of_frames["rewards"][place] == pytest.approx(expected)
+        if number is not None:
+            _, seconds = read_video(Frames([*decoded(clips[number])[0]], rates[place]), settings)
+            last = sum(seconds[-2:]) / 2
+            assert told[seer.videos[number], PROMPTS[prompt]] == pytest.approx(last, abs=0.051)
     for place, (number, prompt) in enumerate(files):
         record = of_files["records"][place]
         assert is_of(seer, record, number, PROMPTS[prompt])
