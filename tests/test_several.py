@@ -142,7 +142,7 @@ def test_served_videos_are_told_apart(seer, asked, clips):
 # Test sets of one run, and its rollouts
 
 
-SETS = ("test_ood", "test_id", "train")  # no order of names; the last gives the scale
+SETS = ("train", "test_id")  # no order of names; the last gives the scale
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def trained(sets, tmp_path_factory):
     start.save(folder / "start")
     run(ROOT / "tests/recited.py", "--model", folder / "start", "--train", sets["test_id"], "--test",
         *sets.values(), "--out", folder / "run", "--steps", 1, "--batch-size", 2, "--updates", 1,
-        "--group-size", 3, "--lora-rank", 4, "--max-new-tokens", 106, "--keep-rollouts", 4, "--eval-before",
+        "--group-size", 2, "--lora-rank", 4, "--max-new-tokens", 106, "--keep-rollouts", 4, "--eval-before",
         "false", "--workers", 0, "--lr", 1e-3, "--eval-temperature", 1, "--gradient-checkpointing", "false",
         *TOY_VIDEO)
     names = ("held_out", "rollouts", "metrics")
@@ -234,9 +234,9 @@ def test_each_test_set_has_its_own_figures_and_the_last_gives_the_scale(trained,
         means[name] = statistics.fmean(scores)
         assert figures[f"{name}/score_mean"] == pytest.approx(means[name])
         assert figures[f"{name}/score_std"] == pytest.approx(statistics.pstdev(scores))
-    assert len({round(mean, 3) for mean in means.values()}) == 3
+    assert abs(means["train"] - means["test_id"]) > 1e-3
     info = json.loads((out / "model/descore.json").read_text())
-    assert info["score_mean"] == pytest.approx(means["train"])
+    assert info["score_mean"] == pytest.approx(means["test_id"])
     assert info["score_std"] == pytest.approx(statistics.pstdev(scores))  # of the last set's videos
     lowest, *_, highest = info["score_quantiles"]
     assert [lowest, info["score_quantiles"][50], highest] == pytest.approx(

@@ -34,6 +34,7 @@ from test_report import content, decoded
 import infer
 from data import Pair, read_video
 from infer import Thinking, by_key
+from support import tables
 from support.formats import read_pairs
 from tools import annotate, convert, pairs, probe
 from tools import filter as filtering
@@ -215,6 +216,8 @@ def test_judgements_are_their_videos_and_figures_their_generators(seer, pair_fil
             plain, ties = accuracies([pair.preference for pair in some], margins)
             expected |= {f"accuracy{suffix}": plain, f"accuracy_ties{suffix}": ties}
         assert table[names] == pytest.approx(expected)
+        line = f"{names}: {len(some)} pairs, accuracy {expected['accuracy']:.4f}, "
+        assert line in tables.show_report(json.loads(said))
     # The page.
     shown, strips = content(page)
     for video in shown["videos"]:
