@@ -804,7 +804,7 @@ MUTANTS = [
      "waiting.appendleft(pool.submit(self.ask, *key))", FORMATS + " -k in_order"),
     ("infer.py", "model.encode(batch).select(rows)", "model.encode(batch)", WHOSE + " -k judgements"),
     ("infer.py", "number, (video, prompt) = group[row]", "number, (video, prompt) = group[rows.index(row)]",
-     WHOSE + " -k judgements"),
+     SEVERAL + " -k reward"),
     ("infer.py", "for record, score in zip(records, no_cot.tolist()):",
      "for record, score in zip(records[::-1], no_cot.tolist()):", WHOSE + " -k judgements"),
     ("infer.py", "scores = thoughts.scores[i]  # (n,)", "scores = thoughts.scores[0]",

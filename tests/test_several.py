@@ -5,6 +5,7 @@ import base64
 import json
 import statistics
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -75,13 +76,26 @@ def are_of(seer, records):
     return all(is_of(seer, *one) for one in zip(records, NUMBERS, ASKED_PROMPTS, strict=True))
 
 
+class Torn:
+    """A video whose first frame can be read, so that its prompt has a length, and no other."""
+
+    total = world.FRAMES
+    fps = world.FPS
+    seconds = tuple(index / world.FPS for index in range(world.FRAMES))
+
+    def frames(self, indices):
+        for index in indices:
+            if index:
+                raise ValueError("torn")
+            yield np.zeros((64, 64, 3), np.uint8)
+
+
 @pytest.mark.parametrize("who", ["reward", "Scorer"])
 def test_a_reward_is_its_videos(seer, asked, who):
-    if who == "reward":
-        records = reward(seer.model, asked, ASKED_PROMPTS, fps=world.FPS)
-    else:
-        records = Scorer("seer")(asked, ASKED_PROMPTS, fps=world.FPS)
-    assert are_of(seer, records)
+    ask = Scorer("seer") if who == "Scorer" else partial(reward, seer.model)
+    # The torn one has the longest prompt, and stands before the others in their batch.
+    torn, *records = ask([Torn(), *asked], [PROMPTS[1], *ASKED_PROMPTS], fps=world.FPS)
+    assert "torn" in torn["error"] and are_of(seer, records)
     (call,) = seer.calls
     assert len(call["keys"]) == 5  # one batch, and nothing in it twice
 
@@ -93,7 +107,7 @@ def pngs(frames):
 def test_served_videos_are_told_apart(seer, asked, clips):
     frames = [(3, 2), (None, 0), (5, 0), (3, 1), (0, 2)]  # numbers of a video and its prompt
     rates = [4, 4, 5, 6, 5]
-    files = [(1, 0), (4, 1), (None, 2), (1, 2)]
+    files = [(1, 0), (4, 1), (None, 0), (1, 2)]
     body = {"prompt": [PROMPTS[prompt] for _, prompt in frames], "fps": rates, "video": []}
     for number, _ in frames:
         body["video"].append(["AAAA"] * 4 if number is None else pngs(decoded(clips[number])[0]))
