@@ -800,8 +800,6 @@ MUTANTS = [
     ("tools/annotate.py", 'self.answer({"<video>": video}, prompt)',
      'self.answer({"<video>": self.__dict__.setdefault("first", video)}, prompt)',
      WHOSE + " -k annotation_by_an"),
-    ("tools/annotate.py", "waiting.append(pool.submit(self.ask, *key))",
-     "waiting.appendleft(pool.submit(self.ask, *key))", FORMATS + " -k in_order"),
     ("infer.py", "model.encode(batch).select(rows)", "model.encode(batch)", WHOSE + " -k judgements"),
     ("infer.py", "number, (video, prompt) = group[row]", "number, (video, prompt) = group[rows.index(row)]",
      SEVERAL + " -k reward"),
