@@ -385,6 +385,8 @@ def prepare(model: DeScore, args: RunArgs, ranks: Ranks) -> None:
     if args.shard:
         shard(model)
     model.max_tokens = args.max_tokens
+    if model.reference:
+        model.reference.max_tokens = args.max_tokens
     # What trains here is scored in our layout, and on a scale of its own.
     for old in ("scoring_layout", "score_mean", "score_std", "score_quantiles"):
         model.info.pop(old, None)
