@@ -37,6 +37,7 @@ READER = "tests/test_reader.py"
 READER_ALL = READER + " -m slow"
 PAIRS, PROBE = "tests/test_pairs.py", "tests/test_probe.py"
 DIGESTS = "tests/test_digests.py"
+COUNTED, SEEDS = "tests/test_counted.py", "tests/test_seeds.py"
 NUMBERS, BOUNDS = f"{HACKABLE} -k every_number", f"{HACKABLE} -k bounds"
 
 MUTANTS = [
@@ -362,8 +363,6 @@ MUTANTS = [
     ("support/optimize.py", "min(1.0, max_norm / (norm + 1e-6))", "1.0", STEPS1),
     ("coldstart.py", "optimizer.zero_grad(set_to_none=True)", "pass", STEPS1),
     ("rl.py", "optimizer.zero_grad(set_to_none=True)", "pass", STEPS2),
-    ("support/run.py", "weight = torch.tensor(weights) * torch.tensor([not error for error in errors])",
-     "weight = torch.tensor(weights)", WIRES),
     ("support/optimize.py", "dist.all_reduce(flat)", "pass", RUNS + " -k train_like_one"),
     ("support/shard.py", "part.set_gradient_divide_factor(1.0)", "pass", RUNS + " -k sharded_training"),
     ("support/shard.py", "if not can_split or value.shape != like.shape:", "if True:",
@@ -763,6 +762,51 @@ MUTANTS = [
     ("tools/journal.py", "and not (name in NEUTRAL and value == NEUTRAL[name])", "",
      JUDGING + " -k penalty"),
     ("tools/journal.py", '"repetition_penalty", "together")', '"together")', JUDGING + " -k written_down"),
+    # -- counted and not counted
+    ("support/run.py", "weight = torch.tensor(weights) * torch.tensor([not error for error in errors])",
+     "weight = torch.tensor(weights)", COUNTED),
+    ("support/run.py", "weight = torch.tensor(weights) * torch.tensor([not error for error in errors])",
+     "weight = torch.tensor([float(not error) for error in errors])", COUNTED),
+    ("support/run.py", "row_weight = weight.repeat_interleave(sides)",
+     "row_weight = torch.tensor(weights).repeat_interleave(sides)", COUNTED),
+    ("support/run.py", "if error and weight:", "if error:", COUNTED),
+    ("support/run.py", "self.skipped.add(self.ranks.gather(bad))", "self.skipped.add(bad)", COUNTED),
+    ("support/run.py", 'if record["videos"] not in listed:', "if True:", STAGES + " -k broken_clip"),
+    ("support/run.py", "self.total = len(pairs) + len(missing)", "self.total = len(pairs)", COUNTED),
+    ("support/run.py", "if len(self.records) > self.limit", "if len(self.records) >= self.limit", COUNTED),
+    ("support/run.py", 'if row["reason"] == "missing"]', 'if row["reason"] == "x"]', COUNTED),
+    ("support/run.py", "self.total = len(pairs) + len(missing)",
+     'self.total = sum(pair.preference != "tie" for pair in pairs) + len(missing)', COUNTED),
+    ("coldstart.py", "(readable,) = ranks.sum([readable])", "readable = len(plan[step - 1][0][0])", COUNTED),
+    ("coldstart.py", "(readable,) = ranks.sum([readable])", "pass", COUNTED),
+    ("coldstart.py", "bt_loss(r_w, r_l, max(1.0, readable), micro.weight)",
+     "bt_loss(r_w, r_l, max(1.0, readable))", COUNTED),
+    ("coldstart.py", "means.add(micro.weight, accuracy", "means.add(1.0, accuracy", COUNTED),
+    ("coldstart.py", "means.add(lr=args.lr * rise)", "means.add(lr=args.lr)", COUNTED),
+    ("rl.py", "is_counted = micro.row_weight > 0", "is_counted = micro.row_weight >= 0", COUNTED),
+    ("rl.py", "decided.to(micro.weight) * micro.weight", "decided.to(micro.weight)", COUNTED),
+    ("rl.py", "weight = o.micro.row_weight[:, None].expand(-1, G)",
+     "weight = torch.ones_like(o.micro.row_weight)[:, None].expand(-1, G)", COUNTED),
+    ("rl.py", "means.add(o.learnt.sum(), **figures)", "means.add(o.mask.sum(), **figures)", COUNTED),
+    ("rl.py", "means.add(o.decided, bt_accuracy", "means.add(1.0, bt_accuracy", COUNTED),
+    ("rl.py", "means.total(o.decided, update, bt_loss=L_BT)", "means.total(1.0, update, bt_loss=L_BT)",
+     COUNTED),
+    ("rl.py", "means.total(learns, update, grpo_loss=L_GRPO)", "means.total(1.0, update, grpo_loss=L_GRPO)",
+     COUNTED),
+    ("rl.py", "means.total(learns | o.decided.any(), update, loss=L)", "means.total(1.0, update, loss=L)",
+     COUNTED),
+    ("rl.py", "means.total(learns | o.decided.any(), update, loss=L)", "means.total(learns, update, loss=L)",
+     COUNTED),
+    ("rl.py", "learnt = learnt & ~truncated[..., None]", "pass", COUNTED),
+    ("rl.py", "learnt = learnt & ~truncated[..., None]",
+     "micro = micro._replace(row_weight=micro.row_weight * ~truncated.any(1))", COUNTED),
+    ("rl.py", "cots += o.learnt.any(-1).sum()", "cots += o.mask.any(-1).sum()", COUNTED),
+    ("rl.py", "if number >= count or not o.micro.row_weight[b]:", "if number >= count:", COUNTED),
+    ("rl.py", '"no_signal": (self.advantages == 0).all(1, keepdim=True)',
+     '"no_signal": (self.advantages == 0).any(1, keepdim=True)', COUNTED),
+    ("rl.py", '"reward_range": highest - lowest', '"reward_range": highest', COUNTED),
+    ("rl.py", '"advantage_spread": self.advantages.abs()', '"advantage_spread": self.advantages.square()',
+     COUNTED),
 ]
 
 

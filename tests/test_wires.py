@@ -82,28 +82,6 @@ def test_the_strict_length_reward_goes_by_the_settings_and_what_the_thought_says
     assert found == [0, 0.5, 1, 1, 0.5, 0]
 
 
-def test_a_pair_that_cannot_be_read_counts_for_nothing(world_dir, tmp_path):
-    """One step on four pairs of which one is broken is the step on the other three."""
-    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
-    pairs = []
-    for line in (world_dir / "train_cots.jsonl").read_text().splitlines()[:4]:
-        pair = json.loads(line) | {"preference": "A"}
-        pairs.append(pair | {key: str(world_dir / pair[key]) for key in ("video_a", "video_b")})
-    pairs[1]["video_b"] = str(tmp_path / "broken.mp4")
-    found = []
-    for name, some in (("with", pairs), ("without", [*pairs[:1], *pairs[2:]])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in some))
-        run("coldstart.py", "--model", ROOT / "toy/backbone", "--train", tmp_path / f"{name}.jsonl", "--out",
-            tmp_path / name, "--epochs", 1, "--batch-size", 4, "--mask-p", 0, "--max-skipped", 0.5, "--lr",
-            1e-3, *QUICK[:-2])
-        (record, _) = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        weights = load_file(tmp_path / name / "model/descore.safetensors")
-        found.append(([record[key] for key in ("loss", "accuracy", "margin", "grad_norm")], weights))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    for name, weight in found[1][1].items():
-        torch.testing.assert_close(found[0][1][name], weight, rtol=1e-4, atol=1e-5)
-
-
 def test_prompts_longer_than_the_limit_are_left_out(world_dir, tmp_path):
     done = run("coldstart.py", "--model", ROOT / "toy/backbone", "--train", world_dir / "train_cots.jsonl",
                "--out", tmp_path, "--max-prompt", 60, *QUICK[:-2], check=False)
