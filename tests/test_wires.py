@@ -54,14 +54,6 @@ def test_rollouts_are_drawn_at_the_temperature_and_within_top_p(hot, world_dir, 
         assert all(len(set(group)) == 1 for group in cots(out)), name
 
 
-def test_each_step_draws_anew(world_dir, tmp_path):
-    (tmp_path / "one.jsonl").write_text((world_dir / "train.jsonl").read_text().splitlines()[0] + "\n")
-    rl(world_dir, tmp_path / "out", "--train", tmp_path / "one.jsonl", "--root", world_dir, "--batch-size", 1,
-       "--steps", 2, "--temperature", 1.7)
-    before, after = cots(tmp_path / "out")[:2], cots(tmp_path / "out")[2:]
-    assert before != after
-
-
 def test_the_length_reward_of_a_run_goes_by_its_settings_and_all_tokens():
     processor = SimpleNamespace(dimensions={"subject": 2}, tags=("think", "answer"))
     args = Args(length_low=10, length_high=30, length_excess=40)
