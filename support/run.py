@@ -500,10 +500,15 @@ class Skipped:
         self.add(records)
 
     def add(self, bad: list[dict]) -> None:
-        """List some more. Raises DataError past the limit."""
+        """List some more, those that an earlier epoch met once. Raises DataError past the limit."""
+        new = []
+        for record in bad:
+            listed = [known["videos"] for known in self.records + new]
+            if record["videos"] not in listed:
+                new.append(record)
         if self.write:
-            append(self.path, bad)
-        self.records += bad
+            append(self.path, new)
+        self.records += new
         if len(self.records) > self.limit * self.total:
             raise DataError(
                 f"{len(self.records)} of {self.total} pairs have videos that cannot be read, "
