@@ -33,7 +33,7 @@ JUDGED = {
     ("k", "t"): (SILENT, 0.75, 1.0, False, [1, 0, 1, 1, 2]),
     ("a1", "v"): (POOR, -0.5, 0.0, False, [0, 0, 2, 2, 2]),
     ("c1", "v"): (TALKS, 0.25, 0.75, False, [1, 1, 2, 2, 2]),
-    ("n", "u"): (GOOD, 9.0, 9.0, True, [2, 2, 2, 2, 2]),  # its pair is left out
+    ("n", "u"): (GOOD, 9.0, 9.0, True, [2, 2, 2, 2, 2]),  # its pairs are left out
     ("m", "u"): None,  # it cannot be read
 }
 # prompt, A, B, label, who made A, who made B.
@@ -44,13 +44,13 @@ PAIRS = [
     ("r", "f", "g", "B", "x", "x"),
     ("s", "h", "i", "A", "x", None),
     ("t", "j", "k", "tie", "y", "x"),
-    ("u", "m", "n", "A", "x", "y"),
+    ("u", "m", "n", "A", "x", "y"), ("u", "n", "m", "B", "x", "y"),
     ("v", "a1", "c1", "A", "z", "y"),
 ]
 # Margins are 1, −0.5, 0.25, 0, 5, −0.25 and −0.75; without CoTs −1, 0.5, 4, −0.5, −0.5, 0 and −0.75.
 KNOWN = {
     "pairs": 7,
-    "unreadable": 1,
+    "unreadable": 2,
     "accuracy": 3 / 5,
     "accuracy_ties": 5 / 7,  # within 0.25
     "accuracy_no_cot": 1 / 5,
@@ -118,7 +118,7 @@ def test_every_figure_of_a_table_is_known():
     assert measure(pairs, judged, DIMENSIONS) == found
     low, high = ends["accuracy"]
     assert f"accuracy                 0.6000   [{low:.4f}, {high:.4f}]" in text
-    assert "score_std                1.2920" in text and "unreadable               1" in text
+    assert "score_std                1.2920" in text and "unreadable               2" in text
     assert "x / y: 4 pairs, accuracy 1.0000, accuracy_ties 1.0000, accuracy_no_cot 0.0000, " \
            "accuracy_ties_no_cot 0.5000" in text
 
