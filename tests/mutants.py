@@ -781,6 +781,7 @@ MUTANTS = [
      "for key, gold in references.items():\n        if gold and parse_cot(judged[key]['cot']):",
      EVALUATION + " -k known"),
     ("infer.py", "without_cot=bool(args.pairs)", "without_cot=False", EVALUATION + " -k prints"),
+    ("infer.py", "thinking, without_cot=True, workers", "thinking, workers", CORNERS + " -k evaluation"),
     ("infer.py", "answer = report(pairs, judged,", "answer = report(pairs[1:], judged,",
      EVALUATION + " -k prints"),
     ("support/tables.py", "left_out = len(pairs) - len(kept)", "left_out = len(bad)",

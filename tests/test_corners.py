@@ -205,6 +205,7 @@ def test_each_evaluation_is_of_its_step_and_the_last_gives_the_scale(stage, file
             some = [one for one in kept if one["step"] == record["step"] and one["test"] == name]
             of_set = figures(pairs, some)
             del of_set["pairs"], of_set["generators"]
+            assert len(of_set) == 10  # four accuracies and that of reading, and five of the CoTs and scores
             wanted |= {f"{name}/{figure}": value for figure, value in of_set.items()}
             for one in some:
                 of_pair = [pair for pair in pairs if pair["prompt"] == one["prompt"]]

@@ -70,7 +70,8 @@ KNOWN = {
                   "accuracy_ties_no_cot": 0},
     },
 }
-WITH_INTERVAL = {"accuracy", "accuracy_ties", "accuracy_no_cot", "accuracy_ties_no_cot"}
+NO_COT = {"accuracy_no_cot", "accuracy_ties_no_cot"}
+WITH_INTERVAL = {"accuracy", "accuracy_ties"} | NO_COT
 
 
 def by_hand():
@@ -132,8 +133,7 @@ def test_without_cots_and_without_references_their_figures_are_not_there():
         record.pop("cot", None)
         record.pop("score", None)
     found = measure(pairs, judged, DIMENSIONS)
-    of_one = ("unreadable", "accuracy_no_cot", "accuracy_ties_no_cot")
-    assert found == pytest.approx({name: KNOWN[name] for name in of_one})
+    assert found == pytest.approx({name: KNOWN[name] for name in {"unreadable"} | NO_COT})
 
 
 def ends_of(chances):
@@ -239,13 +239,14 @@ def test_infer_prints_the_figures_of_what_it_keeps(world_dir, scorer, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ["--pairs", tmp_path / "pairs.jsonl", "--model", scorer, "--temperature", 1,
                "--max-new-tokens", TOKENS, "--json", "--out"]
-    for mode in ("on", "off"):
+    for mode, names in (("on", {*KNOWN}), ("off", {"pairs", "unreadable", "generators", *NO_COT})):
         done = run(ROOT / "tests/plain.py", "infer", *command, tmp_path / mode, "--cot", mode, check=False)
         assert done.returncode == 1 and "left out: " in done.stderr
         printed = json.loads(done.stdout)
         records = [json.loads(line) for line in (tmp_path / mode).read_text().splitlines()[1:]]
         expected = figures(lines, records)
         ends = printed.pop("intervals")
+        assert set(printed) == names
         close(printed, expected)
         assert set(ends) == WITH_INTERVAL & set(expected)
         assert (expected["pairs"], expected["unreadable"], len(records)) == (9, 1, 15)
