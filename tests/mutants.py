@@ -799,7 +799,7 @@ MUTANTS = [
      COLD_FLAG + "eval-temperature"),
     ("support/run.py", "Thinking(args.max_new_tokens, args", "Thinking(4096, args",
      COLD_FLAG + "max-new-tokens"),
-    ("support/run.py", "think_tokens=args.think_tokens", "think_tokens=300", COLD_FLAG + "eval-tokens"),
+    ("support/run.py", "think_tokens=args.think_tokens", "think_tokens=1", COLD_FLAG + "eval-tokens"),
     ("support/run.py", "think_tokens=args.think_tokens", "think_tokens=65_536", COLD_FLAG + "think-tokens"),
     ("support/run.py", "[: args.keep_rollouts]", "[:4]", COLD_FLAG + "keep-rollouts"),
     ("support/run.py", "self.args.workers, self.args.max_prompt", "self.args.workers, 6144",
