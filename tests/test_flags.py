@@ -102,13 +102,15 @@ def data(world_dir, tmp_path_factory):
 
 
 def write_otherwise(folder, pairs):
-    """Pairs whose CoTs imply the label, in tags and dimensions of their own; and what says so of a model."""
+    """Pairs whose CoTs imply the label, in tags and dimensions of their own; and what says so of a model. The
+    thought says the contrary first, so that it must be told from the answer."""
     names = ("subject", "dynamics", "taste")
     for pair in pairs:
         for side in "ab":
             value = 2 if pair["preference"] == side.upper() else 0
-            scores = json.dumps({"dimensional_scores": dict.fromkeys(names, value)})
-            pair[f"cot_{side}"] = f"<reason>seen</reason><verdict>{scores}</verdict>"
+            first, last = (json.dumps({"dimensional_scores": dict.fromkeys(names, some)})
+                           for some in (2 - value, value))
+            pair[f"cot_{side}"] = f"<reason>At first sight {first}</reason><verdict>{last}</verdict>"
             del pair[f"scores_{side}"]
     write(folder / "otherwise.jsonl", pairs)
     shutil.copytree(ROOT / "toy/backbone", folder / "other")
