@@ -40,54 +40,22 @@ def write(path, records):
 
 @pytest.fixture(scope="module")
 def data(world_dir, tmp_path_factory):
-    """Four pairs to train on, whose CoTs differ in length; tests; a model in which nothing is zero; and
-    what is known of them."""
+    """The inputs of the runs, and what is known of them."""
     folder = tmp_path_factory.mktemp("flags")
     train = lines(world_dir / "train_cots.jsonl")[:4]
-    for number, pair in enumerate(train):
-        for side in "ab":
-            pair[f"cot_{side}"] = "well, " * (number + 2 * (side == "b")) + pair[f"cot_{side}"]
     tests = lines(world_dir / "test_id.jsonl")
-    write(folder / "lists/train.jsonl", train)
-    for name, pairs in (("train", train), ("test_a", tests[:1]), ("test_b", tests[1:2])):
-        absolute = [pair | {key: str(world_dir / pair[key]) for key in ("video_a", "video_b")}
-                    for pair in pairs]
-        write(folder / f"{name}.jsonl", absolute)
     # Of the two columns of labels one is the other's opposite.
     rows = [{"path_A": pair["video_a"], "path_B": pair["video_b"], "prompt": pair["prompt"], "VQ": label,
              "MQ": "A", "TA": "AB".replace(label, "")} for pair, label in zip(tests[1:], "ABA")]
-    with (folder / "lists/test.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "ask.txt").write_text(ASK)
-    problem = "Is this so: {}? <video> Think, then answer."
-    write(folder / "problems.jsonl", [pair | {"problem": problem.format(pair["prompt"])} for name in (
-        "test_a", "test_b") for pair in lines(folder / f"{name}.jsonl")])
-    write(folder / "groups.jsonl", [
-        {"prompt": pair["prompt"], "videos": [str(world_dir / pair[key]) for key in ("video_a", "video_b")]}
-        for pair in tests[:2]])
-    write_otherwise(folder, lines(folder / "train.jsonl"))
-    # A tokenizer that never puts two letters together.
-    shutil.copytree(ROOT / "toy/backbone", folder / "letters")
-    whole = json.loads((folder / "letters/tokenizer.json").read_text())
-    whole["model"]["merges"] = []
-    (folder / "letters/tokenizer.json").write_text(json.dumps(whole))
-    torch.manual_seed(1)
-    model = DeScore.load(ROOT / "toy/backbone", device="cpu")
-    model.set_trainable(4)
-    for name, parameter in model.trainable().items():
-        if "lora_B" in name or name == "query":
-            parameter.data.normal_(std=0.1)
-    model.save(folder / "model", score_mean=0.5, score_std=2.0)
-    model.set_trainable(0, train_merger=False)
-    processor = Processor(AutoTokenizer.from_pretrained(ROOT / "toy/backbone"),
-                          VideoSettings(1.0, min_pixels=9000, patch_size=8), ASK)
+    write_pairs(folder, world_dir, train, tests, rows)
+    model = save_model(folder / "model")
+    asked = Processor(AutoTokenizer.from_pretrained(ROOT / "toy/backbone"),
+                      VideoSettings(1.0, min_pixels=9000, patch_size=8), ASK)
     lengths = {}
     for pair in train:
         videos = tuple(str(world_dir / pair[f"video_{side}"]) for side in "ab")
-        lengths[videos] = max(len(processor(video, pair["prompt"]).input_ids) for video in videos)
-    by_letters = Processor(AutoTokenizer.from_pretrained(folder / "letters"),
+        lengths[videos] = max(len(asked(video, pair["prompt"]).input_ids) for video in videos)
+    by_letters = Processor(AutoTokenizer.from_pretrained(save_letters(folder / "letters")),
                            VideoSettings(1.0, min_pixels=9000, max_pixels=448 * 448))
     letters = [len(by_letters(str(world_dir / row[side]), row["prompt"]).input_ids)
                for row in rows for side in ("path_A", "path_B")]
@@ -99,6 +67,50 @@ def data(world_dir, tmp_path_factory):
         "whose": {video: number for number, videos in enumerate(lengths) for video in videos},
         "blocks": len(model.qwen.model.language_model.layers),
         "own": model.query.numel() + model.head.weight.numel()}
+
+
+def write_pairs(folder, world_dir, train, tests, rows):
+    """Pair files of every kind that the runs need. CoTs to train on differ in length."""
+    for number, pair in enumerate(train):
+        for side in "ab":
+            pair[f"cot_{side}"] = "well, " * (number + 2 * (side == "b")) + pair[f"cot_{side}"]
+    write(folder / "lists/train.jsonl", train)
+    with (folder / "lists/test.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    sides = ("video_a", "video_b")
+    for name, pairs in (("train", train), ("test_a", tests[:1]), ("test_b", tests[1:2])):
+        write(folder / f"{name}.jsonl", [
+            pair | {side: str(world_dir / pair[side]) for side in sides} for pair in pairs])
+    (folder / "ask.txt").write_text(ASK)
+    both = lines(folder / "test_a.jsonl") + lines(folder / "test_b.jsonl")
+    problem = "Is this so: {}? <video> Think, then answer."
+    write(folder / "problems.jsonl", [pair | {"problem": problem.format(pair["prompt"])} for pair in both])
+    write(folder / "groups.jsonl", [
+        {"prompt": pair["prompt"], "videos": [pair[side] for side in sides]} for pair in both])
+    write_otherwise(folder, lines(folder / "train.jsonl"))
+
+
+def save_model(folder):
+    """A model in which nothing is zero."""
+    torch.manual_seed(1)
+    model = DeScore.load(ROOT / "toy/backbone", device="cpu")
+    model.set_trainable(4)
+    for name, parameter in model.trainable().items():
+        if "lora_B" in name or name == "query":
+            parameter.data.normal_(std=0.1)
+    model.save(folder, score_mean=0.5, score_std=2.0)
+    return model
+
+
+def save_letters(folder):
+    """A tokenizer that never puts two letters together."""
+    shutil.copytree(ROOT / "toy/backbone", folder)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    return folder
 
 
 def write_otherwise(folder, pairs):
