@@ -493,22 +493,22 @@ class Skipped:
                       for row in missing])
 
     def restore(self, records: list[dict]) -> None:
-        """List these and no others, as a checkpoint has them."""
+        """List these and no others, as a checkpoint has them. Raises DataError past the limit."""
         self.records = []
         if self.write:
             cut(self.path, 0)
-        self.add(records)
+        self.put(records)
 
     def add(self, bad: list[dict]) -> None:
-        """List some more, those that an earlier epoch met once. Raises DataError past the limit."""
-        new = []
-        for record in bad:
-            listed = [known["videos"] for known in self.records + new]
-            if record["videos"] not in listed:
-                new.append(record)
+        """List some more, but those that an earlier epoch met (`put`)."""
+        listed = [record["videos"] for record in self.records]
+        self.put([record for record in bad if record["videos"] not in listed])
+
+    def put(self, records: list[dict]) -> None:
+        """List these too. Raises DataError past the limit."""
         if self.write:
-            append(self.path, new)
-        self.records += new
+            append(self.path, records)
+        self.records += records
         if len(self.records) > self.limit * self.total:
             raise DataError(
                 f"{len(self.records)} of {self.total} pairs have videos that cannot be read, "

@@ -28,7 +28,8 @@ from launch import run, run_ranks
 from safetensors.torch import load_file
 
 from coldstart import order
-from data import DIMENSIONS
+from data import DIMENSIONS, DataError, Pairs
+from support.run import Skipped
 
 FIGURES = {
     "coldstart": {"loss", "accuracy", "margin", "grad_norm", "left_out", "lr"},
@@ -297,3 +298,14 @@ def test_a_limit_that_one_rank_passes_ends_both(world_dir, tmp_path):
     assert first == {"row": 12, "videos": [str(tmp_path / "missing.mp4")], "error": "missing"}
     assert str(tmp_path / "broken.mp4") in second["videos"]
     assert not figures(tmp_path / "out")
+
+
+def test_two_pairs_that_miss_one_video_are_two(tmp_path):
+    """In the file, and for --max-skipped."""
+    pairs = Pairs(tmp_path / "pairs.jsonl")
+    pairs += ["a pair"] * 2
+    pairs.left_out = [{"row": row, "reason": "missing", "detail": "none.mp4"} for row in (1, 3)]
+    Skipped(tmp_path / "skipped.jsonl", pairs, 0.5)
+    assert [record["row"] for record in lines_of(tmp_path / "skipped.jsonl")] == [1, 3]
+    with pytest.raises(DataError, match="2 of 4 pairs"):
+        Skipped(tmp_path / "skipped.jsonl", pairs, 0.49)
