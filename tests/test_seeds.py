@@ -297,7 +297,7 @@ def test_the_probe_draws_its_pairs_other_prompts_and_cots_by_its_seed(call, worl
     monkeypatch.setattr(probe, "shown", shown)
     for words in ([], ["--limit", 2]):
         for seed in (5, 5, 6):
-            call(probe.main, seed, world_dir / "test_id.jsonl", *words)
+            call(probe.main, seed, world_dir / "test_id.jsonl", "--model", "a", *words)
     assert asked[0] == asked[1] and asked[3] == asked[4]
     assert asked[0][1] != asked[2][1]  # other prompts
     assert asked[3][0] != asked[5][0]  # pairs
