@@ -1318,6 +1318,8 @@ MUTANTS = [
      "tests/test_flags.py -k report and workers"),
     ("tools/report.py", "*run_page(run, args.workers, args.reader)", "*run_page(run, args.workers)",
      "tests/test_flags.py -k report and decord"),
+    ("tools/report.py", "type=Whole, default=0", "type=int, default=0",
+     "tests/test_flags.py -k has_every_flag and report"),
     ("tools/serve.py", "args.device, window=args.window", "None, window=args.window", CALLED + "server"),
     ("tools/serve.py", "window=args.window", "window=0.02", CALLED + "server"),
     ("tools/serve.py", "(args.host, args.port)", '("127.0.0.1", args.port)', CALLED + "server"),
