@@ -98,7 +98,7 @@ def test_five_updates_in_a_row_without_a_finite_gradient_end_a_run(norms, ends, 
 # ------------------------------------------------------------------------------------------------------------
 # Whole runs: evaluated every two steps, killed at an evaluation of which the last checkpoint knows nothing
 
-SEED, TEMPERATURE = 3, 1.5
+SEED, TEMPERATURE, FEW = 3, 3.0, 8
 NO_FIRST = ["--eval-before", "false"]
 STEPS = {"coldstart": [2, 4, 6], "rl": [0, 2, 3]}  # that are evaluated; rl before the first too
 STEPS["recited"] = STEPS["rl"]
@@ -170,9 +170,9 @@ def command(stage, folder, out, *extra):
               "--save-every", SAVED[stage], "--lr", 1e-3, "--max-skipped", 0.3, "--workers", 0, *TOY_VIDEO,
               "--no-gradient-checkpointing"]
     if stage == "coldstart":
-        return [ROOT / "coldstart.py", *common, "--epochs", 1, "--batch-size", 2, "--max-new-tokens", 14,
+        return [ROOT / "coldstart.py", *common, "--epochs", 1, "--batch-size", 2, "--max-new-tokens", FEW,
                 *NO_FIRST, *extra]
-    tokens = TOKENS if stage == "recited" else 14
+    tokens = TOKENS if stage == "recited" else FEW
     script = [ROOT / "tests/plain.py", "rl"] if stage == "recited" else [ROOT / "rl.py"]
     return [*script, *common, "--steps", 3, "--batch-size", 3, "--group-size", 2, "--updates", 1,
             "--max-new-tokens", tokens, *extra]
@@ -235,7 +235,7 @@ def test_an_evaluation_thinks_at_its_temperature_with_the_draws_of_every_other(f
     model = DeScore.load(out)
     again = {}
     for temperature, seed in ((TEMPERATURE, 0), (1.0, 0), (TEMPERATURE, SEED)):
-        judged = judge(model, keys, max_new_tokens=14, temperature=temperature, seed=seed)
+        judged = judge(model, keys, max_new_tokens=FEW, temperature=temperature, seed=seed)
         again[temperature, seed] = {key: record["cot"] for key, record in by_key(judged).items()}
     cots = {key: record["cot"] for key, record in kept.items()}
     assert cots == again.pop((TEMPERATURE, 0))
