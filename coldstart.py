@@ -98,7 +98,7 @@ def make_plan(args: Args, pairs: list[Pair], processor: Processor, ranks: Ranks)
             tokens = []
             for key, cot in zip(pair.videos(), pair.said("cot")):
                 cot_tokens = len(processor.encode_cot(cot))
-                tokens.append(lengths[key] + cot_tokens)
+                tokens.append(lengths[key] + cot_tokens + 1)  # and [Reward]
             sizes.append(len(tokens) * max(tokens))  # a row a video, all as wide as the widest
         plan.append(plan_step(batch, sizes, args.max_tokens, ranks))
     return plan

@@ -390,6 +390,8 @@ def prepare(model: DeScore, args: RunArgs, ranks: Ranks) -> None:
     if args.shard:
         shard(model)
     model.max_tokens = args.max_tokens
+    if model.reference:
+        model.reference.max_tokens = args.max_tokens
     # What trains here is scored in our layout, and on a scale of its own.
     for old in ("scoring_layout", "score_mean", "score_std", "score_quantiles"):
         model.info.pop(old, None)
@@ -496,17 +498,22 @@ class Skipped:
                       for row in missing])
 
     def restore(self, records: list[dict]) -> None:
-        """List these and no others, as a checkpoint has them."""
+        """List these and no others, as a checkpoint has them. Raises DataError past the limit."""
         self.records = []
         if self.write:
             cut(self.path, 0)
-        self.add(records)
+        self.put(records)
 
     def add(self, bad: list[dict]) -> None:
-        """List some more. Raises DataError past the limit."""
+        """List some more, but those that an earlier epoch met (`put`)."""
+        listed = [record["videos"] for record in self.records]
+        self.put([record for record in bad if record["videos"] not in listed])
+
+    def put(self, records: list[dict]) -> None:
+        """List these too. Raises DataError past the limit."""
         if self.write:
-            append(self.path, bad)
-        self.records += bad
+            append(self.path, records)
+        self.records += records
         if len(self.records) > self.limit * self.total:
             raise DataError(
                 f"{len(self.records)} of {self.total} pairs have videos that cannot be read, "

@@ -16,7 +16,16 @@ from launch import run
 from model import DeScore
 from tools.release import Release
 
+# The files that take longest, the longest first.
+LONGEST = ["test_runs", "test_stages", "test_steps", "test_flags", "test_hackable", "test_loop"]
+
 TOY_VIDEO = ["--min-pixels", "4096", "--max-pixels", "4096"]
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that no process is left with one while the other idles."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -133,14 +133,6 @@ def test_two_processes_train_stage_2_like_one(world_dir, stage1, stage2, tmp_pat
     assert_same_training(stage2, tmp_path)
 
 
-def test_the_seed_decides_and_another_seed_differs(world_dir, stage1, tmp_path):
-    for name, seed in (("same", 0), ("other", 1)):
-        coldstart(world_dir, tmp_path / name, "--seed", seed)
-    first, same, other = (parameters(out) for out in (stage1, tmp_path / "same", tmp_path / "other"))
-    assert all(torch.equal(first[name], same[name]) for name in first)
-    assert not torch.equal(first["query"], other["query"])
-
-
 def test_infer_prints_the_cot_the_sub_scores_and_the_score(world_dir, stage2):
     pair = read_pairs(world_dir / "test_id.jsonl")[0]
     command = ["infer.py", pair.video_a, pair.prompt, "--model", stage2, "--max-new-tokens", 160]
@@ -292,7 +284,7 @@ def test_a_broken_clip_drops_its_pair_up_to_a_limit(script, one_broken, tmp_path
     command = [script, "--backbone", "toy/backbone", "--train", one_broken, "--out", tmp_path / "out",
                "--batch-size", 6, "--max-tokens", 1500, "--max-new-tokens", 8, *QUICK]
     stage2 = ["--steps", 2, "--updates", 1, "--group-size", 2]
-    command += ["--epochs", 1] if script == "coldstart.py" else stage2
+    command += ["--epochs", 2] if script == "coldstart.py" else stage2
     stopped = run(*command, check=False)
     assert stopped.returncode == 1 and "1 of 12 pairs have videos that cannot be read" in stopped.stderr
     assert "broken.mp4: not a video" in stopped.stderr and "Traceback" not in stopped.stderr

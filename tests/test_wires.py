@@ -54,14 +54,6 @@ def test_rollouts_are_drawn_at_the_temperature_and_within_top_p(hot, world_dir, 
         assert all(len(set(group)) == 1 for group in cots(out)), name
 
 
-def test_each_step_draws_anew(world_dir, tmp_path):
-    (tmp_path / "one.jsonl").write_text((world_dir / "train.jsonl").read_text().splitlines()[0] + "\n")
-    rl(world_dir, tmp_path / "out", "--train", tmp_path / "one.jsonl", "--root", world_dir, "--batch-size", 1,
-       "--steps", 2, "--temperature", 1.7)
-    before, after = cots(tmp_path / "out")[:2], cots(tmp_path / "out")[2:]
-    assert before != after
-
-
 def test_the_length_reward_of_a_run_goes_by_its_settings_and_all_tokens():
     processor = SimpleNamespace(dimensions={"subject": 2}, tags=("think", "answer"))
     args = Args(length_low=10, length_high=30, length_excess=40)
@@ -80,28 +72,6 @@ def test_the_strict_length_reward_goes_by_the_settings_and_what_the_thought_says
         think = " ".join("bcdfghkl"[i // 8] + "amnopqrt"[i % 8] for i in range(n))  # no word twice
         found.append(length(f"<think>{think}</think>{answer}", 999, {}))
     assert found == [0, 0.5, 1, 1, 0.5, 0]
-
-
-def test_a_pair_that_cannot_be_read_counts_for_nothing(world_dir, tmp_path):
-    """One step on four pairs of which one is broken is the step on the other three."""
-    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
-    pairs = []
-    for line in (world_dir / "train_cots.jsonl").read_text().splitlines()[:4]:
-        pair = json.loads(line) | {"preference": "A"}
-        pairs.append(pair | {key: str(world_dir / pair[key]) for key in ("video_a", "video_b")})
-    pairs[1]["video_b"] = str(tmp_path / "broken.mp4")
-    found = []
-    for name, some in (("with", pairs), ("without", [*pairs[:1], *pairs[2:]])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in some))
-        run("coldstart.py", "--model", ROOT / "toy/backbone", "--train", tmp_path / f"{name}.jsonl", "--out",
-            tmp_path / name, "--epochs", 1, "--batch-size", 4, "--mask-p", 0, "--max-skipped", 0.5, "--lr",
-            1e-3, *QUICK[:-2])
-        (record, _) = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        weights = load_file(tmp_path / name / "model/descore.safetensors")
-        found.append(([record[key] for key in ("loss", "accuracy", "margin", "grad_norm")], weights))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    for name, weight in found[1][1].items():
-        torch.testing.assert_close(found[0][1][name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_prompts_longer_than_the_limit_are_left_out(world_dir, tmp_path):

@@ -206,7 +206,10 @@ def shown(model: DeScore, keys: list[Key], others: dict[str, str], thinking: Thi
     `again`, the score behind the first, and their variance. Of a video that cannot be read:
     video, prompt, error."""
     numbered = ranks.share(list(enumerate(keys)))
-    lengths = prompt_lengths(model.processor, [key for _, key in numbered])
+    # Each is shown with a stranger's prompt too, which may be longer than its own.
+    keys = [key for _, key in numbered]
+    strange = [(video, others.get(prompt, prompt)) for video, prompt in keys]
+    lengths = prompt_lengths(model.processor, keys + strange)
 
     def judged(some: list[tuple[int, Key]]) -> list[dict]:
         clips, records, seeds, unread = [], [], [], []
@@ -242,7 +245,9 @@ def shown(model: DeScore, keys: list[Key], others: dict[str, str], thinking: Thi
         tables.check_scores(model, records)
         return records + unread
 
-    sizes = [lengths[key] + thinking.max_new_tokens for _, key in numbered]
+    sizes = []
+    for key, other in zip(keys, strange):
+        sizes.append(max(lengths[key], lengths[other]) + thinking.max_new_tokens)
     groups = pack_by_budget(numbered, sizes, thinking.think_tokens)
     yield from ranks.in_turn(judged(group) for group in groups)
 
@@ -270,7 +275,11 @@ def behind(model: DeScore, cots: dict[str, dict[Key, str | None]],
         tables.check_scores(model, records)
         return records
 
-    groups = pack_by_budget(keys, [lengths[key] for key in keys], think_tokens)
+    sizes = []
+    for key in keys:
+        longest = max(len(model.processor.encode_cot(given[key])) for given in cots.values())
+        sizes.append(lengths[key] + longest)
+    groups = pack_by_budget(keys, sizes, think_tokens)
     yield from ranks.in_turn(judged(some) for some in groups)
 
 

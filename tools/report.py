@@ -42,7 +42,7 @@ from data import (
     read_video,
 )
 from support.batches import leave_signals
-from support.command import READER, run_command
+from support.command import READER, Whole, run_command
 from support.files import read_json, read_lines, write_whole
 from support.tables import describe, further, plain
 
@@ -389,7 +389,7 @@ def main() -> None:
     add("run", type=Path, help="a run's folder")
     add("--out", type=page_path, help="the page [report.html in the run's folder]")
     add("--png", type=Path, metavar="DIR", help="write its curves as PNG there, and no page")
-    add("--workers", type=int, default=0, help="processes that decode videos")
+    add("--workers", type=Whole, default=0, help="processes that decode videos")
     add("--reader", **READER)
     args = parser.parse_args()
     check_reader(args.reader)
