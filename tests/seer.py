@@ -159,7 +159,7 @@ def served(*flags):
             servers.append(self)
 
     out = io.StringIO()
-    words = ["serve", "--model", "seer", "--port", "0", *map(str, flags)]
+    words = ["serve", "--model", "seer", "--port", "0", "--accept-any", *map(str, flags)]
     thread = threading.Thread(target=serve.main, daemon=True)
     with patch.object(uvicorn, "Server", Kept), patch.object(sys, "argv", words), redirect_stdout(out):
         thread.start()

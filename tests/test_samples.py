@@ -61,11 +61,11 @@ def by_judge(seer, keys, flags, folder):
 
 
 def by_reward(seer, keys, flags, folder):
-    return reward(seer.model, *map(list, zip(*keys)), **flags)
+    return reward(seer.model, *map(list, zip(*keys)), accept_any=True, **flags)
 
 
 def by_scorer(seer, keys, flags, folder):
-    return Scorer("seer")(*map(list, zip(*keys)), **flags)
+    return Scorer("seer")(*map(list, zip(*keys)), accept_any=True, **flags)
 
 
 def words_of(flags):
