@@ -194,7 +194,13 @@ def test_unirl_reward_service(scorer, clips, expected, tmp_path, monkeypatch, ca
     class DeScoreScorer(UniRL, BaseScorer):
         pass
 
-    monkeypatch.setattr(adapters, "served", {"http://there:1": scorer}.get)
+    kept = []
+
+    def ask(videos, prompts):
+        kept.extend(Path(video).read_bytes() for video in videos)
+        return scorer(videos, prompts)
+
+    monkeypatch.setattr(adapters, "served", {"http://there:1": ask}.get)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     service = DeScoreScorer(server_url="http://there:1")
@@ -204,6 +210,7 @@ def test_unirl_reward_service(scorer, clips, expected, tmp_path, monkeypatch, ca
              Item([(PROMPTS[1], None)], (clips[0][1],)), Item([("p", None)], (b"no video",))]
     found = service.score(items)
     assert all([*one] == list(service.sub_metric_names) for one in found)
+    assert kept == [sent, Path(clips[0][1]).read_bytes(), b"no video"]
     assert [one["reward"] for one in found[:2]] == near(expected[1]) and math.isnan(found[2]["reward"])
     assert "item 2: " in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert DeScoreScorer("http://there:1", unusable=-2.0).score(items[2:]) == [{"reward": -2.0}]
