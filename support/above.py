@@ -18,10 +18,12 @@ def from_above(module: str, name: str):
 
 def import_above(module: str, what: str) -> ModuleType:
     """A module of another folder, in which `what` is. Raises NotHere where there is none."""
+    # In a private package (tools/private.py) the other folders are in it too.
+    name = __name__.removesuffix("support.above") + module
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # a package that the module imports
         folder, _, file = module.rpartition(".")
         raise NotHere(f"{what} is in {folder}/{file}.py, and this copy of the project has no such file: "

@@ -115,7 +115,8 @@ def api_adapters(url: str) -> None:
     paths, prompts = videos()
     paths, prompts = paths[:2], prompts[:2]
     clips = torch.stack([torch.from_numpy(frames(path)) for path in paths]).permute(0, 1, 4, 2, 3) / 255
-    show(flow_grpo(score, fps=4)("cpu")(clips, prompts, {}))
+    rewards, rest = flow_grpo(score, fps=4)("cpu")(clips, prompts, {})
+    show([[round(float(reward), 5) for reward in rewards], rest])  # a list before, a tensor now
     show(VideoAlign(score).reward(paths, prompts))
     show(VideoAlign(score, unusable=-2.0).reward([paths[0], "none.mp4"], prompts, use_norm=False))
     factory = FlowFactory()

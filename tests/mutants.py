@@ -28,6 +28,7 @@ FORGIVING, TOGETHER = "tests/test_forgiving.py", "tests/test_formats.py -k toget
 WORLD, PARADIGMS = "tests/test_world.py", "tests/test_paradigms.py"
 REPORT, BROWSER, TOUR = "tests/test_report.py", "tests/test_browser.py", "tests/test_tour.py"
 MEMORY, SERVE, ADAPTERS = "tests/test_memory.py", "tests/test_serve.py", "tests/test_adapters.py"
+PRIVATE = "tests/test_private.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 EXPECTED = "tests/test_steps.py -k expectation"
 ALL_PAIRS = "tests/test_steps.py -k winner_meet"
@@ -1376,6 +1377,33 @@ MUTANTS = [
      "tests/test_flags.py -k theta"),
     ("bench/memory.py", "args.cot, args.group_size, mode", "512, args.group_size, mode",
      CALLED + "memory"),
+    # -- in the trainers' own code
+    ("tools/adapters.py", "return torch.tensor(found, dtype=torch.float32, device=device), {}",
+     "return found, {}", ADAPTERS + " -k genrl"),
+    ("tools/adapters.py", "dtype=torch.float32, device=device), {}", "dtype=torch.float32), {}",
+     ADAPTERS + " -k genrl"),
+    ("tools/adapters.py", "self.failed += len(video_paths)", "self.failed += 1", ADAPTERS + " -k itself"),
+    ("tools/adapters.py", "so far: {error}\", file=sys.stderr", "so far\", file=sys.stderr",
+     ADAPTERS + " -k itself"),
+    ("tools/adapters.py", "def __call__(self, prompt, video=None)",
+     "def __call__(self, prompt, video=None, **kwargs)", ADAPTERS + " -k flow_factory"),
+    ("tools/adapters.py", "item.history[-1][0]", "item.history[0][0]", ADAPTERS + " -k unirl"),
+    ("tools/adapters.py", "item.videos[-1]", "item.videos[0]", ADAPTERS + " -k unirl"),
+    ("tools/adapters.py", "unusable: float = math.nan", "unusable: float = 0.0", ADAPTERS + " -k unirl"),
+    ("tools/adapters.py", "file.flush()", "pass", ADAPTERS + " -k unirl"),
+    ("tools/adapters.py", "return -reward, reward", "return reward, reward", ADAPTERS + " -k videox"),
+    ("tools/adapters.py", "if batch_frames.requires_grad:", "if False:", ADAPTERS + " -k videox"),
+    ("tools/adapters.py", "== 3 != solution_image.shape[1]", "== 3", ADAPTERS + " -k layouts"),
+    ("tools/adapters.py", "if layout is None:", "if True:", ADAPTERS + " -k layouts"),
+    ("tools/adapters.py", "[ground_truth], unusable,", "[ground_truth], None,", ADAPTERS + " -k layouts"),
+    ("tools/adapters.py", "Path(__file__).with_name(\"client.py\")", "\"client.py\"",
+     ADAPTERS + " -k copied"),
+    ("tools/adapters.py", "from .client import", "from client import", ADAPTERS + " -k copied"),
+    ("tools/private.py", "sys.meta_path.insert(0, Finder)", "sys.meta_path.append(Finder)", PRIVATE),
+    ("tools/private.py", "alias.asname = alias.asname or alias.name", "pass", PRIVATE),
+    ("tools/private.py", "    def get_code(self, fullname: str):", "    def other(self, fullname: str):",
+     PRIVATE),
+    ("support/above.py", "__name__.removesuffix(\"support.above\") + module", "module", PRIVATE),
 ]
 
 

@@ -610,7 +610,7 @@ def test_the_clients_png_files_lose_nothing(size):
 
 
 def test_the_python_of_the_page(url, scorer_dir, clip, expected, tmp_path):
-    in_process, served = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    in_process, _, served = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     np.save(tmp_path / "frames.npy", clip[1].transpose(0, 3, 1, 2)[None])
     (tmp_path / "client.py").write_text((ROOT / "tools/client.py").read_text())
     given = f"import numpy; frames, prompts = numpy.load({str(tmp_path / 'frames.npy')!r}) / 255, ['p']\n"
