@@ -105,12 +105,16 @@ def clip_keys(videos, prompts, fps=None, layout: str | None = None) -> list[Key]
     return keys
 
 
-def number_of(key: Key) -> int:
-    """A number that a video and its prompt have in any company: it decides what is drawn for them."""
+def digest_of(key: Key) -> str:
+    """What tells a video and its prompt from others: by their content, where it is at hand."""
     video, prompt = key
     name = video.digest if isinstance(video, Clip) else str(video)
-    whole = hashlib.sha256(json.dumps([name, prompt]).encode())
-    return int.from_bytes(whole.digest()[:8], "big")
+    return hashlib.sha256(json.dumps([name, prompt]).encode()).hexdigest()
+
+
+def number_of(key: Key) -> int:
+    """A number that a video and its prompt have in any company: it decides what is drawn for them."""
+    return int(digest_of(key)[:16], 16)
 
 
 class Together:
