@@ -39,6 +39,7 @@ from test_memory import decoded, save_scorer
 from data import DataError
 from infer import Scorer
 from support.frames import Video
+from tools import gate, sent
 from tools import serve as serving
 from tools.client import Client, png, unusable
 
@@ -359,11 +360,11 @@ def test_what_must_be_decoded_to_be_counted_has_a_bound_before(tmp_path, monkeyp
             container.mux(stream.encode(av.VideoFrame(64, 64, "rgb24")))
         container.mux(stream.encode())
     args.max_frames = 90
-    serving.check_file(path, args)
+    sent.check_file(path, args)
     monkeypatch.setattr(Video, "decode", lambda self: pytest.fail("it is decoded"))
     args.max_frames = 40
     with pytest.raises(DataError, match="90 packets, more than 40 frames have"):
-        serving.check_file(path, args)
+        sent.check_file(path, args)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def in_process(score, settings=None, hosts=(), **changed):
     listening = socket.create_server(("127.0.0.1", 0))
     with tempfile.TemporaryDirectory() as folder:
         service = serving.Service(score, args, settings, Path(folder))
-        server = serving.Server(serving.make_app(service, "stub", set(hosts)), Path(folder))
+        server = gate.Server(serving.make_app(service, "stub", set(hosts)), Path(folder))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:

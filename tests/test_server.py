@@ -43,7 +43,7 @@ from test_serve import (
 from data import VideoSettings
 from infer import Scorer
 from model import DeScore
-from tools import serve as serving
+from tools import gate
 from tools.client import Client, png, unusable
 from tools.rounds import Rounds
 
@@ -225,6 +225,15 @@ def test_what_is_asked_while_it_is_under_way_is_asked_once_and_then_known():
     assert score.rounds == [["b"]]
 
 
+def test_the_second_of_a_frame_is_part_of_what_is_asked():
+    score = Slow()
+    score.go.set()
+    with in_process(score, VideoSettings(), kept=9) as url:
+        for fps in (4, 8, 4):
+            ask(url, "/compute", {"prompt": ["p"], "video": [["A"] * 4], "fps": fps})
+    assert len(score.asked) == 2
+
+
 def test_what_nobody_waits_for_any_more_is_not_begun():
     score = Rows()
     rounds = Rounds(score, 9, 9)
@@ -315,7 +324,7 @@ def test_what_was_asked_and_what_was_refused_is_counted(capsys):
 def test_a_page_of_another_site_gets_nothing():
     score = Slow()
     score.go.set()
-    hosts = serving.own_hosts("127.0.0.1", ["Proxy.example"])
+    hosts = gate.own_hosts("127.0.0.1", ["Proxy.example"])
     with in_process(score) as free:
         for host in ("node-7.cluster:8000", "127.0.0.1", "any"):
             assert ask(free, "/health", b"", {"Host": host}, "GET")[0] == 200
@@ -326,8 +335,8 @@ def test_a_page_of_another_site_gets_nothing():
                  ({"Origin": free}, 200), ({"Origin": free + "0"}, 403))
         for headers, status in cases:
             assert ask(free, "/compute", of_size(200), headers)[0] == status, headers
-    assert serving.own_hosts("0.0.0.0", []) == serving.own_hosts("::", []) == set()
-    assert serving.own_hosts("10.0.0.7", ["Node"]) == {"node"}
+    assert gate.own_hosts("0.0.0.0", []) == gate.own_hosts("::", []) == set()
+    assert gate.own_hosts("10.0.0.7", ["Node"]) == {"node"}
     with in_process(score, hosts=hosts) as own:
         port = own.rpartition(":")[2]
         for host in (f"localhost:{port}", "LOCALHOST", f"127.0.0.1:{port}", "[::1]:1", "proxy.example"):
@@ -352,8 +361,8 @@ def is_closed(client):
 
 
 def test_slow_senders_shut_nobody_out(monkeypatch):
-    monkeypatch.setattr(serving, "HEAD_SECONDS", 0.3)
-    monkeypatch.setattr(serving, "CONNECTIONS", 4)
+    monkeypatch.setattr(gate, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "CONNECTIONS", 4)
     score = Slow()
     score.go.set()
     with in_process(score, queue=1) as url:

@@ -222,8 +222,8 @@ class Client:
         if self.sampling == ():
             self.sampling = self.fetch("/health", None, the_sampling)
         body = {"prompt": [prompt], "fps": fps}
-        if self.sampling:
-            places = looked_at(len(video), fps, *self.sampling)
+        places = self.sampling and looked_at(len(video), fps, *self.sampling)
+        if places:
             video = [video[place] for place in places]
             body["seconds"] = [[place / fps for place in places]]
             body["sampling"] = dict(zip(LOOKS, self.sampling))
@@ -250,11 +250,12 @@ class Client:
             if (turn + 1) % len(self.urls):
                 continue  # another may have room
             failures += not is_busy
-            left = end - time.monotonic()
-            if failures >= self.attempts or left <= 0:
+            left = max(end - time.monotonic(), 0.0)
+            if failures < self.attempts:
+                # Those who were sent away together are not to come back together.
+                time.sleep(min(pause * self.dice.uniform(1.0, 1.5), left))
+            if failures >= self.attempts or time.monotonic() >= end:
                 raise RuntimeError(f"{url}: {reason}")
-            # Those who were sent away together are not to come back together.
-            time.sleep(min(pause * self.dice.uniform(1.0, 1.5), left))
 
     def exchange(self, url: str, data: bytes | None, end: float, read):
         """What `read` finds in one server's answer, which has to be there whole at the end."""
@@ -324,18 +325,19 @@ def the_sampling(health: dict) -> list[float] | None:
     return numbers
 
 
-def looked_at(total: int, video_fps: float, fps: float, min_frames: int, max_frames: int) -> list[int]:
-    """Which of `total` frames a model looks at, as data.open_video chooses them."""
+def looked_at(total: int, video_fps: float, fps: float, min_frames: int,
+              max_frames: int) -> list[int] | None:
+    """Which of `total` frames a model looks at, as data.open_video chooses them; None of so many that
+    its rounding, in float32, decides."""
     if total < 2:
         return list(range(total))
     lowest = math.ceil(min_frames / 2) * 2
     highest = math.floor(min(max_frames, total) / 2) * 2
     wanted = max(total / video_fps * fps, lowest)
     count = math.floor(min(wanted, highest, total) / 2) * 2
-    # As torch.linspace has them: in float32, from either end to the middle.
-    step = np.float32(total - 1) / np.float32(count - 1)
-    steps = np.arange(count // 2, dtype=np.float32) * step
-    return np.rint([*steps, *(np.float32(total - 1) - steps[::-1])]).astype(int).tolist()
+    if total * count > 1 << 22:
+        return None
+    return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
 def as_reward(record: dict) -> float:

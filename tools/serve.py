@@ -22,58 +22,43 @@ SIGTERM what is under way is finished; on a second one it is not.
 import argparse
 import asyncio
 import base64
-import hashlib
-import io
-import json
-import math
 import os
-import shutil
 import socket
-import struct
 import sys
 import tempfile
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-import numpy as np
-
-from data import DataError, VideoSettings, error_context, open_file, open_video, smart_nframes
+from data import DataError, VideoSettings, error_context
 from infer import Scorer, add_thinking, read_thinking
 from support.command import READER, Count, NotNegative, Number, Positive, Whole, run_command
 from support.files import MODELS, default_model
-from support.frames import ERRORS, Video, opened
 from support.tables import as_json, further
-from tools.client import LOOKS, as_reward, from_picture, grey_levels, paired, unusable
+from tools.client import LOOKS, as_reward, paired, unusable
 from tools.memory import LONGEST_ANSWER, Clip, longest_answer
 from tools.rounds import Rounds
 
 try:
-    import h11
-    import uvicorn
     from fastapi import Depends, FastAPI, HTTPException, Request, Response
     from fastapi.responses import JSONResponse
-    from PIL import Image
     from pydantic import BaseModel, ValidationError
     from starlette.exceptions import HTTPException as AnyHTTPException
     from starlette.requests import ClientDisconnect
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    from tools.gate import Server, check_sender, own_hosts
+    from tools.sent import Pngs, Stored, check_length, looked_at
 except ImportError as error:
     raise SystemExit(f"error: tools.serve needs {error.name}: pip install -r "
                      "tools/requirements.txt") from error
 
 NAME = "descore"  # of the reward that is served
-HEAD_SECONDS = 10  # in which the head of a request has to come,
-BODY_SECONDS = 120  # and its body
-CONNECTIONS = 512  # beyond which the oldest that sends is closed
+BODY_SECONDS = 120  # in which the body of a request has to come
 BODIES = 4  # so many of the largest size may be held at a time
 VALUES = 100_000  # of a body; small ones take fifty times their bytes when they are parsed
 # What tells one request of /score from others; sent back as it came.
@@ -113,115 +98,6 @@ class Score(BaseModel):
     requests: list[Wanted]
     protocol_version: str = "1"
     grad_mode: bool = False
-
-
-class Pngs(Clip):
-    """A clip of PNG files in base64; a frame is decoded when it is read. Where the `shown` second of
-    each is given, the model is to look at every frame."""
-
-    def __init__(self, texts: list[str], fps: float, max_pixels: int,
-                 shown: list[float] | None = None):
-        self.texts, self.max_pixels, self.shown = texts, max_pixels, shown
-        parts = [repr(shown).encode(), *(f"{len(text)} {text}".encode() for text in texts)]
-        # At so low a rate `data.smart_nframes` leaves no frame out.
-        super().__init__(len(texts), fps if shown is None else 1e-6, parts)
-
-    @property
-    def seconds(self) -> list[float]:
-        return self.shown or super().seconds
-
-    def looked_at(self, settings: VideoSettings) -> "Pngs":
-        """The same clip of those frames alone that the model looks at."""
-        with open_video(self, settings) as (_, indices, seconds):
-            shown = dict(zip(indices, seconds))  # a single frame is looked at twice
-        return Pngs([self.texts[index] for index in shown], self.fps, self.max_pixels,
-                    list(shown.values()))
-
-    def check_seconds(self, settings: VideoSettings) -> None:
-        """DataError where the frames and their seconds cannot have been chosen by these settings."""
-        in_order = self.shown == sorted(self.shown) and all(0 <= x < 1e9 for x in self.shown)
-        if len(self.shown) != self.total or not in_order:
-            raise DataError("seconds are not one for each frame, in order")
-        if self.total > 1 and smart_nframes(self.total, self.fps, settings) != self.total:
-            raise DataError(f"{self.total} frames are chosen, not an even number up to "
-                            f"{settings.max_frames}")
-
-    def pixels(self) -> int:
-        """How many its frames announce together, before any is decoded."""
-        sizes = []
-        for text in self.texts:
-            with suppress(ValueError, struct.error):  # which is said when it is read
-                sizes.append(struct.unpack(">16xII", base64.b64decode(text[:32])))
-        return sum(width * height for width, height in sizes)
-
-    def picture(self, index: int) -> np.ndarray:
-        # Whatever a hostile file makes the decoder raise.
-        with error_context(f"frame {index} is no PNG that can be read", Exception):
-            file = io.BytesIO(base64.b64decode(self.texts[index], validate=True))
-            with Image.open(file, formats=("PNG",)) as image:
-                check_pixels(*image.size, self.max_pixels)
-                return grey_levels(from_picture(image))
-
-
-class Stored(Clip):
-    """A video file below a folder, called by its name, for where it lies is nobody's affair. One
-    that was sent is removed when nobody needs it any more."""
-
-    def __init__(self, path: Path, name: str, folder: Path, args: argparse.Namespace):
-        self.path, self.name, self.folder = path, name, folder
-        try:
-            self.video = check_file(path, args)
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").digest()
-        except (OSError, *ERRORS) as error:  # as a DataError is
-            raise DataError(self.hidden(error)) from None
-        super().__init__(self.video.total, self.video.fps, [json.dumps(name).encode(), content])
-
-    @property
-    def seconds(self) -> list[float]:
-        return self.video.seconds
-
-    def pixels(self) -> int:
-        return math.prod(self.video.size) * self.total
-
-    def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
-        try:
-            yield from self.video.frames(indices)
-        except (OSError, *ERRORS) as error:
-            raise ValueError(self.hidden(error)) from None
-
-    def hidden(self, error: Exception) -> str:
-        """An error without the path, or what is left of one that was cut."""
-        return str(error).replace(str(self.path), self.name).replace(f"{self.folder}/", "")
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def check_pixels(width: int, height: int, most: int) -> None:
-    if width * height > most:
-        raise ValueError(f"{width} x {height} pixels a frame, more than {most:,}")
-
-
-def check_file(path: Path, args: argparse.Namespace) -> Video:
-    """The video in a file. Raises DataError if there is none, or a larger one than is served."""
-    with error_context(f"{path}: not a video that can be read", OSError, *ERRORS):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        with opened(path) as (container, stream):
-            check_pixels(stream.codec_context.width, stream.codec_context.height, args.max_pixels)
-            # Some files tell their length only when they are decoded; a frame has two packets at most.
-            packets = sum(packet.size > 0 for packet in container.demux(stream))
-        if packets > 2 * args.max_frames:
-            raise DataError(f"{packets:,} packets, more than {args.max_frames:,} frames have")
-        video = open_file(path, args.reader)
-        check_length(video.total, args)
-        return video
-
-
-def check_length(frames: int, args: argparse.Namespace) -> None:
-    if frames > args.max_frames:
-        raise DataError(f"{frames:,} frames, more than {args.max_frames:,}")
 
 
 class Asked(NamedTuple):
@@ -333,6 +209,11 @@ class Service:
             raise HTTPException(422, f"{place}: {first['msg']}") from None
         except DataError as error:
             raise HTTPException(422, str(error)) from None
+        except HTTPException:
+            raise
+        except Exception as error:  # noqa: BLE001 (the server goes on, whatever it is)
+            print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            raise HTTPException(500, "the server failed; its output says why") from None
 
     def check_work(self, videos: list[Clip | DataError]) -> None:
         pixels = sum(video.pixels() for video in videos if isinstance(video, Clip))
@@ -396,11 +277,11 @@ class Service:
         for texts, rate, shown in zip(asked.video, rates, seconds):
             try:
                 check_length(len(texts), self.args)
+                if settings and shown is None:
+                    texts, shown = looked_at(texts, rate, settings)
                 video = Pngs(texts, rate, self.args.max_pixels, shown)
-                if shown is not None:
+                if settings:
                     video.check_seconds(settings)
-                elif settings:
-                    video = video.looked_at(settings)
                 videos.append(video)
             except DataError as error:
                 videos.append(error)
@@ -499,27 +380,6 @@ def metrics(record: dict) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items() if value != "N/A"}
 
 
-def own_hosts(address: str, allowed: list[str]) -> set[str]:
-    """The names by which a server may be asked that listens at an address; none: by any. Behind a
-    name of its own a web page could ask what only this machine may reach."""
-    own = {address, "localhost", "127.0.0.1", "::1"} if ip_address(address).is_loopback else set()
-    return own | {name.lower() for name in allowed}
-
-
-def check_sender(request: Request, hosts: set[str]) -> None:
-    """HTTPException for a request that a web page of another site has made."""
-    host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    try:
-        name = urlsplit(f"//{host}").hostname
-    except ValueError:
-        name = None
-    if hosts and name not in hosts:
-        raise HTTPException(403, f"the Host {host[:100]!r} is none of {', '.join(sorted(hosts))}: "
-                            "start with --allow-host")
-    if origin is not None and origin.partition("://")[2] != host:
-        raise HTTPException(403, f"the Origin {origin[:100]!r} is another site")
-
-
 def make_app(service: Service, name: str, hosts: set[str]) -> FastAPI:
     """The addresses, for those who call it one of `hosts`, or anything where there are none."""
 
@@ -551,46 +411,6 @@ def make_app(service: Service, name: str, hosts: set[str]) -> FastAPI:
         return await service.answer(request, service.score_files)
 
     return app
-
-
-class Connection(H11Protocol):
-    """It is closed where no head of a request comes; and where there are too many, the oldest of
-    those that are still sending, or silent, makes room."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
-        self.since, self.before = time.monotonic(), None
-        self.loop.call_later(HEAD_SECONDS, self.look)
-        alive = [one for one in self.connections if not one.transport.is_closing()]
-        if len(alive) > CONNECTIONS:
-            sending = [one for one in alive if one.conn.their_state in (h11.IDLE, h11.SEND_BODY)]
-            min(sending, key=lambda one: one.since).transport.abort()
-
-    def look(self) -> None:
-        if self.conn.their_state is h11.IDLE and self.cycle is self.before:
-            self.transport.abort()
-        if not self.transport.is_closing():
-            self.before = self.cycle
-            self.loop.call_later(HEAD_SECONDS, self.look)
-
-
-class Server(uvicorn.Server):
-    """It ends when what is under way is done, and at a second signal at once."""
-
-    def __init__(self, app: FastAPI, folder: Path):
-        super().__init__(uvicorn.Config(app, http=Connection, ws="none", log_level="warning",
-                                        access_log=False, lifespan="off"))
-        self.folder = folder
-
-    def handle_exit(self, sig, frame) -> None:
-        if self.should_exit:
-            self.leave(128 + sig)
-        self.should_exit = True
-
-    def leave(self, status: int) -> None:
-        """End the process, whatever its threads do."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os._exit(status)
 
 
 def parse_args() -> argparse.Namespace:
