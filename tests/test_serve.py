@@ -496,7 +496,7 @@ def test_a_body_of_many_small_values_is_not_parsed(start):
 
 def test_beyond_its_queue_it_is_busy_and_it_ends_when_what_it_has_is_done(scorer_dir, clip):
     process, url = serve(scorer_dir, "--queue", 1, "--window", 1.5, "--accept-any", "--max-new-tokens", 6,
-                         "--fps", 4, "--unusable", "-2.5")
+                         "--fps", 4, "--unusable", "-2.5", "--kept", 0)
     body = {"prompt": ["p", "p"], "video": [frames_in(clip[1]), ["bad"]]}
 
     def wait_for(held):

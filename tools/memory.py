@@ -151,14 +151,21 @@ class Together:
 
     def answer(self, alike: list, options: dict) -> None:
         items = list(chain.from_iterable(request[0] for request in alike))
+        failure = None
         try:
             found = iter(self.work(items, options))
-        except Exception as error:  # noqa: BLE001 (it is the callers', whatever it is)
-            for _, _, answer in alike:
-                answer.set_exception(error)
+        except Exception as error:  # noqa: BLE001 (it is the caller's, whatever it is)
+            failure = error
+        if failure and len(alike) > 1:
+            del failure  # and what it holds in memory
+            for request in alike:
+                self.answer([request], options)
             return
         for some, _, answer in alike:
-            answer.set_result(list(islice(found, len(some))))
+            if failure:
+                answer.set_exception(failure)
+            else:
+                answer.set_result(list(islice(found, len(some))))
 
 
 def rewarded(model, record: dict, standardise: bool = True) -> dict:
