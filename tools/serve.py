@@ -439,10 +439,10 @@ def parse_args() -> argparse.Namespace:
     add("--kept", type=Whole, default=1000, help="answers that are known when they are asked again")
     add("--max-body", type=Count, default=1 << 30, help="bytes of a request; four times as many "
         "of all under way, beyond which others get 503")
-    add("--max-videos", type=Count, default=64, help="of a request")
+    add("--max-videos", type=Count, default=256, help="of a request")
     add("--max-frames", type=Count, default=2048, help="of a video")
     add("--max-pixels", type=Count, default=3840 * 2160, help="of a frame")
-    add("--max-work", type=Count, default=1 << 32, help="pixels of all frames of a request")
+    add("--max-work", type=Count, default=1 << 34, help="pixels of all frames of a request")
     args = parser.parse_args()
     if args.videos and not args.videos.is_dir():
         raise DataError(f"{args.videos}: no such folder")
