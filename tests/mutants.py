@@ -811,7 +811,7 @@ MUTANTS = [
      CLIENT + " -k sent"),
     ("tools/client.py", "lowest = math.ceil(min_frames / 2) * 2", "lowest = min_frames",
      CLIENT + " -k chooses"),
-    ("tools/client.py", "min(max_frames, total) / 2", "max_frames / 2", CLIENT + " -k chooses"),
+    ("tools/client.py", "min(wanted, max_frames, total)", "min(wanted, total)", CLIENT + " -k chooses"),
     ("tools/client.py", "total / video_fps * fps, lowest", "total / video_fps * fps, 0",
      CLIENT + " -k chooses"),
     ("tools/client.py", "if total * count > 1 << 21:", "if total * count > 1 << 40:", CLIENT + " -k chooses"),

@@ -332,9 +332,8 @@ def looked_at(total: int, video_fps: float, fps: float, min_frames: int,
     if total < 2:
         return list(range(total))
     lowest = math.ceil(min_frames / 2) * 2
-    highest = math.floor(min(max_frames, total) / 2) * 2
     wanted = max(total / video_fps * fps, lowest)
-    count = math.floor(min(wanted, highest, total) / 2) * 2
+    count = math.floor(min(wanted, max_frames, total) / 2) * 2
     if total * count > 1 << 21:
         return None
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
