@@ -29,6 +29,7 @@ WORLD, PARADIGMS = "tests/test_world.py", "tests/test_paradigms.py"
 REPORT, BROWSER, TOUR = "tests/test_report.py", "tests/test_browser.py", "tests/test_tour.py"
 MEMORY, SERVE, ADAPTERS = "tests/test_memory.py", "tests/test_serve.py", "tests/test_adapters.py"
 SERVER, CLIENT = "tests/test_server.py", "tests/test_client.py"
+ROUNDS = "tests/test_rounds.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 EXPECTED = "tests/test_steps.py -k expectation"
 ALL_PAIRS = "tests/test_steps.py -k winner_meet"
@@ -822,22 +823,22 @@ MUTANTS = [
      SERVER + " -k no_numbers"),
     ("tools/rounds.py", "if queue:",
      "while queue:\n                    queue.clear()\n                if queue:",
-     SERVER + " -k turns"),
-    ("tools/rounds.py", "self.queues.append(queue)", "self.queues.appendleft(queue)", SERVER + " -k turns"),
-    ("tools/rounds.py", " and len(taken) < self.size", "", SERVER + " -k turns"),
-    ("tools/rounds.py", "job = self.jobs.get(digest)", "job = None", SERVER + " -k asked_once"),
-    ("tools/rounds.py", "self.found.move_to_end(digest)", "pass", SERVER + " -k asked_once"),
-    ("tools/rounds.py", "while len(self.found) > self.kept:", "while False:", SERVER + " -k asked_once"),
-    ("tools/rounds.py", "self.found[job.digest] = record", "pass", SERVER + " -k asked_once or second_try"),
-    ("tools/rounds.py", "if job.callers and not job.is_taken:", "if not job.is_taken:", SERVER + " -k begun"),
+     ROUNDS + " -k turns"),
+    ("tools/rounds.py", "self.queues.append(queue)", "self.queues.appendleft(queue)", ROUNDS + " -k turns"),
+    ("tools/rounds.py", " and len(taken) < self.size", "", ROUNDS + " -k turns"),
+    ("tools/rounds.py", "job = self.jobs.get(digest)", "job = None", ROUNDS + " -k asked_once"),
+    ("tools/rounds.py", "self.found.move_to_end(digest)", "pass", ROUNDS + " -k asked_once"),
+    ("tools/rounds.py", "while len(self.found) > self.kept:", "while False:", ROUNDS + " -k asked_once"),
+    ("tools/rounds.py", "self.found[job.digest] = record", "pass", ROUNDS + " -k asked_once"),
+    ("tools/rounds.py", "if job.callers and not job.is_taken:", "if not job.is_taken:", ROUNDS + " -k begun"),
     ("tools/rounds.py", "if not job.callers and not job.is_taken:", "if not job.is_taken:",
-     SERVER + " -k begun"),
-    ("tools/rounds.py", "if failure and len(jobs) > 1:", "if False:", SERVER + " -k fails_alone"),
+     ROUNDS + " -k begun"),
+    ("tools/rounds.py", "if failure and len(jobs) > 1:", "if False:", ROUNDS + " -k fails_alone"),
     ("tools/rounds.py", "                if not failure:\n", "                if True:\n",
-     SERVER + " -k fails_alone"),
+     ROUNDS + " -k fails_alone"),
     ("tools/memory.py", "json.dumps([name, prompt]).encode()).hexdigest()",
      "json.dumps([name]).encode()).hexdigest()",
-     SERVER + " -k asked_once"),
+     ROUNDS + " -k asked_once"),
     ("tools/memory.py", "if failure and len(alike) > 1:", "if False:", MEMORY + " -k fails_alone"),
     ("tools/serve.py", "self.rounds.leave(jobs)", "pass", SERVER + " -k who_has_gone"),
     ("tools/serve.py", "{done, gone}, return_when", "{done}, return_when", SERVER + " -k who_has_gone"),
