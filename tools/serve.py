@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data import DataError, VideoSettings, error_context
+from data import DataError, VideoSettings, checked, error_context
 from infer import Scorer, add_thinking, read_thinking
 from support.command import READER, Count, NotNegative, Number, Positive, Whole, run_command
 from support.files import MODELS, default_model
@@ -202,7 +202,13 @@ class Service:
         try:
             if sum(map(body.count, (b",", b"[", b"{"))) > VALUES:
                 raise self.too_much(f"a body of more than {VALUES:,} values")
-            return read(body)
+            asked = read(body)
+            for place, prompt in enumerate(asked.prompts):
+                try:
+                    checked(prompt, "the prompt")
+                except DataError as error:
+                    asked.videos[place] = error
+            return asked
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             place = ".".join(map(str, first["loc"])) or "the body"
