@@ -462,6 +462,24 @@ def test_calls_are_one_at_a_time_and_answers_find_their_callers():
     assert max(most) == 1 and max(calls) > 3 and sum(calls) == sum(len(items) for items, _ in asked)
 
 
+def test_a_call_at_which_the_model_fails_fails_alone():
+    def work(items, options):
+        if "bad" in items:
+            raise MemoryError("too large")
+        return items
+
+    together = Together(work, 0.2)
+
+    def ask(name):
+        try:
+            return together([name], {})
+        except MemoryError:
+            return "failed"
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(ask, ["a", "bad", "c"])) == [["a"], "failed", ["c"]]
+
+
 def test_whoever_is_interrupted_leaves_the_others_theirs():
     """While "a" is worked for, the others wait; the first of them takes all three, and is interrupted."""
     started, going, found, calls = threading.Event(), threading.Event(), {}, []

@@ -283,7 +283,8 @@ def a_copy_asks_the_new_server(old, new, tmp_path):
     (tmp_path / "ask.py").write_text(COPY)
     shutil.copy(GOLDEN / "four.mp4", tmp_path / "clip.mp4")
     np.save(tmp_path / "frames.npy", torch.rand(1, 4, 3, 64, 64).numpy())
-    server = Started("-m", "tools.serve", "--model", GOLDEN / "earlier_model", "--port", 0, *FEW)
+    server = Started("-m", "tools.serve", "--model", GOLDEN / "earlier_model", "--port", 0, "--accept-any",
+                     *FEW)
     while not (said := re.search(r"http://127\.0\.0\.1:\d+", Path(server.files[0]).read_text())):
         assert server.running(), server.wait()
         time.sleep(0.05)

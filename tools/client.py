@@ -3,6 +3,8 @@
     score = Client("http://127.0.0.1:8000")
     records = score(frames, prompts, fps=16)    # as infer.Scorer answers: a dict a video
 
+Of frames those alone are sent that the model looks at, which the server's /health says.
+
 This file needs Python 3.8 or later and numpy alone, so that it can be copied into a trainer.
 """
 
@@ -10,17 +12,20 @@ from __future__ import annotations
 
 import base64
 import http.client
+import itertools
 import json
 import math
 import os
+import random
 import socket
 import struct
+import threading
 import time
-import urllib.error
-import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from numbers import Real
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -156,29 +161,47 @@ def paired(videos: list, prompts, fps) -> tuple[list[str], list[float | None]]:
 # The server
 
 
+LOOKS = ("fps", "min_frames", "max_frames")  # what decides which frames a model looks at
+CONNECT_SECONDS = 10.0
+LARGEST = 1 << 26  # bytes of an answer
+
+
+class Busy(Exception):
+    """A server has no room now, but may have in so many seconds."""
+
+    def __init__(self, reason: str, seconds: float):
+        super().__init__(reason)
+        self.seconds = seconds
+
+
 class Client:
     """A served model, called as `infer.Scorer` is, from any thread.
 
-    url: where it is served; timeout: seconds an answer may take; parallel: videos under way at a
-    time, which the server thinks about together; attempts: how often it is asked when it is busy or
-    cannot be reached, with a pause of 0.25, 0.5, … 8 seconds between."""
+    url: where it is served, or several such addresses, which share the videos and stand in for each
+    other; timeout: seconds that a video's answer may take in all, from a busy server too; parallel:
+    videos under way at a time, which the server thinks about together; attempts: how often it is
+    asked where it cannot be reached, with a pause of about 0.25, 0.5, … 8 seconds between."""
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", *, timeout: float = 600.0,
-                 parallel: int = 8, attempts: int = 10):
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{url!r} is no address such as http://127.0.0.1:8000")
-        self.url, self.timeout, self.attempts = url.rstrip("/"), timeout, attempts
+    def __init__(self, url="http://127.0.0.1:8000", *, timeout: float = 600.0, parallel: int = 8,
+                 attempts: int = 10):
+        urls = [url] if isinstance(url, str) else list(url)
+        for one in urls or [""]:
+            if not one.startswith(("http://", "https://")):
+                raise ValueError(f"{one!r} is no address such as http://127.0.0.1:8000")
+        self.urls = [one.rstrip("/") for one in urls]
+        self.url, self.timeout, self.attempts = self.urls[0], timeout, attempts
         self.pool = ThreadPoolExecutor(parallel)
-        # What is set for the internet's sake, such as HTTP_PROXY, is not for a neighbour.
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.turns = itertools.count()  # who is asked first
+        self.dice = random.Random()  # a trainer's own stay as they are
+        self.sampling = ()  # unknown; None: the server takes all frames
 
     def __call__(self, videos, prompts, *, fps=None, layout: str | None = None) -> list[dict]:
         """A record a video, in their order: score, standardised, cot, sub_scores and error, of a
         video that cannot be scored why not, with the score NaN.
 
         videos, layout: see `split`; a path is a file here, and is sent. prompts, fps: one for all
-        videos or a list. Raises ValueError or TypeError where these make no sense, RuntimeError where
-        the server does not answer."""
+        videos or a list. Raises ValueError or TypeError where these make no sense, RuntimeError, with
+        its address, where a server does not answer."""
         videos = split(videos, layout)
         return list(self.pool.map(self.ask, videos, *paired(videos, prompts, fps)))
 
@@ -192,37 +215,128 @@ class Client:
                 return unusable(f"{video}: {error.strerror or error}")
             turn = {"text": prompt, "video_b64": content}
             asked = [{"history": [turn], "required_rewards": ["descore"]}]
-            found = self.post("/score", {"requests": asked})
-        elif reason := problem(video):
-            return unusable(reason)
-        else:
-            frames = [base64.b64encode(png(grey_levels(frame))).decode() for frame in video]
-            found = self.post("/compute", {"prompt": [prompt], "video": [frames], "fps": fps})
-        (record,) = found["records"]
-        return {**record, "score": math.nan if record["score"] is None else record["score"]}
+            return self.fetch("/score", {"requests": asked}, the_record)
+        reason = problem(video)
+        if reason:
+            return unusable(f"a clip of {len(video)} frames: not a video that can be read ({reason})")
+        if self.sampling == ():
+            self.sampling = self.fetch("/health", None, the_sampling)
+        body = {"prompt": [prompt], "fps": fps}
+        places = self.sampling and looked_at(len(video), fps, *self.sampling)
+        if places:
+            video = [video[place] for place in places]
+            body["seconds"] = [[place / fps for place in places]]
+            body["sampling"] = dict(zip(LOOKS, self.sampling))
+        body["video"] = [[base64.b64encode(png(grey_levels(frame))).decode() for frame in video]]
+        return self.fetch("/compute", body, the_record)
 
-    def post(self, path: str, body: dict) -> dict:
-        """The server's answer. Raises RuntimeError if there is none, or it refuses."""
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(min(2**attempt / 8, 8))
+    def fetch(self, path: str, body: dict | None, read):
+        """What `read` finds in the answer of the first server that gives one. Raises RuntimeError if
+        none does, or one refuses."""
+        data = None if body is None else json.dumps(body).encode()
+        end = time.monotonic() + self.timeout
+        first, failures = next(self.turns), 0
+        for turn in itertools.count():
+            url = self.urls[(first + turn) % len(self.urls)] + path
+            if turn % len(self.urls) == 0:
+                pause, is_busy = min(2.0 ** min(turn // len(self.urls), 9) / 4, 8.0), False
             try:
-                with self.opener.open(request, timeout=self.timeout) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                said = error.read(1000).decode(errors="replace")
-                reason = f"HTTP {error.code}: {said}"
-                if error.code != 503:
-                    break
-            # TimeoutError since Python 3.10. Whoever is slow would only have more to do.
-            except socket.timeout:  # noqa: UP041
-                reason = f"no answer within {self.timeout:g} seconds"
-                break
+                return self.exchange(url, data, end, read)
+            except Busy as error:
+                is_busy, reason = True, str(error)
+                pause = max(pause, error.seconds)
             except (OSError, http.client.HTTPException) as error:  # cannot be reached, or went away
-                reason = str(error)
-        raise RuntimeError(f"{self.url}{path}: {reason}")
+                reason = str(error) or type(error).__name__
+            if (turn + 1) % len(self.urls):
+                continue  # another may have room
+            failures += not is_busy
+            left = max(end - time.monotonic(), 0.0)
+            if failures < self.attempts:
+                # Those who were sent away together are not to come back together.
+                time.sleep(min(pause * self.dice.uniform(1.0, 1.5), left))
+            if failures >= self.attempts or time.monotonic() >= end:
+                raise RuntimeError(f"{url}: {reason}")
+
+    def exchange(self, url: str, data: bytes | None, end: float, read):
+        """What `read` finds in one server's answer, which has to be there whole at the end."""
+        parts = urlsplit(url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        left = max(end - time.monotonic(), 0.001)
+        # What is set for the internet's sake, such as HTTP_PROXY, is not for a neighbour.
+        link = kind(parts.hostname, parts.port, timeout=min(left, CONNECT_SECONDS))
+        link.connect()
+        link.sock.settimeout(None)
+        is_late = threading.Event()
+        # However slowly an answer trickles in, at the end it is cut off.
+        guard = threading.Timer(end - time.monotonic(), cut_off, (link.sock, is_late))
+        guard.daemon = True
+        guard.start()
+        try:
+            headers = {"Content-Type": "application/json", "Connection": "close"}
+            link.request("GET" if data is None else "POST", parts.path, data, headers)
+            answer = link.getresponse()
+            text = answer.read(LARGEST)
+            if answer.length:
+                raise http.client.IncompleteRead(text, answer.length)
+        except (OSError, http.client.HTTPException):
+            if not is_late.is_set():
+                raise
+        finally:
+            guard.cancel()
+            link.close()
+        if is_late.is_set():
+            raise RuntimeError(f"{url}: no answer within {self.timeout:g} seconds")
+        said = text[:1000].decode(errors="replace")
+        if answer.status == 503:
+            after = answer.getheader("Retry-After", "")
+            raise Busy(f"HTTP 503: {said}", float(after) if after.isdigit() else 0.0)
+        if answer.status != 200:
+            raise RuntimeError(f"{url}: HTTP {answer.status}: {said}")
+        try:
+            return read(json.loads(text))
+        except (ValueError, TypeError, LookupError, RecursionError):
+            raise RuntimeError(f"{url}: not an answer of tools.serve: {said[:200]}") from None
+
+
+def cut_off(connection: socket.socket, is_late: threading.Event) -> None:
+    is_late.set()
+    with suppress(OSError):  # it has ended
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def the_record(answer: dict) -> dict:
+    """The one record of an answer. Raises an error of some kind if it is none."""
+    (record,) = answer["records"]
+    record = {**{name: record[name] for name in unusable(None)}, **record}
+    is_scored = isinstance(record["score"], float)
+    if is_scored != (record["error"] is None):
+        raise ValueError("neither a score nor an error")
+    return record if is_scored else {**record, "score": math.nan}
+
+
+def the_sampling(health: dict) -> list[float] | None:
+    """What decides which frames the model looks at (`LOOKS`), as /health says it."""
+    sampling = health["sampling"]
+    if sampling is None:
+        return None
+    numbers = [sampling[name] for name in LOOKS]
+    if not all(isinstance(number, Real) and number > 0 for number in numbers):
+        raise ValueError("not above 0")
+    return numbers
+
+
+def looked_at(total: int, video_fps: float, fps: float, min_frames: int,
+              max_frames: int) -> list[int] | None:
+    """Which of `total` frames a model looks at, as data.open_video chooses them; None of so many that
+    its rounding, in float32, decides."""
+    if total < 2:
+        return list(range(total))
+    lowest = math.ceil(min_frames / 2) * 2
+    wanted = max(total / video_fps * fps, lowest)
+    count = math.floor(min(wanted, max_frames, total) / 2) * 2
+    if total * count > 1 << 21:
+        return None
+    return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
 def as_reward(record: dict) -> float:

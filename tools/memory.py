@@ -105,12 +105,16 @@ def clip_keys(videos, prompts, fps=None, layout: str | None = None) -> list[Key]
     return keys
 
 
-def number_of(key: Key) -> int:
-    """A number that a video and its prompt have in any company: it decides what is drawn for them."""
+def digest_of(key: Key) -> str:
+    """What tells a video and its prompt from others: by their content, where it is at hand."""
     video, prompt = key
     name = video.digest if isinstance(video, Clip) else str(video)
-    whole = hashlib.sha256(json.dumps([name, prompt]).encode())
-    return int.from_bytes(whole.digest()[:8], "big")
+    return hashlib.sha256(json.dumps([name, prompt]).encode()).hexdigest()
+
+
+def number_of(key: Key) -> int:
+    """A number that a video and its prompt have in any company: it decides what is drawn for them."""
+    return int(digest_of(key)[:16], 16)
 
 
 class Together:
@@ -147,14 +151,21 @@ class Together:
 
     def answer(self, alike: list, options: dict) -> None:
         items = list(chain.from_iterable(request[0] for request in alike))
+        failure = None
         try:
             found = iter(self.work(items, options))
-        except Exception as error:  # noqa: BLE001 (it is the callers', whatever it is)
-            for _, _, answer in alike:
-                answer.set_exception(error)
+        except Exception as error:  # noqa: BLE001 (it is the caller's, whatever it is)
+            failure = error
+        if failure and len(alike) > 1:
+            del failure  # and what it holds in memory
+            for request in alike:
+                self.answer([request], options)
             return
         for some, _, answer in alike:
-            answer.set_result(list(islice(found, len(some))))
+            if failure:
+                answer.set_exception(failure)
+            else:
+                answer.set_result(list(islice(found, len(some))))
 
 
 def rewarded(model, record: dict, standardise: bool = True) -> dict:

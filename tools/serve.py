@@ -5,47 +5,54 @@
     GET  /health, /rewards
     POST /compute   {"prompt": [TEXT, …], "video": [[PNG in base64, …], …], "fps": 16}
                     → {"rewards": [number, …], "errors": […], "records": […]}
+                    or with the frames alone that /health's "sampling" looks at, which comes back:
+                    {…, "seconds": [[0.0, …], …], "sampling": {…}}
     POST /score     {"requests": [{"history": [{"text": TEXT, "video_b64": FILE in base64}],
                     "required_rewards": ["descore"]}, …]}
                     → {"results": [{"descore": {"reward": number, …}}, …], "errors": […]}
 
 The first is Flow-Factory's protocol, the second UniRL's; tools/client.py speaks both. A history may
 name a file below --videos instead, "video_path". What is asked at the same time is thought about
-together. A video that cannot be scored has null, or no entry, and an error; the others are
-unharmed. Requests that are too many, or too large together, get 503. On Ctrl-C or SIGTERM what is
-under way is finished.
+together, a video of each request in turn; what was asked before is known. A video that cannot be
+scored has null, or no entry, and an error; the others are unharmed. Requests that are too many, or
+too large together, get 503. What is refused is said on stderr, and counted in /health. On Ctrl-C or
+SIGTERM what is under way is finished; on a second one it is not.
 """
 
 import argparse
 import asyncio
 import base64
-import hashlib
-import io
+import os
 import socket
 import sys
 import tempfile
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from data import DataError, error_context, open_file
+from data import DataError, VideoSettings, checked, error_context
 from infer import Scorer, add_thinking, read_thinking
 from support.command import READER, Count, NotNegative, Number, Positive, Whole, run_command
 from support.files import MODELS, default_model
-from support.frames import ERRORS, opened
 from support.tables import as_json, further
-from tools.client import as_reward, from_picture, grey_levels, paired, unusable
+from tools.client import LOOKS, as_reward, paired, unusable
 from tools.memory import LONGEST_ANSWER, Clip, longest_answer
+from tools.rounds import Rounds
 
 try:
-    import uvicorn
-    from fastapi import FastAPI, HTTPException, Request, Response
-    from PIL import Image
+    from fastapi import Depends, FastAPI, HTTPException, Request, Response
+    from fastapi.responses import JSONResponse
     from pydantic import BaseModel, ValidationError
+    from starlette.exceptions import HTTPException as AnyHTTPException
     from starlette.requests import ClientDisconnect
+
+    from tools.gate import Server, check_sender, own_hosts
+    from tools.sent import Pngs, Stored, check_length, looked_at
 except ImportError as error:
     raise SystemExit(f"error: tools.serve needs {error.name}: pip install -r "
                      "tools/requirements.txt") from error
@@ -65,6 +72,8 @@ class Compute(BaseModel):
     prompt: list[str]
     video: list[list[str]]  # frames, each a PNG file in base64
     fps: Any = None  # one for all videos, or a list
+    seconds: list[list[float]] | None = None  # of frames that were chosen
+    sampling: dict[str, float] | None = None  # by this
     kwargs: dict | None = None  # where Flow-Factory puts what else there is
 
 
@@ -76,7 +85,7 @@ class Turn(BaseModel):
     video_path: str | None = None
 
 
-class Asked(BaseModel, extra="allow"):
+class Wanted(BaseModel, extra="allow"):
     """A video to be scored: that of the last turn."""
 
     history: list[Turn]
@@ -86,79 +95,76 @@ class Asked(BaseModel, extra="allow"):
 class Score(BaseModel):
     """The body of /score."""
 
-    requests: list[Asked]
+    requests: list[Wanted]
     protocol_version: str = "1"
     grad_mode: bool = False
 
 
-class Pngs(Clip):
-    """A clip of PNG files in base64; a frame is decoded when it is read."""
+class Asked(NamedTuple):
+    """What a request asks for."""
 
-    def __init__(self, texts: list[str], fps: float, max_pixels: int):
-        self.texts, self.max_pixels = texts, max_pixels
-        super().__init__(len(texts), fps, (f"{len(text)} {text}".encode() for text in texts))
-
-    def picture(self, index: int) -> np.ndarray:
-        # Whatever a hostile file makes the decoder raise.
-        with error_context(f"frame {index} is no PNG that can be read", Exception):
-            file = io.BytesIO(base64.b64decode(self.texts[index], validate=True))
-            with Image.open(file, formats=("PNG",)) as image:
-                check_pixels(*image.size, self.max_pixels)
-                return grey_levels(from_picture(image))
-
-
-def check_pixels(width: int, height: int, most: int) -> None:
-    if width * height > most:
-        raise ValueError(f"{width} x {height} pixels a frame, more than {most:,}")
-
-
-def check_file(path: Path, args: argparse.Namespace) -> None:
-    """Raises DataError for a file that is no video, or a larger one than is served."""
-    with error_context(f"{path}: not a video that can be read", OSError, *ERRORS):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        with opened(path) as (container, stream):
-            check_pixels(stream.codec_context.width, stream.codec_context.height, args.max_pixels)
-            # Some files tell their length only when they are decoded; a frame has two packets at most.
-            packets = sum(packet.size > 0 for packet in container.demux(stream))
-        if packets > 2 * args.max_frames:
-            raise DataError(f"{packets:,} packets, more than {args.max_frames:,} frames have")
-        check_length(open_file(path).total, args)
-
-
-def check_length(frames: int, args: argparse.Namespace) -> None:
-    if frames > args.max_frames:
-        raise DataError(f"{frames:,} frames, more than {args.max_frames:,}")
+    videos: list[Clip | DataError]
+    prompts: list[str]
+    reply: Callable[[list[dict]], dict]  # of a record for each video
+    size: int  # bytes that are held for it
 
 
 class Service:
-    """What is behind the addresses: a model that is asked by `score`, as `infer.Scorer` is."""
+    """What is behind the addresses: a model that is asked by `score`, as `infer.Scorer` is, and looks
+    at videos by `settings`; None where it looks at them in more ways than one."""
 
-    def __init__(self, score, args: argparse.Namespace):
-        self.score, self.args = score, args
-        # Requests that are being read, wait or are thought about, and the bytes of their bodies.
-        self.held = self.bytes = 0
+    def __init__(self, score, args: argparse.Namespace, settings: VideoSettings | None,
+                 folder: Path):
+        self.args, self.settings, self.folder = args, settings, folder
+        self.rounds = Rounds(score, args.round, args.kept, args.window)
+        self.sampling = settings and {name: getattr(settings, name) for name in LOOKS}
+        # Requests whose bodies come, and those that wait or are thought about; bytes held for them.
+        self.coming = self.held = self.bytes = 0
+        self.counts = Counter(dict.fromkeys(("asked", "scored", "cut_off", "no_format", "errors"), 0))
+        self.refusals = Counter()
+        self.said = Counter()  # when a refusal of a kind was last printed
         self.pool = ThreadPoolExecutor(args.queue)
 
-    async def answer(self, request: Request, work) -> Response:
-        """What `work` makes of a request's body."""
-        if self.held >= self.args.queue:
-            raise busy(f"{self.held} requests are under way")
-        self.held += 1
-        body = bytearray()
-        try:
-            await self.read(request, body)
-            found = asyncio.get_running_loop().run_in_executor(self.pool, self.work, work, body)
-            return Response(await found, media_type="application/json")
-        finally:
-            self.held -= 1
-            self.bytes -= len(body)
+    def health(self) -> dict:
+        args = self.args
+        bounds = {"bytes": args.max_body, "videos": args.max_videos, "frames": args.max_frames,
+                  "pixels": args.max_pixels, "pixels_together": args.max_work}
+        return {"under_way": self.held, "coming": self.coming, "sampling": self.sampling,
+                "bounds": bounds, "videos": self.counts, "refused": self.refusals}
 
-    async def read(self, request: Request, body: bytearray) -> None:
+    async def answer(self, request: Request, read: Callable[[bytearray], Asked]) -> Response:
+        """What is found about the videos that `read` finds in a request's body."""
+        body, size = bytearray(), 0
+        try:
+            self.coming += 1
+            try:
+                await self.receive(request, body)
+            finally:
+                self.coming -= 1
+            if self.held >= self.args.queue:
+                raise busy(f"{self.held} requests are under way")
+            self.held += 1
+            try:
+                loop = asyncio.get_running_loop()
+                asked = await loop.run_in_executor(self.pool, self.read, read, body)
+                size = asked.size
+                self.bytes += size - len(body)
+                body.clear()
+                records = await self.judged(request, asked)
+            finally:
+                self.held -= 1
+        finally:
+            self.bytes -= len(body) + size
+        return Response(as_json(asked.reply(records)), media_type="application/json")
+
+    async def receive(self, request: Request, body: bytearray) -> None:
         """Fill in the body of a request, within bounds."""
         most, taken, kept = self.args.max_body, 0, True
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HTTPException(415, "the content type is not application/json")
         length = request.headers.get("content-length", "0")
-        too_long = HTTPException(413, f"a body of more than {most:,} bytes")
+        too_long = self.too_much(f"a body of more than {most:,} bytes")
         # Most who send too much will read why only when they are through.
         if not length.isdecimal() or int(length) > 4 * most:
             raise too_long
@@ -185,12 +191,24 @@ class Service:
         if not kept:
             raise busy(f"requests of {self.bytes:,} bytes are under way")
 
-    def work(self, work, body: bytearray) -> str:
-        """The answer as JSON. Whatever is wrong with a request is said in one line."""
+    def too_much(self, what: str) -> HTTPException:
+        args = self.args
+        return HTTPException(413, f"{what}; a request has at most {args.max_body:,} bytes, "
+                             f"{args.max_videos:,} videos of {args.max_frames:,} frames of "
+                             f"{args.max_pixels:,} pixels, {args.max_work:,} pixels together")
+
+    def read(self, read: Callable[[bytearray], Asked], body: bytearray) -> Asked:
+        """What a body asks for. Whatever is wrong with it is said in one line."""
         try:
             if sum(map(body.count, (b",", b"[", b"{"))) > VALUES:
-                raise HTTPException(413, f"a body of more than {VALUES:,} values")
-            return as_json(work(body))
+                raise self.too_much(f"a body of more than {VALUES:,} values")
+            asked = read(body)
+            for place, prompt in enumerate(asked.prompts):
+                try:
+                    checked(prompt, "the prompt")
+                except DataError as error:
+                    asked.videos[place] = error
+            return asked
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             place = ".".join(map(str, first["loc"])) or "the body"
@@ -201,73 +219,128 @@ class Service:
             raise
         except Exception as error:  # noqa: BLE001 (the server goes on, whatever it is)
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            raise HTTPException(500, "the model failed; the server's output says why") from None
+            raise HTTPException(500, "the server failed; its output says why") from None
 
-    def records(self, videos: list, prompts: list[str]) -> list[dict]:
-        """A record for each video, or for the DataError that stands in its place."""
-        good = [i for i, video in enumerate(videos) if not isinstance(video, DataError)]
-        found = iter(self.score([videos[i] for i in good], [prompts[i] for i in good]))
-        return [unusable(str(video)) if isinstance(video, DataError) else next(found)
-                for video in videos]
+    def check_work(self, videos: list[Clip | DataError]) -> None:
+        pixels = sum(video.pixels() for video in videos if isinstance(video, Clip))
+        if pixels > self.args.max_work:
+            raise self.too_much(f"{pixels:,} pixels")
 
-    def compute(self, body: bytearray) -> dict:
+    def check_count(self, videos: list) -> None:
+        if len(videos) > self.args.max_videos:
+            raise self.too_much(f"{len(videos):,} videos")
+
+    async def judged(self, request: Request, asked: Asked) -> list[dict]:
+        """A record for each video, or for the DataError that stands in its place. HTTPException as
+        soon as whoever asked has hung up."""
+        records = [unusable(str(video)) for video in asked.videos]
+        places = [i for i, video in enumerate(asked.videos) if isinstance(video, Clip)]
+        jobs = self.rounds.ask([(asked.videos[i], asked.prompts[i]) for i in places])
+        done = asyncio.gather(*map(asyncio.wrap_future, jobs))
+        gone = asyncio.ensure_future(hung_up(request))
+        try:
+            await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                raise HTTPException(499, "whoever asked has hung up")
+        finally:
+            done.cancel()
+            gone.cancel()
+            self.rounds.leave(jobs)
+        for i, record in zip(places, done.result()):
+            records[i] = record
+        for record in records:
+            self.counts["asked"] += 1
+            self.counts["scored"] += record["error"] is None
+            self.counts["cut_off"] += record["truncated"] is True
+            self.counts["no_format"] += record["format_ok"] is False
+            self.counts["errors"] += record["error"] is not None
+        return records
+
+    def refuse(self, status: int, why: str) -> None:
+        """Count a refusal, and say it; of one kind once a second, for some ask very often."""
+        self.refusals[status] += 1
+        if time.monotonic() - self.said[status] >= 1:
+            self.said[status] = time.monotonic()
+            line = "".join(sign if sign.isprintable() else "?" for sign in why[:500])
+            print(f"refused: {status}, {self.refusals[status]} so far: {line}", file=sys.stderr,
+                  flush=True)
+
+    def compute(self, body: bytearray) -> Asked:
         """POST /compute: frames."""
         asked = Compute.model_validate_json(body)
+        self.check_count(asked.video)
+        settings, seconds = self.settings, asked.seconds or [None] * len(asked.video)
+        if asked.sampling is not None and asked.sampling != self.sampling:
+            raise DataError(f"frames were chosen by {asked.sampling}, not {self.sampling}")
+        if asked.seconds is not None and (asked.sampling is None or len(seconds) != len(asked.video)):
+            raise DataError("seconds of each video need the sampling that chose the frames")
         rates = (asked.fps, (asked.kwargs or {}).get("fps"), self.args.fps)
         fps, videos = next((rate for rate in rates if rate is not None), None), []
         try:
             _, rates = paired(asked.video, asked.prompt, fps)
         except (ValueError, TypeError) as error:
             raise DataError(str(error)) from error
-        for texts, rate in zip(asked.video, rates):
+        for texts, rate, shown in zip(asked.video, rates, seconds):
             try:
                 check_length(len(texts), self.args)
-                videos.append(Pngs(texts, rate, self.args.max_pixels))
+                if settings and shown is None:
+                    texts, shown = looked_at(texts, rate, settings)
+                video = Pngs(texts, rate, self.args.max_pixels, shown)
+                if settings:
+                    video.check_seconds(settings)
+                videos.append(video)
             except DataError as error:
                 videos.append(error)
-        records = self.records(videos, asked.prompt)
-        rewards = [as_reward(r) if r["error"] is None else self.args.unusable for r in records]
-        return {"rewards": rewards, "errors": [r["error"] for r in records], "records": records}
+        self.check_work(videos)
+        size = sum(sum(map(len, video.texts)) for video in videos if isinstance(video, Pngs))
 
-    def score_files(self, body: bytearray) -> dict:
+        def reply(records: list[dict]) -> dict:
+            rewards = [as_reward(r) if r["error"] is None else self.args.unusable for r in records]
+            return {"rewards": rewards, "errors": [r["error"] for r in records], "records": records}
+
+        return Asked(videos, asked.prompt, reply, size)
+
+    def score_files(self, body: bytearray) -> Asked:
         """POST /score: files."""
         asked = Score.model_validate_json(body)
         check_score(asked)
-        turns = [request.history[-1] for request in asked.requests]
-        with tempfile.TemporaryDirectory(prefix="descore-") as folder:
-            paths, videos = [], []
-            for turn in turns:
-                paths.append(None)
-                try:
-                    paths[-1] = self.find(turn, Path(folder))
-                    check_file(paths[-1], self.args)
-                    videos.append(str(paths[-1]))
-                except DataError as error:
-                    videos.append(error)
-            records = self.records(videos, [turn.text for turn in turns])
-        for turn, path, record in zip(turns, paths, records):
-            if path and record["error"]:
-                # Where a file lies is nobody's affair, nor what is left of a path that was cut.
-                name = "video_b64" if turn.video_path is None else turn.video_path
-                said = record["error"].replace(str(path), name)
-                record["error"] = said.replace(f"{folder}/", "").replace(f"{self.args.videos}/", "")
-        results = [{NAME: metrics(r)} if r["error"] is None else {} for r in records]
-        errors = [{} if r["error"] is None else {NAME: r["error"]} for r in records]
+        self.check_count(asked.requests)
+        turns, videos, size = [request.history[-1] for request in asked.requests], [], 0
+        for turn in turns:
+            try:
+                videos.append(self.find(turn))
+                size += len(turn.video_b64 or "") * 3 // 4
+            except DataError as error:
+                videos.append(error)
+        self.check_work(videos)
         ids = [{key: getattr(request, key, None) for key in IDENTITY} for request in asked.requests]
-        return {"results": results, "errors": errors, "identities": ids, "records": records,
-                "protocol_version": "1"}
 
-    def find(self, turn: Turn, folder: Path) -> Path:
-        """The file of a turn, written into the folder if it was sent. Raises DataError if there is
-        none to be had."""
+        def reply(records: list[dict]) -> dict:
+            results = [{NAME: metrics(r)} if r["error"] is None else {} for r in records]
+            errors = [{} if r["error"] is None else {NAME: r["error"]} for r in records]
+            return {"results": results, "errors": errors, "identities": ids, "records": records,
+                    "protocol_version": "1"}
+
+        return Asked(videos, [turn.text for turn in turns], reply, size)
+
+    def find(self, turn: Turn) -> Stored:
+        """The file of a turn, written into a folder if it was sent. Raises DataError if there is none
+        to be had."""
         if turn.video_b64 is not None and turn.video_path is not None:
             raise DataError("video_b64 and video_path are both given")
         if turn.video_b64 is not None:
             with error_context("video_b64 is not base64", ValueError):
                 content = base64.b64decode(turn.video_b64, validate=True)
-            path = folder / hashlib.sha256(content).hexdigest()
-            path.write_bytes(content)
-            return path
+            number, path = tempfile.mkstemp(dir=self.folder)
+            with open(number, "wb") as file:
+                file.write(content)
+            try:
+                video = Stored(Path(path), "video_b64", self.folder, self.args)
+            except DataError:
+                os.unlink(path)
+                raise
+            weakref.finalize(video, os.unlink, path)
+            return video
         if turn.video_path is None:
             raise DataError("neither video_b64 nor video_path is given")
         root = self.args.videos
@@ -279,7 +352,13 @@ class Service:
             raise DataError(f"{turn.video_path}: not a path that leads to a file") from error
         if not path.is_relative_to(root):
             raise DataError(f"{turn.video_path}: not below the folder that is served")
-        return path
+        return Stored(path, turn.video_path, root, self.args)
+
+
+async def hung_up(request: Request) -> None:
+    """Wait until whoever asked is there no more; the body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def busy(why: str) -> HTTPException:
@@ -307,14 +386,23 @@ def metrics(record: dict) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items() if value != "N/A"}
 
 
-def make_app(service: Service, name: str) -> FastAPI:
-    """The addresses."""
-    app = FastAPI(title="DeScore", openapi_url=None)
+def make_app(service: Service, name: str, hosts: set[str]) -> FastAPI:
+    """The addresses, for those who call it one of `hosts`, or anything where there are none."""
+
+    async def admitted(request: Request) -> None:
+        check_sender(request, hosts)
+
+    app = FastAPI(title="DeScore", openapi_url=None, dependencies=[Depends(admitted)])
+
+    @app.exception_handler(AnyHTTPException)
+    async def refused(request: Request, error: AnyHTTPException) -> Response:
+        service.refuse(error.status_code, error.detail)
+        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
     @app.get("/health")
     async def health() -> dict:
-        return {"status": "ok", "model": name, "under_way": service.held,
-                "rewards": {NAME: ["reward", "score"]}}
+        return {"status": "ok", "model": name, "rewards": {NAME: ["reward", "score"]},
+                **service.health()}
 
     @app.get("/rewards")
     async def rewards() -> dict:
@@ -340,6 +428,8 @@ def parse_args() -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine may ask")
     add("--port", type=Whole, default=8000, help="0: one that is free")
     add("--fps", type=Positive, help="frames a second of frames that come without")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="a name by which it may be "
+        "asked; may be repeated [the loopback's own on a loopback address, else any]")
     add("--videos", type=Path, help="a folder below which files may be named by their path")
     add("--reader", **READER)
     add("--cot", choices=("on", "off"), default="on", help="off: score without thinking")
@@ -351,10 +441,14 @@ def parse_args() -> argparse.Namespace:
     add("--unusable", type=Number, help="reward of /compute for a video that cannot be scored [null]")
     add("--window", type=NotNegative, default=0.02, help="seconds to wait for others who ask")
     add("--queue", type=Count, default=32, help="requests under way at a time; others get 503")
-    add("--max-body", type=Count, default=1 << 28, help="bytes of a request; four times as many "
+    add("--round", type=Count, default=16, help="videos that are thought about at a time")
+    add("--kept", type=Whole, default=1000, help="answers that are known when they are asked again")
+    add("--max-body", type=Count, default=1 << 30, help="bytes of a request; four times as many "
         "of all under way, beyond which others get 503")
+    add("--max-videos", type=Count, default=256, help="of a request")
     add("--max-frames", type=Count, default=2048, help="of a video")
     add("--max-pixels", type=Count, default=3840 * 2160, help="of a frame")
+    add("--max-work", type=Count, default=1 << 34, help="pixels of all frames of a request")
     args = parser.parse_args()
     if args.videos and not args.videos.is_dir():
         raise DataError(f"{args.videos}: no such folder")
@@ -367,16 +461,22 @@ def main() -> None:
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     listening = socket.create_server((args.host, args.port), family=family)
     model = args.model or default_model()
-    scorer = Scorer(model, args.device, window=args.window, reader=args.reader)
+    scorer = Scorer(model, args.device, window=0.0, reader=args.reader)
     if args.max_new_tokens is None:
         args.max_new_tokens = longest_answer(scorer.model)
     score = partial(scorer, think=args.cot == "on", thinking=read_thinking(args),
                     accept_any=args.accept_any)
-    app = make_app(Service(score, args), model)
+    settings, scoring = scorer.model.processor.settings, scorer.model.scoring_settings
+    alike = all(getattr(settings, name) == getattr(scoring, name) for name in LOOKS)
+    folder = Path(tempfile.mkdtemp(prefix="descore-"))
+    service = Service(score, args, settings if alike else None, folder)
+    address, port, *_ = listening.getsockname()
+    app = make_app(service, model, own_hosts(address, args.allow_host))
     host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"{model}: http://{host}:{listening.getsockname()[1]}", flush=True)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
-    uvicorn.Server(config).run(sockets=[listening])
+    print(f"{model}: http://{host}:{port}", flush=True)
+    server = Server(app, folder)
+    server.run(sockets=[listening])
+    server.leave(0)
 
 
 if __name__ == "__main__":

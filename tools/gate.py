@@ -1,0 +1,79 @@
+"""Who may ask `tools.serve`: connections that send what they announce, and callers that are no web
+page of another site."""
+
+import asyncio
+import os
+import shutil
+import time
+from ipaddress import ip_address
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import h11
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_SECONDS = 10  # in which the head of a request has to come
+CONNECTIONS = 512  # beyond which the oldest that sends is closed
+
+
+def own_hosts(address: str, allowed: list[str]) -> set[str]:
+    """The names by which a server may be asked that listens at an address; none: by any. Behind a
+    name of its own a web page could ask what only this machine may reach."""
+    own = {address, "localhost", "127.0.0.1", "::1"} if ip_address(address).is_loopback else set()
+    return own | {name.lower() for name in allowed}
+
+
+def check_sender(request: Request, hosts: set[str]) -> None:
+    """HTTPException for a request that a web page of another site has made."""
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        name = None
+    if hosts and name not in hosts:
+        raise HTTPException(403, f"the Host {host[:100]!r} is none of {', '.join(sorted(hosts))}: "
+                            "start with --allow-host")
+    if origin is not None and origin.partition("://")[2] != host:
+        raise HTTPException(403, f"the Origin {origin[:100]!r} is another site")
+
+
+class Connection(H11Protocol):
+    """It is closed where no head of a request comes; and where there are too many, the oldest of
+    those that are still sending, or silent, makes room."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.since, self.before = time.monotonic(), None
+        self.loop.call_later(HEAD_SECONDS, self.look)
+        alive = [one for one in self.connections if not one.transport.is_closing()]
+        if len(alive) > CONNECTIONS:
+            sending = [one for one in alive if one.conn.their_state in (h11.IDLE, h11.SEND_BODY)]
+            min(sending, key=lambda one: one.since).transport.abort()
+
+    def look(self) -> None:
+        if self.conn.their_state is h11.IDLE and self.cycle is self.before:
+            self.transport.abort()
+        if not self.transport.is_closing():
+            self.before = self.cycle
+            self.loop.call_later(HEAD_SECONDS, self.look)
+
+
+class Server(uvicorn.Server):
+    """It ends when what is under way is done, and at a second signal at once."""
+
+    def __init__(self, app: FastAPI, folder: Path):
+        super().__init__(uvicorn.Config(app, http=Connection, ws="none", log_level="warning",
+                                        access_log=False, lifespan="off"))
+        self.folder = folder
+
+    def handle_exit(self, sig, frame) -> None:
+        if self.should_exit:
+            self.leave(128 + sig)
+        self.should_exit = True
+
+    def leave(self, status: int) -> None:
+        """End the process, whatever its threads do."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os._exit(status)
