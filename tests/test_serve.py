@@ -507,7 +507,7 @@ def test_beyond_its_queue_it_is_busy_and_it_ends_when_what_it_has_is_done(scorer
         wait_for(1)
         status, found = ask(url, "/compute", body)
         assert status == 503 and "1 requests are under way" in found["detail"]
-        patient = pool.submit(Client(url), clip[1], "p", fps=4)  # asks again until there is room
+        patient = pool.submit(Client(url, timeout=60), clip[1], "p", fps=4)  # asks again until there is room
         status, found = first.result(60)
         assert status == 200 and math.isfinite(found["rewards"][0]) and found["rewards"][1] == -2.5
         assert patient.result(60)[0]["error"] is None

@@ -73,7 +73,7 @@ class Compute(BaseModel):
     video: list[list[str]]  # frames, each a PNG file in base64
     fps: Any = None  # one for all videos, or a list
     seconds: list[list[float]] | None = None  # of frames that were chosen
-    sampling: dict[str, float] | None = None  # by this
+    sampling: Any = None  # by this
     kwargs: dict | None = None  # where Flow-Factory puts what else there is
 
 
@@ -261,8 +261,7 @@ class Service:
         self.refusals[status] += 1
         if time.monotonic() - self.said[status] >= 1:
             self.said[status] = time.monotonic()
-            line = "".join(sign if sign.isprintable() else "?" for sign in why[:500])
-            print(f"refused: {status}, {self.refusals[status]} so far: {line}", file=sys.stderr,
+            print(f"refused: {status}, {self.refusals[status]} so far: {why[:500]}", file=sys.stderr,
                   flush=True)
 
     def compute(self, body: bytearray) -> Asked:
@@ -271,7 +270,7 @@ class Service:
         self.check_count(asked.video)
         settings, seconds = self.settings, asked.seconds or [None] * len(asked.video)
         if asked.sampling is not None and asked.sampling != self.sampling:
-            raise DataError(f"frames were chosen by {asked.sampling}, not {self.sampling}")
+            raise DataError(f"frames were chosen by {str(asked.sampling)[:200]}, not {self.sampling}")
         if asked.seconds is not None and (asked.sampling is None or len(seconds) != len(asked.video)):
             raise DataError("seconds of each video need the sampling that chose the frames")
         rates = (asked.fps, (asked.kwargs or {}).get("fps"), self.args.fps)
