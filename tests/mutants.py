@@ -1342,6 +1342,12 @@ MUTANTS = [
      "tests/test_flags.py -k theta"),
     ("bench/memory.py", "args.cot, args.group_size, mode", "512, args.group_size, mode",
      CALLED + "memory"),
+    # -- found alive when 60 faults were planted
+    ("support/checkpoint.py", "return sorted(paths, key=step_of)", "return sorted(paths)",
+     RUNS + " -k last_steps"),
+    ("support/saved.py", "if trains or name in model.changed:", "if trains:", SAVED + " -k though"),
+    ("data.py", "for opened in (self.opening, self.opening.strip()):", "for opened in (self.opening,):",
+     REWARDS + " -k opens_the_thought"),
 ]
 
 
