@@ -1492,6 +1492,12 @@ MUTANTS = [
     ("tools/sent.py", "return self.shown or super().seconds", "return super().seconds",
      SERVER + " -k one_score"),
     ("tools/sent.py", "[repr(shown).encode(), *(", "[*(", SERVER + " -k second_of_a_frame"),
+    # -- found alive when 60 faults were planted
+    ("support/checkpoint.py", "return sorted(paths, key=step_of)", "return sorted(paths)",
+     RUNS + " -k last_steps"),
+    ("support/saved.py", "if trains or name in model.changed:", "if trains:", SAVED + " -k though"),
+    ("data.py", "for opened in (self.opening, self.opening.strip()):", "for opened in (self.opening,):",
+     REWARDS + " -k opens_the_thought"),
 ]
 
 

@@ -347,6 +347,7 @@ def test_a_template_that_opens_the_thought_is_followed(model, keys):
     assert thinking.encode_cot(cot) == rest and thinking.decode(rest) == cot
     assert rl.format_reward(thinking.decode(rest)) == 1
     assert thinking.encode_cot(f" \n{cot}") == rest  # white space may stand before the tag
+    assert thinking.encode_cot(cot.replace("<think>\n", "<think>")) == rest  # or none behind it
     sample = thinking(*keys[0])
     text = tokenizer.decode(sample.input_ids)
     assert text.endswith("assistant\n<think>\n") and text.count("<think>") == 1

@@ -371,6 +371,14 @@ def taken_up(folder, capsys):
     return model, state, capsys.readouterr().err
 
 
+def test_the_last_checkpoints_are_those_of_the_last_steps(tmp_path, capsys):
+    """Though step-9 stands behind step-10 in a list of names."""
+    weights = train(*tiny(tmp_path, keep=2), (2, 9, 10, 100))
+    assert {path.name for path in tmp_path.glob("step-*")} == {"step-10", "step-100"}
+    model, state, _ = taken_up(tmp_path, capsys)
+    assert state["step"] == 100 and holds(model, weights[-1])
+
+
 def test_a_checkpoint_is_passed_over_if_any_of_its_bytes_has_changed(trained, capsys):
     folder, weights = trained
     model, state, said = taken_up(folder, capsys)

@@ -267,6 +267,21 @@ def test_loading_prints_nothing(saved, capfd):
 # Hub ids
 
 
+def test_what_an_earlier_stage_trained_is_saved_though_it_trains_no_longer(keys, tmp_path):
+    """Stage 1 trains the mergers, and stage 2 keeps them as they are."""
+    first = load(BACKBONE)
+    first.set_trainable(2, train_merger=True)
+    disturb(first)
+    first.save(tmp_path / "first")
+    second = load(tmp_path / "first")
+    second.set_trainable(2)
+    second.save(tmp_path / "second")
+    plain = load(BACKBONE)
+    plain.set_trainable(2)
+    expected = scores_of(first, keys)
+    assert scores_of(load(tmp_path / "second"), keys) == expected != scores_of(plain, keys)
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Puts a directory into a cache of the hub's, laid out by hand, offline."""
