@@ -289,12 +289,14 @@ TABLE = {
     ],
     "-m tools.serve": [
         *pinned("model device host fps reader cot samples max-new-tokens temperature seed think-tokens "
-                "unusable window", "test_called.py test_a_server_is_what_its_flags_say"),
+                "unusable window accept-any round kept allow-host",
+                "test_called.py test_a_server_is_what_its_flags_say"),
         *pinned("port", "test_serve.py test_two_do_not_share_a_port"),
         *pinned("videos", "test_serve.py test_files_are_opened_below_one_folder_alone"),
         *pinned("queue", QUEUE),
         *pinned("max-body", "test_serve.py test_bodies_have_a_bound"),
         *pinned("max-frames max-pixels", "test_serve.py test_files_have_bounds"),
+        *pinned("max-videos max-work", "test_server.py test_a_request_has_bounds_that_are_said"),
     ],
     "toy/world.py": [
         *pinned("pairs test-pairs", "test_called.py test_the_world_is_as_large_as_was_asked_for"),

@@ -13,7 +13,6 @@ The vision tower has no bound of its own: it gets the videos of one such batch."
 import importlib
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import pytest
@@ -181,24 +180,25 @@ def test_the_probes_spread_stays_within_its_budget(saved, lengths):
 
 
 def test_what_is_asked_of_a_server_at_one_time_stays_within_its_budget(saved, lengths, monkeypatch, capsys):
-    pytest.importorskip("fastapi")
+    FastAPI = pytest.importorskip("fastapi").FastAPI
     serve = importlib.import_module("tools.serve")
     services = []
-    monkeypatch.setattr(serve, "make_app", lambda service, name: services.append(service))
-    monkeypatch.setattr(serve.uvicorn.Server, "run", lambda self, sockets: sockets[0].close())
+    monkeypatch.setattr(serve, "make_app", lambda service, *_: services.append(service) or FastAPI())
+    monkeypatch.setattr(serve.Server, "run", lambda self, sockets: sockets[0].close())
+    monkeypatch.setattr(serve.Server, "leave", lambda self, status: None)
     widest = max(lengths.values()) + 2 * LONGEST
     budget = 3 * widest - 1
     flags = ["--model", saved, "--port", 0, "--device", "cpu", "--window", 0.2, "--samples", 2,
-             "--max-new-tokens", LONGEST, "--think-tokens", budget]
+             "--max-new-tokens", LONGEST, "--think-tokens", budget, "--accept-any"]
     monkeypatch.setattr(sys, "argv", ["serve", *map(str, flags)])
     serve.main()
     (service,) = services
     records = []
-    with counted(records.append), ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda key: service.records([key[0]], [key[1]]), lengths))
-    assert all(record["error"] is None for (record,) in answers)
+    with counted(records.append):
+        jobs = [job for key in lengths for job in service.rounds.ask([key])]
+        assert all(job.result(60)["error"] is None for job in jobs)
     check(these(records, what="thoughts", n=2), budget, widest)
-    assert isinstance(service.score.func, Scorer)
+    assert isinstance(service.rounds.score.func, Scorer)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ tests/flags.py has their flags, and the names of these tests."""
 
 import json
 import sys
+from types import SimpleNamespace
 
 import ceilings
 import claims
@@ -19,11 +20,12 @@ from conftest import ROOT, TOY_VIDEO
 from test_formats import ANSWER, SCORES, endpoint  # noqa: F401 (a fixture)
 from test_serve import frames_in
 
-from data import DataError, read_pairs, read_video
+from data import DataError, VideoSettings, read_pairs, read_video
 from support.batches import THINK_TOKENS
 from tools import annotate
 from tools import serve as serving
 from tools.annotate import data_url
+from tools.client import unusable
 from tools.together import b_comes_first
 
 
@@ -116,57 +118,91 @@ class Asked:
 
     def __init__(self, *args, **kwargs):
         self.made.append((args, kwargs))
+        settings = VideoSettings()
+        processor = SimpleNamespace(settings=settings)
+        self.model = SimpleNamespace(processor=processor, scoring_settings=settings, info=INFO)
 
     def __call__(self, videos, prompts, **options):
         self.calls.append((videos, prompts, options))
-        record = {"score": 1.0, "standardised": None, "cot": "", "sub_scores": None, "error": None}
-        return [record, record | {"error": "it cannot be scored"}][: len(videos)]
+        found = {"p": {"score": 1.0, "cot": "", "error": None}, "q": {"error": "it cannot be scored"}}
+        return [unusable(None) | found[prompt] for prompt in prompts]
+
+
+INFO = {"args": {"max_new_tokens": 77}}  # of the run that trained it
+
+
+class Started:
+    """What a start of the server made: its service, its scorer, and where and by which names it is asked."""
+
+    def __init__(self, service, hosts, address):
+        self.service, self.hosts, self.address = service, hosts, address
+        (self.made,) = Asked.made
+        frames = frames_in(np.zeros((4, 16, 16, 3), np.uint8))
+        asked = service.compute(json.dumps({"prompt": ["p", "q"], "video": [frames, frames]}).encode())
+        self.clips = asked.videos
+        jobs = service.rounds.ask(list(zip(asked.videos, asked.prompts)))
+        self.rewards = asked.reply([job.result(30) for job in jobs])["rewards"]
+        (_, _, self.options), *_ = Asked.calls
 
 
 @pytest.fixture
 def served(call, monkeypatch):
-    """Start a server with flags. Returns what it answers to /compute, how the scorer was made and asked, and
-    where it listens."""
-    monkeypatch.setattr(Asked, "made", [])
-    monkeypatch.setattr(Asked, "calls", [])
+    """Start a server with flags."""
     monkeypatch.setattr(serving, "Scorer", Asked)
-    services, addresses = [], []
+    given, addresses = [], []
 
-    def run(server, sockets):
-        addresses.append(sockets[0].getsockname()[0])
-        sockets[0].close()
+    class Server:
+        """Listens to nobody."""
+
+        def __init__(self, app, folder):
+            pass
+
+        def run(self, sockets):
+            addresses.append(sockets[0].getsockname()[0])
+            sockets[0].close()
+
+        def leave(self, status):
+            pass
 
     make_app = serving.make_app
-    monkeypatch.setattr(serving, "make_app", lambda service, name: services.append(service) or make_app(
-        service, name))
-    monkeypatch.setattr(serving.uvicorn.Server, "run", run)
+    monkeypatch.setattr(serving, "make_app", lambda *args: given.append(args) or make_app(*args))
+    monkeypatch.setattr(serving, "Server", Server)
 
     def start(*flags):
+        monkeypatch.setattr(Asked, "made", [])
+        monkeypatch.setattr(Asked, "calls", [])
         call(serving, "--port", 0, *flags)
-        frames = frames_in(np.zeros((4, 16, 16, 3), np.uint8))
-        body = json.dumps({"prompt": ["p", "q"], "video": [frames, frames]}).encode()
-        answer = services[-1].compute(bytearray(body))
-        return answer, Asked.made[-1], Asked.calls[-1], addresses[-1]
+        service, _, hosts = given[-1]
+        return Started(service, hosts, addresses[-1])
 
     return start
 
 
 def test_a_server_is_what_its_flags_say(served):
-    answer, made, (videos, prompts, options), address = served(
+    found = served(
         "--model", "m", "--device", "cuda:1", "--host", "127.0.0.2", "--fps", 5, "--reader", "decord",
         "--unusable", -2.5, "--window", 0.3, "--samples", 2, "--max-new-tokens", 7, "--temperature", 0.8,
-        "--seed", 4, "--think-tokens", 99, "--cot", "off")
-    assert made == (("m", "cuda:1"), {"window": 0.3, "reader": "decord"})
-    assert address == "127.0.0.2" and prompts == ["p", "q"]
-    assert [video.fps for video in videos] == [5.0, 5.0] and answer["rewards"] == [1.0, -2.5]
-    thinking = options["thinking"]
-    assert options["think"] is False
+        "--seed", 4, "--think-tokens", 99, "--cot", "off", "--accept-any", "--round", 3, "--kept", 5,
+        "--allow-host", "Node-7", "--allow-host", "proxy")
+    assert found.made == (("m", "cuda:1"), {"window": 0.0, "reader": "decord"})
+    assert found.address == "127.0.0.2" and {"node-7", "proxy", "127.0.0.2"} <= found.hosts
+    assert [clip.seconds[3] for clip in found.clips] == [0.6, 0.6] and found.rewards == [1.0, -2.5]
+    thinking = found.options["thinking"]
+    assert found.options["think"] is False and found.options["accept_any"] is True
     assert (thinking.samples, thinking.max_new_tokens, thinking.temperature) == (2, 7, 0.8)
     assert (thinking.seed, thinking.think_tokens) == (4, 99)
-    answer, made, (_, _, options), address = served("--model", "m", "--fps", 5)
-    assert made == (("m", None), {"window": 0.02, "reader": "av"}) and address == "127.0.0.1"
-    assert answer["rewards"] == [1.0, None] and options["think"] is True
-    assert options["thinking"].think_tokens == THINK_TOKENS and options["thinking"].temperature == 0
+    rounds = found.service.rounds
+    assert (rounds.size, rounds.kept, rounds.window) == (3, 5, 0.3)
+
+    found = served("--model", "m", "--fps", 5)
+    assert found.made == (("m", None), {"window": 0.0, "reader": "av"}) and found.address == "127.0.0.1"
+    assert found.hosts == {"127.0.0.1", "::1", "localhost"} and found.rewards == [1.0, None]
+    thinking = found.options["thinking"]
+    assert found.options["think"] is True and found.options["accept_any"] is False
+    assert thinking.think_tokens == THINK_TOKENS and thinking.temperature == 0
+    assert thinking.max_new_tokens == 77  # as it was trained
+    rounds = found.service.rounds
+    assert (rounds.size, rounds.kept, rounds.window) == (16, 1000, 0.02)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -242,9 +242,10 @@ def test_the_readmes_python(folder, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", text_of("README.md"), re.DOTALL)
     code = code.replace("runs/demo/rl", str(folder / "runs/demo/rl")).replace('"video.mp4"',
                                                                              f'"{folder}/video.mp4"')
-    code = code.replace(")]):", ')], max_new_tokens=8):').replace("fps=16):", "fps=16, max_new_tokens=8):", 1)
+    few = "fps=16, max_new_tokens=8, accept_any=True"  # which no CoT ends within
+    code = code.replace(")]):", ')], max_new_tokens=8):').replace("fps=16):", f"{few}):", 1)
     given = "import torch\nframes, prompts = torch.rand(1, 8, 3, 64, 64), ['a red circle']\n"
-    again = "assert scorer(frames, prompts, fps=16, max_new_tokens=8)[0]['score'] == record['score']\n"
+    again = f"assert scorer(frames, prompts, {few})[0]['score'] == record['score']\n"
     (tmp_path / "readme.py").write_text(given + code + again)
     judged, *_, rewarded = run(tmp_path / "readme.py").stdout.splitlines()
     assert "'score': " in judged and "'cot': " in judged and rewarded.endswith(" None")

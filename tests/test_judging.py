@@ -82,7 +82,7 @@ def test_judge_takes_the_record_or_its_fields_by_name(model, keys):
 
 @pytest.mark.parametrize(("module", "words", "default"), [
     ("infer", ["--pairs", "p"], Thinking()), ("tools.pairs", ["v", "p"], Thinking()),
-    ("tools.probe", ["p"], Thinking(samples=4)), ("tools.serve", [], Thinking()),
+    ("tools.probe", ["p"], Thinking(samples=4)), ("tools.serve", [], Thinking(max_new_tokens=None)),
     ("tools.annotate", ["p", "o"], Thinking(temperature=1.0))])
 def test_a_command_thinks_as_its_flags_say(module, words, default, monkeypatch):
     parsers = []

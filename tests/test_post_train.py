@@ -91,9 +91,9 @@ def test_each_clip_is_scored_for_its_own_prompt(monkeypatch):
     chosen[..., list(post_train.CHOICES).index("environment")] = torch.where(
         at_sea.bool(), world.ENVIRONMENTS.index("at sea"), world.ENVIRONMENTS.index("at night"))
 
-    def reward(model, videos, prompts, fps, think, max_new_tokens):
+    def reward(model, videos, prompts, fps, think, max_new_tokens, accept_any):
         seen.extend(zip(prompts, np.repeat(shapes, 2), strict=True))
-        assert (model, fps, think) == ("model", world.FPS, False)
+        assert (model, fps, think, accept_any) == ("model", world.FPS, False, True)
         assert all(video.shape == (16, 3, 64, 64) and video.dtype == torch.uint8 for video in videos)
         return [{"standardised": video.double().mean().item()} for video in videos]
 
