@@ -148,20 +148,23 @@ def ran(main, *words):
 @contextmanager
 def served(*flags):
     """The address at which tools.serve answers, started with these flags in a thread of this process."""
-    uvicorn = pytest.importorskip("uvicorn")
+    pytest.importorskip("uvicorn")
     pytest.importorskip("fastapi")
     from tools import serve
     servers = []
 
-    class Kept(uvicorn.Server):
-        def __init__(self, config):
-            super().__init__(config)
+    class Kept(serve.Server):
+        def __init__(self, app, folder):
+            super().__init__(app, folder)
             servers.append(self)
+
+        def leave(self, status):
+            """The process goes on."""
 
     out = io.StringIO()
     words = ["serve", "--model", "seer", "--port", "0", "--accept-any", *map(str, flags)]
     thread = threading.Thread(target=serve.main, daemon=True)
-    with patch.object(uvicorn, "Server", Kept), patch.object(sys, "argv", words), redirect_stdout(out):
+    with patch.object(serve, "Server", Kept), patch.object(sys, "argv", words), redirect_stdout(out):
         thread.start()
         while not (servers and servers[0].started):
             assert thread.is_alive()

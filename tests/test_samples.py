@@ -157,7 +157,7 @@ def test_the_other_door_of_the_server_says_the_mean_too(seer, keys):
             turn = {"text": prompt, "video_b64": base64.b64encode(file.read()).decode()}
         requests.append({"history": [turn], "required_rewards": ["descore"]})
     with served("--samples", 3) as url:
-        found = Client(url).post("/score", {"requests": requests})
+        found = Client(url).fetch("/score", {"requests": requests}, dict)
     check(seer, keys, found["records"], 3, 1.0)
     for record, result in zip(found["records"], found["results"]):
         numbers = result["descore"]

@@ -118,8 +118,8 @@ def test_served_videos_are_told_apart(seer, asked, clips):
         requests.append({"history": [turn], "required_rewards": ["descore"], "sample_id": place})
     with served("--window", 0.2, "--unusable", -9) as url, ThreadPoolExecutor() as pool:
         # Two requests, most likely in one round.
-        first = pool.submit(Client(url).post, "/compute", body)
-        second = pool.submit(Client(url).post, "/score", {"requests": requests})
+        first = pool.submit(Client(url).fetch, "/compute", body, dict)
+        second = pool.submit(Client(url).fetch, "/score", {"requests": requests}, dict)
         of_frames = first.result()
         of_files = second.result()
         told = {}
