@@ -263,12 +263,13 @@ def test_a_command_draws_by_its_seed_and_the_number_of_the_video(cots_of, call):
 
 
 def test_the_server_draws_by_its_seed_and_the_video(call, monkeypatch):
-    pytest.importorskip("fastapi")
+    FastAPI = pytest.importorskip("fastapi").FastAPI
     serving = pytest.importorskip("tools.serve")
     scorers = []
-    monkeypatch.setattr(serving, "Service", lambda score, args: scorers.append(score))
-    monkeypatch.setattr(serving, "make_app", lambda service, model: None)
-    monkeypatch.setattr(serving.uvicorn.Server, "run", lambda self, sockets: sockets[0].close())
+    monkeypatch.setattr(serving, "Service", lambda score, *_: scorers.append(score))
+    monkeypatch.setattr(serving, "make_app", lambda *_: FastAPI())
+    monkeypatch.setattr(serving.Server, "run", lambda self, sockets: sockets[0].close())
+    monkeypatch.setattr(serving.Server, "leave", lambda self, status: None)
     found = []
     for seed in (5, 5, 6):
         call(serving.main, seed, *THINK, "--port", 0)
