@@ -6,6 +6,7 @@ steps of stage 1 and judgements of its pairs, a saved model, and what a trainer 
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,9 +26,13 @@ from launch import Started, run
 
 import coldstart
 import rl
-from infer import Thinking, judge
+from infer import Thinking, judge, reward
 from model import DeScore
+from support.command import Temperature, TopP
 from support.settings import parse_args
+from tools import memory
+from tools.adapters import flow_grpo
+from tools.client import unusable
 
 TABLE = (ROOT / "docs/moved.md").read_text(encoding="utf-8")
 ROWS = [line.strip("| ").split(" | ") for line in TABLE.splitlines() if line.startswith("| ")][2:]
@@ -205,6 +212,46 @@ def the_loop_stands_in_main(old, new, tmp_path):
     for file in new[1:]:
         main = (ROOT / file).read_text().partition("\ndef main()")[2]
         assert "for step" in main and ".backward()" in main and ".step()" in main
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+@case("a score from `reward`")
+def a_cot_that_was_cut_off_is_an_error(old, new, tmp_path):
+    argument, flag = new
+    assert argument == "accept_any=True" and flag in run("-m", "tools.serve", "--help").stdout
+    model = DeScore.load(GOLDEN / "earlier_model", device="cpu")
+    frames = np.zeros((4, 64, 64, 3), np.uint8)
+    (refused,) = reward(model, frames, "p", fps=4, max_new_tokens=4)
+    (accepted,) = reward(model, frames, "p", fps=4, max_new_tokens=4, accept_any=True)
+    assert math.isnan(refused["score"]) and "did not end" in refused["error"]
+    assert math.isfinite(accepted["score"]) and accepted["error"] is None
+
+
+@case("4,096 new tokens")
+def a_cot_is_as_long_as_the_model_was_trained_to_write(old, new, tmp_path):
+    trained = SimpleNamespace(info={"args": {"max_new_tokens": 700}})
+    assert memory.longest_answer(trained) == 700
+    for info in ({}, {"args": {"max_new_tokens": 4096}}):
+        assert memory.longest_answer(SimpleNamespace(info=info)) == 2048
+
+
+@case("rewards of `flow_grpo`")
+def rewards_are_a_tensor(old, new, tmp_path):
+    record = unusable(None) | {"score": 1.5}
+    found, _ = flow_grpo(lambda videos, prompts, **how: [record], fps=4)()(torch.zeros(1, 4, 3, 8, 8), ["p"])
+    assert found.dtype == torch.float32 and found.tolist() == [1.5]
+
+
+@case("a temperature below")
+def what_nothing_can_be_drawn_at_is_refused(old, new, tmp_path):
+    for kind, least in zip((Temperature, TopP), new):
+        assert kind(least) == float(least)
+        with pytest.raises(ArgumentTypeError, match=f"{least}"):
+            kind(str(float(least) / 2))
+    assert Temperature("0") == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
