@@ -235,15 +235,18 @@ class Client:
         none does, or one refuses."""
         data = None if body is None else json.dumps(body).encode()
         end = time.monotonic() + self.timeout
-        first, failures = next(self.turns), 0
+        first = next(self.turns)
+        failures = 0
         for turn in itertools.count():
             url = self.urls[(first + turn) % len(self.urls)] + path
             if turn % len(self.urls) == 0:
-                pause, is_busy = min(2.0 ** min(turn // len(self.urls), 9) / 4, 8.0), False
+                pause = min(2.0 ** min(turn // len(self.urls), 9) / 4, 8.0)
+                is_busy = False
             try:
                 return self.exchange(url, data, end, read)
             except Busy as error:
-                is_busy, reason = True, str(error)
+                is_busy = True
+                reason = str(error)
                 pause = max(pause, error.seconds)
             except (OSError, http.client.HTTPException) as error:  # cannot be reached, or went away
                 reason = str(error) or type(error).__name__

@@ -27,7 +27,8 @@ def own_hosts(address: str, allowed: list[str]) -> set[str]:
 
 def check_sender(request: Request, hosts: set[str]) -> None:
     """HTTPException for a request that a web page of another site has made."""
-    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    host = request.headers.get("host", "")
+    origin = request.headers.get("origin")
     try:
         name = urlsplit(f"//{host}").hostname
     except ValueError:
@@ -45,7 +46,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.since, self.before = time.monotonic(), None
+        self.since = time.monotonic()
+        self.before = None  # what it asked when it was last looked at
         self.loop.call_later(HEAD_SECONDS, self.look)
         alive = [one for one in self.connections if not one.transport.is_closing()]
         if len(alive) > CONNECTIONS:

@@ -95,7 +95,8 @@ class Rounds:
         return taken
 
     def answer(self, jobs: list[Job]) -> None:
-        records, failure = [], None
+        records = []
+        failure = None
         try:
             if jobs:
                 records = self.score(*map(list, zip(*[job.key for job in jobs])))

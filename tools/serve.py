@@ -134,7 +134,8 @@ class Service:
 
     async def answer(self, request: Request, read: Callable[[bytearray], Asked]) -> Response:
         """What is found about the videos that `read` finds in a request's body."""
-        body, size = bytearray(), 0
+        body = bytearray()
+        size = 0
         try:
             self.coming += 1
             try:
@@ -159,7 +160,9 @@ class Service:
 
     async def receive(self, request: Request, body: bytearray) -> None:
         """Fill in the body of a request, within bounds."""
-        most, taken, kept = self.args.max_body, 0, True
+        most = self.args.max_body
+        taken = 0
+        is_kept = True
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise HTTPException(415, "the content type is not application/json")
@@ -175,8 +178,8 @@ class Service:
                     if taken > 4 * most:
                         break
                     room = BODIES * most - self.bytes
-                    kept = kept and taken <= most and len(chunk) <= room
-                    if kept:
+                    is_kept = is_kept and taken <= most and len(chunk) <= room
+                    if is_kept:
                         self.bytes += len(chunk)
                         body += chunk
                     else:  # what will not be used makes room for others
@@ -188,7 +191,7 @@ class Service:
             raise HTTPException(400, "the body was cut off") from None
         if taken > most:
             raise too_long
-        if not kept:
+        if not is_kept:
             raise busy(f"requests of {self.bytes:,} bytes are under way")
 
     def too_much(self, what: str) -> HTTPException:
@@ -268,17 +271,19 @@ class Service:
         """POST /compute: frames."""
         asked = Compute.model_validate_json(body)
         self.check_count(asked.video)
-        settings, seconds = self.settings, asked.seconds or [None] * len(asked.video)
+        settings = self.settings
+        seconds = asked.seconds or [None] * len(asked.video)
         if asked.sampling is not None and asked.sampling != self.sampling:
             raise DataError(f"frames were chosen by {str(asked.sampling)[:200]}, not {self.sampling}")
         if asked.seconds is not None and (asked.sampling is None or len(seconds) != len(asked.video)):
             raise DataError("seconds of each video need the sampling that chose the frames")
         rates = (asked.fps, (asked.kwargs or {}).get("fps"), self.args.fps)
-        fps, videos = next((rate for rate in rates if rate is not None), None), []
+        fps = next((rate for rate in rates if rate is not None), None)
         try:
             _, rates = paired(asked.video, asked.prompt, fps)
         except (ValueError, TypeError) as error:
             raise DataError(str(error)) from error
+        videos = []
         for texts, rate, shown in zip(asked.video, rates, seconds):
             try:
                 check_length(len(texts), self.args)
@@ -304,7 +309,9 @@ class Service:
         asked = Score.model_validate_json(body)
         check_score(asked)
         self.check_count(asked.requests)
-        turns, videos, size = [request.history[-1] for request in asked.requests], [], 0
+        turns = [request.history[-1] for request in asked.requests]
+        videos = []
+        size = 0
         for turn in turns:
             try:
                 videos.append(self.find(turn))
@@ -465,7 +472,8 @@ def main() -> None:
         args.max_new_tokens = longest_answer(scorer.model)
     score = partial(scorer, think=args.cot == "on", thinking=read_thinking(args),
                     accept_any=args.accept_any)
-    settings, scoring = scorer.model.processor.settings, scorer.model.scoring_settings
+    settings = scorer.model.processor.settings
+    scoring = scorer.model.scoring_settings
     alike = all(getattr(settings, name) == getattr(scoring, name) for name in LOOKS)
     folder = Path(tempfile.mkdtemp(prefix="descore-"))
     service = Service(score, args, settings if alike else None, folder)
