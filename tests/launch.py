@@ -5,6 +5,7 @@ for every start (multiprocessing's forkserver); what runs in the fork is the scr
 with its own arguments, environment and output. It can be killed like any process.
 """
 
+import atexit
 import multiprocessing
 import os
 import resource
@@ -62,9 +63,15 @@ class Started:
         self.process = SERVER.Process(target=body, args=arguments)
         self.process.start()
         self.pid, self.kill = self.process.pid, self.process.kill
+        atexit.register(self.end)
 
     def running(self) -> bool:
         return self.process.is_alive()
+
+    def end(self) -> None:
+        """What a test that failed has left running would be waited for when the tests end."""
+        if self.running():
+            self.kill()
 
     def wait(self, timeout: float = 900) -> subprocess.CompletedProcess:
         """Wait for the end; returns exit status and output. The timeout is for what hangs: on a busy machine
