@@ -41,15 +41,15 @@ class Ranks:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "nccl"
-        # torchrun keeps one store over its restarts. Under a name of each restart's own, no
-        # rank finds the address of one that died. (Only hosts that all count alike can agree
-        # on such a name.)
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         said = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}, waiting for the others at {place}"
         waiting = Timer(QUIET, print, [said], {"file": sys.stderr, "flush": True})
         waiting.daemon = True
         waiting.start()
         store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun keeps one store over its restarts. Under a name of each restart's own, no
+        # rank finds the address of one that died. (Only hosts that all count alike can agree
+        # on such a name.)
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
             store = dist.PrefixStore(f"restart {restart}", store)
