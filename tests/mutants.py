@@ -1361,6 +1361,7 @@ MUTANTS = [
     ("tools/serve.py", "args.round, args.kept, ", "args.round, 1000, ", CALLED + "server"),
     ("tools/serve.py", "accept_any=args.accept_any)", "accept_any=False)", CALLED + "server"),
     ("tools/serve.py", "= longest_answer(scorer.model)", "= LONGEST_ANSWER", CALLED + "server"),
+    ("tools/serve.py", "settings if alike else None", "settings", CALLED + "server"),
     ("tools/serve.py", "own_hosts(address, args.allow_host)", "own_hosts(address, [])", CALLED + "server"),
     ("tools/serve.py", 'think=args.cot == "on"', "think=True", CALLED + "server"),
     ("tools/serve.py", '.get("fps"), self.args.fps)', '.get("fps"), 4.0)', CALLED + "server"),

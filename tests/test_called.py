@@ -111,16 +111,19 @@ def test_an_endpoint_is_waited_for_as_long_and_asked_as_often_as_told(endpoint, 
 # The server
 
 
+INFO = {"args": {"max_new_tokens": 77}}  # of the run that trained the model
+
+
 class Asked:
     """Stands for a Scorer: keeps how it was made and what it is asked."""
 
     made, calls = [], []
+    scoring_settings = VideoSettings()
 
     def __init__(self, *args, **kwargs):
         self.made.append((args, kwargs))
-        settings = VideoSettings()
-        processor = SimpleNamespace(settings=settings)
-        self.model = SimpleNamespace(processor=processor, scoring_settings=settings, info=INFO)
+        processor = SimpleNamespace(settings=VideoSettings())
+        self.model = SimpleNamespace(processor=processor, scoring_settings=self.scoring_settings, info=INFO)
 
     def __call__(self, videos, prompts, **options):
         self.calls.append((videos, prompts, options))
@@ -128,10 +131,7 @@ class Asked:
         return [unusable(None) | found[prompt] for prompt in prompts]
 
 
-INFO = {"args": {"max_new_tokens": 77}}  # of the run that trained it
-
-
-class Started:
+class Startup:
     """What a start of the server made: its service, its scorer, and where and by which names it is asked."""
 
     def __init__(self, service, hosts, address):
@@ -173,7 +173,7 @@ def served(call, monkeypatch):
         monkeypatch.setattr(Asked, "calls", [])
         call(serving, "--port", 0, *flags)
         service, _, hosts = given[-1]
-        return Started(service, hosts, addresses[-1])
+        return Startup(service, hosts, addresses[-1])
 
     return start
 
@@ -203,6 +203,12 @@ def test_a_server_is_what_its_flags_say(served):
     assert thinking.max_new_tokens == 77  # as it was trained
     rounds = found.service.rounds
     assert (rounds.size, rounds.kept, rounds.window) == (16, 1000, 0.02)
+
+
+def test_a_server_whose_model_scores_other_frames_than_it_thinks_about_asks_for_all(served, monkeypatch):
+    assert served("--fps", 5, "--model", "m").service.sampling["fps"] == 2
+    monkeypatch.setattr(Asked, "scoring_settings", VideoSettings(fps=1.0))
+    assert served("--fps", 5, "--model", "m").service.sampling is None
 
 
 # ------------------------------------------------------------------------------------------------------------
