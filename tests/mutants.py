@@ -1343,6 +1343,10 @@ MUTANTS = [
     ("bench/memory.py", "args.cot, args.group_size, mode", "512, args.group_size, mode",
      CALLED + "memory"),
     # -- found alive when 60 faults were planted
+    ("support/tables.py", '"score", "score_std", "score_no_cot",', '"score", "score_no_cot",',
+     EVALUATION + " -k table_is_known"),
+    ("tools/release.py", "zip(thoughts.tokens[:, nth], thoughts.mask[:, nth])",
+     "zip(thoughts.tokens[:, 0], thoughts.mask[:, 0])", SAVED + " -k of_its_own"),
     ("support/checkpoint.py", "return sorted(paths, key=step_of)", "return sorted(paths)",
      RUNS + " -k last_steps"),
     ("support/saved.py", "if trains or name in model.changed:", "if trains:", SAVED + " -k though"),
