@@ -1343,6 +1343,8 @@ MUTANTS = [
     ("bench/memory.py", "args.cot, args.group_size, mode", "512, args.group_size, mode",
      CALLED + "memory"),
     # -- found alive when 60 faults were planted
+    ("tools/serve.py", 'rates = (asked.fps, (asked.kwargs or {}).get("fps"), self.args.fps)',
+     'rates = (self.args.fps, asked.fps, (asked.kwargs or {}).get("fps"))', SEVERAL + " -k told_apart"),
     ("support/tables.py", '"score", "score_std", "score_no_cot",', '"score", "score_no_cot",',
      EVALUATION + " -k table_is_known"),
     ("tools/release.py", "zip(thoughts.tokens[:, nth], thoughts.mask[:, nth])",
