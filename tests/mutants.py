@@ -1501,6 +1501,12 @@ MUTANTS = [
      SERVER + " -k one_score"),
     ("tools/sent.py", "[repr(shown).encode(), *(", "[*(", SERVER + " -k second_of_a_frame"),
     # -- found alive when 60 faults were planted
+    ("tools/serve.py", 'rates = (asked.fps, (asked.kwargs or {}).get("fps"), self.args.fps)',
+     'rates = (self.args.fps, asked.fps, (asked.kwargs or {}).get("fps"))', SEVERAL + " -k told_apart"),
+    ("support/tables.py", '"score", "score_std", "score_no_cot",', '"score", "score_no_cot",',
+     EVALUATION + " -k table_is_known"),
+    ("tools/release.py", "zip(thoughts.tokens[:, nth], thoughts.mask[:, nth])",
+     "zip(thoughts.tokens[:, 0], thoughts.mask[:, 0])", SAVED + " -k of_its_own"),
     ("support/checkpoint.py", "return sorted(paths, key=step_of)", "return sorted(paths)",
      RUNS + " -k last_steps"),
     ("support/saved.py", "if trains or name in model.changed:", "if trains:", SAVED + " -k though"),

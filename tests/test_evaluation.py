@@ -117,6 +117,9 @@ def test_every_figure_of_a_table_is_known():
     assert set(ends) == WITH_INTERVAL
     del found["pairs"], found["generators"]
     assert measure(pairs, judged, DIMENSIONS) == found
+    for record in records:  # of several thoughts; a spread is no judgement
+        record["score_std"] = 0.5
+    assert measure(pairs, judged, DIMENSIONS) == found
     low, high = ends["accuracy"]
     assert f"accuracy                 0.6000   [{low:.4f}, {high:.4f}]" in text
     assert "score_std                1.2920" in text and "unreadable               2" in text

@@ -432,6 +432,16 @@ def test_a_model_scores_in_the_layout_that_it_is_loaded_in(keys, tmp_path):
     assert scores_of(mine, keys) == [-score for score in found["release"]]
 
 
+def test_in_the_releases_layout_each_thought_has_a_score_of_its_own(keys, tmp_path):
+    model = load(make_release(tmp_path, 2)[0])
+    batch = model.processor.collate([model.processor(*key) for key in keys[:2]])
+    thoughts = model.think(batch, 3, 6, temperature=2.0, seeds=[1, 2])
+    for nth in range(3):
+        cots = [model.processor.decode(thoughts.tokens[i, nth][thoughts.mask[i, nth]]) for i in range(2)]
+        assert thoughts.scores[:, nth].tolist() == pytest.approx(model.score(batch, cots).tolist(), abs=1e-5)
+    assert thoughts.scores.std(1).min() > 1e-3
+
+
 def test_the_release_is_read_as_its_own_source_says(keys, tmp_path):
     model = load(make_release(tmp_path, 2)[0])
     frames, seconds = read_video(keys[0][0], model.processor.settings)

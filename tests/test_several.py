@@ -116,7 +116,9 @@ def test_served_videos_are_told_apart(seer, asked, clips):
         content = b"not a video" * 100 if number is None else clips[number].read_bytes()
         turn = {"text": PROMPTS[prompt], "video_b64": base64.b64encode(content).decode()}
         requests.append({"history": [turn], "required_rewards": ["descore"], "sample_id": place})
-    with served("--window", 0.2, "--unusable", -9) as url, ThreadPoolExecutor() as pool:
+    # What a request says of its frames counts before what the server says.
+    flags = ["--window", 0.2, "--unusable", -9, "--fps", 9]
+    with served(*flags) as url, ThreadPoolExecutor() as pool:
         # Two requests, most likely in one round.
         first = pool.submit(Client(url).fetch, "/compute", body, dict)
         second = pool.submit(Client(url).fetch, "/score", {"requests": requests}, dict)
