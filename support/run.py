@@ -226,8 +226,8 @@ class Run:
                 items, places, weights = zip(*micro)
                 for item, weight, error in zip(items, weights, errors):
                     if error and weight:
-                        files = [video for video, _ in item.videos()]
-                        bad.append({"videos": files, "error": error})
+                        files, prompts = zip(*item.videos())
+                        bad.append({"videos": [*files], "prompts": [*prompts], "error": error})
                 weight = torch.tensor(weights) * torch.tensor([not error for error in errors])
                 rows = []
                 for item, place in zip(items, places):
@@ -505,9 +505,12 @@ class Skipped:
         self.put(records)
 
     def add(self, bad: list[dict]) -> None:
-        """List some more, but those that an earlier epoch met (`put`)."""
-        listed = [record["videos"] for record in self.records]
-        self.put([record for record in bad if record["videos"] not in listed])
+        """List some more, but those that were met before, in an earlier epoch or the same batch (`put`)."""
+        new = []
+        for record in bad:
+            if record not in self.records + new:
+                new.append(record)
+        self.put(new)
 
     def put(self, records: list[dict]) -> None:
         """List these too. Raises DataError past the limit."""

@@ -161,7 +161,9 @@ def accuracy_by_the_column(run):
 
 def began_with(run):
     """At a rate of 0 the model that comes out is the one that went in."""
-    before = load_file(run.data["data"] / "model/descore.safetensors")
+    before = {}
+    for path in (run.data["data"] / "model").glob("*.safetensors"):
+        before |= load_file(path)
     after = run.weights()
     return {name for name, weight in before.items() if torch.equal(after[name], weight)}, set(before)
 

@@ -39,7 +39,7 @@ FIGURES = {
 COMMON = ["--model", ROOT / "toy/backbone", *TOY_VIDEO, "--lora-rank", 4, "--workers", 0, "--save-every", 1,
           "--eval-before", "false", "--no-gradient-checkpointing"]
 LR = 1e-3
-STAGE1 = ["--epochs", 1, "--mask-p", 0, "--warmup", 1, "--max-tokens", 1400, "--lr", LR]
+STAGE1 = ["--epochs", 1, "--mask-p", 0, "--warmup", 1, "--max-tokens", 3300, "--lr", LR]
 G = 4
 BT_WEIGHT = 0.5
 STAGE2 = ["--steps", 1, "--group-size", G, "--mask-truncated", "true", "--length-low", 20,
@@ -150,7 +150,8 @@ def test_a_broken_pair_and_a_spare_are_in_no_figure(runs):
         for found, plain in zip(figures(out), expected, strict=True):
             for name in ("ratio_max", "logp_gap"):  # of rounding
                 assert found.pop(name, 0) == pytest.approx(plain.get(name, 0), abs=1e-3)
-            assert found == pytest.approx({name: plain[name] for name in found}, rel=1e-3, abs=1e-5), out.name
+            plain = {name: value for name, value in plain.items() if name not in ("ratio_max", "logp_gap")}
+            assert found == pytest.approx(plain, rel=1e-3, abs=1e-5), out.name
 
 
 def test_a_broken_pair_and_a_spare_have_no_gradient(runs):
@@ -174,6 +175,8 @@ def test_a_broken_pair_is_listed_once_whichever_rank_meets_it(runs):
         expected = [WRONG[number] for step in STEPS[runs.stage] for number in step if number in WRONG]
         assert [record["videos"].count(broken) for record in found] == [len(wrong) for wrong in expected]
         assert all(record["error"].startswith(f"{broken}: not a video") for record in found)
+        met = [number for step in STEPS[runs.stage] for number in step if number in WRONG]
+        assert [record["prompts"] for record in found] == [["A circle" + " red" * WORDS[n]] * 2 for n in met]
 
 
 def test_rollouts_of_what_can_be_read_are_written_down_in_their_order(runs):
@@ -309,3 +312,15 @@ def test_two_pairs_that_miss_one_video_are_two(tmp_path):
     assert [record["row"] for record in lines_of(tmp_path / "skipped.jsonl")] == [1, 3]
     with pytest.raises(DataError, match="2 of 4 pairs"):
         Skipped(tmp_path / "skipped.jsonl", pairs, 0.49)
+
+
+def test_a_pair_that_cannot_be_read_is_one_however_often_it_is_met(tmp_path):
+    """In one batch, as over an epoch's end, and in another epoch; with another prompt it is another."""
+    pairs = Pairs(tmp_path / "pairs.jsonl")
+    pairs += ["a pair"] * 4
+    skipped = Skipped(tmp_path / "skipped.jsonl", pairs, 0.5)
+    one = {"videos": ["a.mp4", "b.mp4"], "prompts": ["p", "p"], "error": "a.mp4: not a video"}
+    other = one | {"prompts": ["q", "q"]}
+    skipped.add([one, dict(one), other])
+    skipped.add([dict(other), dict(one)])
+    assert lines_of(tmp_path / "skipped.jsonl") == [one, other]

@@ -325,6 +325,7 @@ def test_4k_is_read_within_the_pixel_bound(tmp_path):
     assert frames.shape[2] * frames.shape[3] <= 448 * 448 and frames.shape[3] > frames.shape[2]
 
 
+@pytest.mark.slow
 def test_an_hour_is_read_in_flat_memory(tmp_path):
     """3,600 frames of 512 x 512 would be 2.8 GB; 16 of them are sampled and kept."""
     code = ("import resource, sys; from data import *\n"

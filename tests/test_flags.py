@@ -217,6 +217,7 @@ def test_the_table_has_every_command():
     assert set(commands()) == set(TABLE)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("command", commands())
 def test_the_table_has_every_flag(command, monkeypatch):
     flags = set()

@@ -107,7 +107,7 @@ FILTERED = ("group_advantages(R, args.advantage_std)",
             "torch.where(R.std(1, keepdim=True) >= R.std(1).median(), R - R.mean(1, keepdim=True), 0.0)")
 
 
-@pytest.mark.parametrize("change", [GLOBAL, FILTERED])
+@pytest.mark.parametrize("change", [GLOBAL, pytest.param(FILTERED, marks=pytest.mark.slow)])
 def test_advantages_over_the_whole_batch_are_those_of_one_process(change, world_dir, tmp_path):
     """Three pairs over two ranks: a spare is in no mean."""
     script = edited("rl", tmp_path, change, before="import recited\n\nrecited.install()\n\n\n")

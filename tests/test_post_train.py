@@ -56,8 +56,10 @@ def vignette(model, asked, chosen, think, seed):
                          for some in chosen])
 
 
-@pytest.mark.parametrize("method", ["GRPO", "DPO"])
-@pytest.mark.parametrize("what", ["quality", "vignette"])
+@pytest.mark.parametrize(("method", "what"), [
+    ("GRPO", "quality"), ("DPO", "vignette"),
+    pytest.param("GRPO", "vignette", marks=pytest.mark.slow),
+    pytest.param("DPO", "quality", marks=pytest.mark.slow)])
 def test_it_becomes_what_is_rewarded(method, what, monkeypatch):
     monkeypatch.setattr(post_train, "score", {"quality": quality, "vignette": vignette}[what])
     records = list(post_train.train(method, None, True, 0, 40))

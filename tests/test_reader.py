@@ -46,6 +46,7 @@ def same_by_both(path):
     return ours, theirs
 
 
+@pytest.mark.slow
 def test_both_readers_show_the_same_of_all_clips():
     golden, real = sorted(FOLDER.parent.glob("*.mp4")), sorted(REAL.glob("*.mp4"))
     assert len(golden) == 9 and len(real) in (0, 3)

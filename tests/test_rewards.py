@@ -156,7 +156,7 @@ def test_shards_without_torchrun_are_one_line(world_dir, tmp_path):
     assert "--shard full needs torchrun" in done.stderr and "--shard none" in done.stderr
 
 
-@pytest.mark.parametrize("preset", ["release", "strict"])
+@pytest.mark.parametrize("preset", ["release", pytest.param("strict", marks=pytest.mark.slow)])
 def test_a_step_of_a_preset(preset, world_dir, tmp_path):
     """Both stages take it, and R adds up from its own functions."""
     common = ["--preset", f"presets/{preset}.json", "--shard", "none", *QUICK]

@@ -231,7 +231,7 @@ def test_processes_train_like_one(stage, processes, extra, world_dir, whole, tmp
 
 
 @pytest.mark.parametrize(("stage", "extra"),
-                         [("coldstart", ()), ("rl", ()),
+                         [("rl", ()), pytest.param("coldstart", (), marks=pytest.mark.slow),
                           pytest.param("rl", ("--train-merger", "true"), marks=pytest.mark.slow)])
 def test_sharded_training_is_the_same(stage, extra, world_dir, whole, tmp_path):
     """Three pairs for two ranks: one is idle for a turn in each step of stage 2. The test set is odd too."""
@@ -272,6 +272,7 @@ def test_a_rank_that_dies_is_brought_back(world_dir, whole, tmp_path):
     assert_close(whole("coldstart", *LORA), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_restarted_rank_does_not_look_for_a_dead_one(tmp_path):
     """torchrun's store outlives a restart, and with it the addresses of the ranks before it."""
     (tmp_path / "ranks.py").write_text(f"""

@@ -91,6 +91,8 @@ def test_a_stage_takes_its_pairs_and_masks_by_its_seed(stage, model, world_dir):
                      for part in (0, 1))
     assert orders[0] != orders[1]
     assert (masks[0] != masks[1]) == (stage is coldstart)
+    if stage is coldstart:
+        assert len({tuple(step) for step in masks[0]}) > 2  # each step draws its own
 
 
 # ------------------------------------------------------------------------------------------------------------
