@@ -223,7 +223,8 @@ def test_what_cannot_be_a_runs_folder_is_not_said_to_be_in_use(name, tmp_path, m
 
 
 @pytest.mark.parametrize(("stage", "processes", "extra"), [
-    ("coldstart", 3, LORA), ("rl", 3, LORA), ("coldstart", 3, FULL), ("rl", 3, FULL)])
+    ("coldstart", 3, LORA), ("rl", 3, LORA), pytest.param("coldstart", 3, FULL, marks=pytest.mark.slow),
+    pytest.param("rl", 3, FULL, marks=pytest.mark.slow)])
 def test_processes_train_like_one(stage, processes, extra, world_dir, whole, tmp_path):
     """With three, ranks hold unequal numbers of pairs: 4 a step in stage 1."""
     run_ranks(processes, *command(stage, world_dir, tmp_path, *extra))
@@ -261,6 +262,7 @@ def test_a_sharded_run_goes_on_over_any_number_of_ranks(world_dir, whole, tmp_pa
         newest.write_bytes(newest.read_bytes()[:-100])
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_brought_back(world_dir, whole, tmp_path):
     process = Started(*torchrun(2, "--max-restarts", 1,
                                 *command("coldstart", world_dir, tmp_path, *LORA, "--save-every", 1)))
