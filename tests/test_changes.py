@@ -65,6 +65,7 @@ def test_the_advantages_are_one_function(changed):
         assert sorted(rollout["advantage"] for rollout in video["rollouts"]) == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_the_head_is_made_in_one_place_trained_saved_and_loaded(changed):
     runs, _ = changed(*HEAD)
     before, after = (load_file(runs / stage / "model/descore.safetensors") for stage in ("coldstart", "rl"))
@@ -73,6 +74,7 @@ def test_the_head_is_made_in_one_place_trained_saved_and_loaded(changed):
     assert all((before[name] != after[name]).any() for name in ("query", "head.0.weight", "head.2.weight"))
 
 
+@pytest.mark.slow
 def test_figures_go_through_one_method(changed):
     _, printed = changed(*FIGURES)
     assert printed.count("elsewhere") == 2 * 2 + 4  # a step and an evaluation each, and four kept videos

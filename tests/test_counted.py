@@ -197,7 +197,7 @@ def test_rollouts_of_what_can_be_read_are_written_down_in_their_order(runs):
 # Rollouts that are cut off, calculated by hand
 
 
-@pytest.fixture(scope="module", params=[LIMIT, 4])  # some of them, all of them
+@pytest.fixture(scope="module", params=[LIMIT, pytest.param(4, marks=pytest.mark.slow)])  # some, all
 def by_hand(request, world_dir, tmp_path_factory):
     """A step of three updates, of a tie, of a decided pair, and of a broken and a decided one: its figures
     and its rollouts. Nothing moves, so that the scores of the rollouts are those of each update's L_BT."""

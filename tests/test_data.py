@@ -319,6 +319,7 @@ def test_a_file_with_sound_alone_or_without_frames_is_named(tmp_path):
             read_video(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_4k_is_read_within_the_pixel_bound(tmp_path):
     world.write_video(tmp_path / "v.mp4", clip(2, 2160, 3840), fps=2)
     frames, _ = read_video(tmp_path / "v.mp4", VideoSettings(max_pixels=448 * 448))

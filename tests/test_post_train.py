@@ -57,7 +57,7 @@ def vignette(model, asked, chosen, think, seed):
 
 
 @pytest.mark.parametrize(("method", "what"), [
-    ("GRPO", "quality"), ("DPO", "vignette"),
+    ("GRPO", "quality"), pytest.param("DPO", "vignette", marks=pytest.mark.slow),
     pytest.param("GRPO", "vignette", marks=pytest.mark.slow),
     pytest.param("DPO", "quality", marks=pytest.mark.slow)])
 def test_it_becomes_what_is_rewarded(method, what, monkeypatch):

@@ -288,7 +288,8 @@ def test_sub_scores_are_falsified_in_answer_and_thought():
 
 
 @pytest.mark.parametrize("fps", [None, 6.3])  # of which the frames divided by it, times it, is less
-@pytest.mark.parametrize("layout", ["ours", "release", "release at a size"])
+@pytest.mark.parametrize("layout", [
+    "ours", pytest.param("release", marks=pytest.mark.slow), "release at a size"])
 def test_the_score_as_it_is_is_that_of_judge(model, keys, layout, fps):
     """In either layout; read again behind its own CoT it is the same."""
     in_layout(model, layout.split()[0])

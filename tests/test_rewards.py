@@ -281,6 +281,7 @@ def test_the_bounds_of_the_released_code_hold_ratios_and_kl():
 # Instruction, tags, and what is written without them
 
 
+@pytest.mark.slow
 def test_a_run_says_where_no_rollout_keeps_the_format(world_dir, tmp_path):
     (tmp_path / "odd.txt").write_text("<video><prompt>\nSay anything.")
     flags = ["--model", BACKBONE, "--train", world_dir / "train.jsonl", "--lora-rank", 4, *SMALL, *QUICK,

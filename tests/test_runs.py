@@ -244,6 +244,7 @@ def test_sharded_training_is_the_same(stage, extra, world_dir, whole, tmp_path):
     assert before == pytest.approx(after, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_over_any_number_of_ranks(world_dir, whole, tmp_path):
     """Its checkpoints hold whole tensors, and say the same whoever wrote them."""
     sharded = command("coldstart", world_dir, tmp_path / "run", *FULL, "--shard", "full", "--save-every", 1)
@@ -309,6 +310,7 @@ def test_4_bit_weights_and_8_bit_moments(stage, world_dir, whole, tmp_path):
     assert done.returncode == 1 and "--quant needs --lora-rank" in done.stderr
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_number_of_processes(world_dir, whole, tmp_path):
     pairs = read_pairs(world_dir / "test_id.jsonl")
     assert len({key for pair in pairs for key in pair.videos()}) == 8  # 3 + 3 + 2

@@ -335,6 +335,7 @@ def test_an_instruction_of_ones_own(world_dir, stage2, tmp_path):
     assert bad.returncode == 1 and "must hold <video> exactly once" in bad.stderr
 
 
+@pytest.mark.slow
 def test_a_stage_trains_in_our_layout_whatever_the_models_own(world_dir, tmp_path):
     figures = []
     for layout in ("ours", "release"):

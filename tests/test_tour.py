@@ -32,6 +32,7 @@ print(json.dumps({{"sees": here["sees"].int().tolist(), "P": here["layout"].P, "
 """
 
 
+@pytest.mark.slow
 def test_the_tour_can_be_taken(tmp_path):
     notebook = json.loads(TOUR.read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
