@@ -151,8 +151,9 @@ def judge_batch(
                                thinking.temperature, seeds=seeds, without_cot=without_cot,
                                **penalty)
         no_cot = thoughts.scores_no_cot
+        truncated = model.truncated(thoughts).tolist()  # (B, n)
         for i, record in enumerate(records):
-            record |= record_thoughts(model, thoughts, i, unfit)
+            record |= record_thoughts(model, thoughts, i, truncated[i], unfit)
     if without_cot:
         if no_cot is None:
             no_cot = model.score(batch, [None] * len(records))
@@ -162,12 +163,13 @@ def judge_batch(
 
 
 def record_thoughts(
-        model: DeScore, thoughts: Thoughts, i: int, unfit: Unfit | None = None) -> dict:
-    """What a record has of video i's n CoTs: the score, and the first CoT. With `unfit`, of those
-    that count alone, and how many these are, `usable`; an error where there are none."""
+        model: DeScore, thoughts: Thoughts, i: int, truncated: list[bool],
+        unfit: Unfit | None = None) -> dict:
+    """What a record has of video i's n CoTs, of which some were `truncated`: the score, and the
+    first CoT. With `unfit`, of those that count alone, and how many these are, `usable`; an error
+    where there are none."""
     cots = [model.processor.decode(tokens[mask])
             for tokens, mask in zip(thoughts.tokens[i], thoughts.mask[i])]
-    truncated = model.truncated(thoughts)[i].tolist()  # (n,)
     counted = list(range(len(cots)))
     record = {}
     if unfit:

@@ -1521,6 +1521,8 @@ MUTANTS = [
     ("support/saved.py", "if trains or name in model.changed:", "if trains:", SAVED + " -k though"),
     ("data.py", "for opened in (self.opening, self.opening.strip()):", "for opened in (self.opening,):",
      REWARDS + " -k opens_the_thought"),
+    ("infer.py", "    batch = model.encode(batch).select(rows)\n",
+     "    model.encode(batch)\n    batch = model.encode(batch).select(rows)\n", BUDGETS + " -k judging"),
 ]
 
 

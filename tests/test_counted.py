@@ -43,7 +43,7 @@ STAGE1 = ["--epochs", 1, "--mask-p", 0, "--warmup", 1, "--max-tokens", 3300, "--
 G = 4
 BT_WEIGHT = 0.5
 STAGE2 = ["--steps", 1, "--group-size", G, "--mask-truncated", "true", "--length-low", 20,
-          "--length-high", 80, "--beta", 0.1, "--bt-weight", BT_WEIGHT, "--think-tokens", 3000,
+          "--length-high", 80, "--beta", 0.1, "--bt-weight", BT_WEIGHT, "--think-tokens", 4500,
           "--keep-rollouts", 99]
 # Rollouts recite (tests/recited.py): two whole CoTs, one that 58 tokens cut off, and one without an answer.
 LIMIT = 58
@@ -62,8 +62,9 @@ run_command(rl.main)
 """
 
 # By how many words the prompts of ten pairs are longer, and which of their videos are broken. Two ranks take
-# the longest two first, then the next two. So in the first step rank 1 alone meets the broken pair, beside a
-# spare of the shortest; in the second the broken one is the last, and rank 1's spare repeats it.
+# the longest two first, then the next two. So in the first step rank 1 alone meets the broken pair, with one
+# that can be read and a spare of the shortest in one micro-batch, and rank 0 has three together; in the
+# second the broken one is the last, and rank 1's spare repeats it.
 WORDS = (12, 6, 24, 0, 18, 12, 6, 24, 0, 0)
 WRONG = {4: "b", 9: "ab"}
 TIES = {"coldstart": [], "rl": [1]}
@@ -126,7 +127,7 @@ class Runs:
             command = ["coldstart.py", *STAGE1]
         else:
             (folder / "recite.py").write_text(RECITED)
-            command = [folder / "recite.py", *STAGE2, "--updates", 2, "--max-new-tokens", LIMIT, "--lr", LR]
+            command = [folder / "recite.py", *STAGE2, "--updates", 1, "--max-new-tokens", LIMIT, "--lr", LR]
         self.plain = folder / "plain"
         self.one = folder / "one"
         self.two = folder / "two"

@@ -218,7 +218,7 @@ def as_if_alone():
     with ExitStack() as stack:
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
-        for kind in {"cpu", "cuda" if torch.cuda.is_available() else "cpu"}:
+        for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
