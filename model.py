@@ -33,6 +33,7 @@ from support import saved
 from support.attention import GroupCache, pack_rows
 from support.batches import group_by_length, pack_by_budget
 from support.command import (
+    LEAST_PENALTY,
     LEAST_TEMPERATURE,
     LEAST_TOP_P,
     LoraConfig,
@@ -570,8 +571,9 @@ def check_sampling(temperature: float, top_p: float, repetition_penalty: float) 
                         f"{LEAST_TEMPERATURE}")
     if not LEAST_TOP_P <= top_p <= 1:
         raise DataError(f"a top_p of {top_p} is not from {LEAST_TOP_P} to 1")
-    if not repetition_penalty > 0:
-        raise DataError(f"a repetition penalty of {repetition_penalty} is not above 0")
+    if not LEAST_PENALTY <= repetition_penalty < torch.inf:
+        raise DataError(f"a repetition penalty of {repetition_penalty} is not at least "
+                        f"{LEAST_PENALTY}")
     if repetition_penalty != 1 and temperature:
         raise DataError(f"a repetition penalty of {repetition_penalty} is for temperature 0, not "
                         f"{temperature}: what is sampled would not be the policy's")

@@ -55,8 +55,9 @@ NotNegative = number(float, "a number of 0 or more", lambda x: x >= 0)
 Positive = number(float, "a number above 0", lambda x: x > 0)
 Factor = number(float, "a number of 1 or more", lambda x: x >= 1)
 Share = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-# Divided by a temperature near 0, logits run over; a set of mass near 0 holds no token.
+# Divided by a temperature or a penalty near 0, logits run over; a set of mass near 0 holds no token.
 LEAST_TEMPERATURE, LEAST_TOP_P = 0.01, 0.0001
+LEAST_PENALTY = 0.01
 Heat = number(float, f"a number of {LEAST_TEMPERATURE} or more", lambda x: x >= LEAST_TEMPERATURE)
 Temperature = number(float, f"a number of {LEAST_TEMPERATURE} or more, or 0",
                      lambda x: x == 0 or x >= LEAST_TEMPERATURE)

@@ -41,7 +41,7 @@ def read_lines(path: Path) -> list[dict]:
 # What descore.json says, by type; anything else in it is kept as it is.
 KINDS = {"backbone": str, "backbone_sha256": str, "video": dict, "instruction": (str, type(None)),
          "dimensions": dict, "tags": list, "files": dict, "score_quantiles": list,
-         "scoring_layout": str, "scoring_video": dict}
+         "scoring_layout": str, "scoring_video": dict, "args": dict}
 
 LAYOUTS = ("ours", "release")  # in which a model scores
 
@@ -67,6 +67,9 @@ def read_info(directory: Path) -> dict:
         raise DataError(f"{path}: score_mean and score_std are not two numbers")
     if scale and scale[1] < 0:
         raise DataError(f"{path}: score_std is {scale[1]}")
+    longest = info.get("args", {}).get("max_new_tokens", 1)
+    if not isinstance(longest, int) or longest < 1:
+        raise DataError(f"{path}: max_new_tokens is {longest!r}")
     if info.get("scoring_layout", "ours") not in LAYOUTS:
         raise DataError(f"{path}: scoring_layout is {info['scoring_layout']!r}, not ours or release")
     tags = info.get("tags", TAGS)

@@ -3,6 +3,10 @@
 import math
 import random
 import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
@@ -196,6 +200,57 @@ def test_a_scorer_is_the_same_in_any_world_and_leaves_it_as_it_was(tmp_path, cli
         # And what was loaded there serves elsewhere.
         assert scorer(clip, "p", **how) == expected, name
         assert not any(p.is_inference() for p in scorer.model.parameters())
+
+
+def test_float32_is_the_default_for_as_long_as_any_thread_needs_it(model, monkeypatch, clip):
+    """Whoever is done first does not take it from another."""
+    how = {"max_new_tokens": 2, "accept_any": True}
+    expected = reward(model, clip, "p", **how)
+    think, begun, over = model.think, threading.Event(), threading.Event()
+    found, seen = [], []
+    other = threading.Thread(target=lambda: found.extend(reward(model, clip, "p", **how)), daemon=True)
+
+    def beside(*args, **options):
+        if threading.current_thread() is other:
+            begun.set()
+            over.wait(10)
+            seen.append(torch.get_default_dtype())
+        else:
+            other.start()
+            begun.wait(10)
+        return think(*args, **options)
+
+    monkeypatch.setattr(model, "think", beside)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        first = reward(model, clip, "p", **how)
+        over.set()
+        other.join(10)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen == [torch.float32] and first == found == expected
+
+
+def test_scorers_that_are_loaded_at_once_leave_what_all_threads_share(model, monkeypatch):
+    """Each puts back torch's random numbers and Python's filters of warnings as it has found them."""
+    loading, most = [], []
+
+    def load(*args, **options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loading.append(torch.randn(1))
+            most.append(len(loading))
+            time.sleep(0.02)
+            loading.pop()
+        return model
+
+    monkeypatch.setattr(DeScore, "load", load)
+    before = torch.get_rng_state(), warnings.filters.copy()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: Scorer("any", "cpu"), range(4)))
+    assert torch.equal(torch.get_rng_state(), before[0]) and warnings.filters == before[1]
+    assert most == [1] * 4
 
 
 def test_a_model_that_is_loaded_draws_as_before(model):

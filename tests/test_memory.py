@@ -16,6 +16,7 @@ from data import DataError, VideoSettings, read_video
 from infer import Scorer, reward
 from model import DeScore
 from tools import memory
+from tools.client import Client
 from tools.memory import Clip, Frames, Together, clip_keys, number_of
 
 SHORT = {"max_new_tokens": 6, "accept_any": True}
@@ -291,6 +292,9 @@ def test_a_prompt_that_cannot_be_read_is_its_own_error(model, clips):
     good, empty, long, half = reward(model, four, [prompt, "", "a" * 60_000, "\ud800"], fps=fps, **SHORT)
     assert good["error"] is None and empty["error"] is None and math.isfinite(empty["score"])
     assert "the prompt has 60,000 bytes" in long["error"] and "no Unicode text" in half["error"]
+    # Of a served model too, whose server cannot even be told.
+    (served,) = Client("http://nobody.invalid")(tensor(frames), "\ud800", fps=fps)
+    assert served["error"] == half["error"] and math.isnan(served["score"])
 
 
 def test_a_score_that_is_none_is_an_error_of_its_video(model, clips):

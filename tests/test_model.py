@@ -612,8 +612,9 @@ def test_a_model_of_the_release_thinks_with_its_penalty_when_it_thinks_greedily(
         list(judge(in_layout(model, layout), keys[:1], max_new_tokens=2, **options))
         assert penalties == ([] if expected == 1 else [expected] * 2)  # of two tokens
     for penalty, temperature, message in (
-            (1.1, 0.7, "1.1 is for temperature 0, not 0.7"), (0.0, 0.0, "0.0 is not above 0"),
-            (-1.0, 0.0, "-1.0 is not above 0")):
+            (1.1, 0.7, "1.1 is for temperature 0, not 0.7"), (0.0, 0.0, "0.0 is not at least 0.01"),
+            (-1.0, 0.0, "-1.0 is not at least"), (1e-45, 0.0, "1e-45 is not at least"),
+            (torch.inf, 0.0, "inf is not"), (torch.nan, 0.0, "nan is not")):
         with pytest.raises(DataError, match=f"a repetition penalty of {message}"):
             list(judge(model, keys[:1], max_new_tokens=2, temperature=temperature,
                        repetition_penalty=penalty))

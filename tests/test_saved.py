@@ -153,6 +153,8 @@ def test_a_file_that_is_not_as_it_was_saved_is_named(tmp_path, rank):
 @pytest.mark.parametrize(("change", "message"), [
     ({"score_mean": 1.0}, "not two numbers"), ({"score_mean": 0.0, "score_std": -1.0}, "score_std is -1"),
     ({"score_mean": "x", "score_std": 1.0}, "not two numbers"), ({"scoring_layout": "Release"}, "'Release'"),
+    ({"args": "x"}, "'args' is 'x'"), ({"args": {"max_new_tokens": "x"}}, "max_new_tokens is 'x'"),
+    ({"args": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
     ({"instruction": "<video> Judge it."}, "<prompt>"), ({"video": {"max_frames": 1}}, "max_frames")])
 def test_settings_that_make_no_sense_are_refused(saved, tmp_path, change, message):
     shutil.copytree(saved / "full", tmp_path / "full")

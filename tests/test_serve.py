@@ -262,6 +262,13 @@ def test_frames_of_two_sizes_and_too_many_are_no_video(url, clip):
         assert message in error
 
 
+def test_no_dimension_stands_for_the_reward():
+    """A model may have dimensions of any name."""
+    said = {"reward": 0, "score": 1, "style": 2, "camera": "N/A"}
+    record = {**unusable(None), "score": 0.25, "standardised": -0.5, "sub_scores": said}
+    assert serving.metrics(record) == {"reward": -0.5, "score": 0.25, "style": 2.0}
+
+
 @pytest.mark.parametrize(("path", "body"), [
     ("/compute", b""), ("/compute", b"{"), ("/compute", b"\xff\xfe"), ("/compute", b"[" * 100_000),
     ("/compute", b"null"), ("/compute", []), ("/compute", {}), ("/compute", {"prompt": ["p"]}),

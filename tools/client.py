@@ -207,6 +207,10 @@ class Client:
 
     def ask(self, video, prompt: str, fps: float | None) -> dict:
         """The record of one video."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which no server takes
+            return unusable(f"the prompt is no Unicode text ({error})")
         if isinstance(video, (str, os.PathLike)):
             try:
                 with open(video, "rb") as file:

@@ -209,20 +209,41 @@ def longest_answer(model: DeScore) -> int:
     return min(trained, LONGEST_ANSWER)
 
 
+class Float32:
+    """Within it the default dtype is float32, for as long as any thread is within it: it is one for
+    all threads. The last to leave puts back what the first has found."""
+
+    def __init__(self):
+        self.lock, self.inside, self.found = Lock(), 0, torch.float32
+
+    def __enter__(self):
+        with self.lock:
+            if not self.inside:
+                self.found = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self.inside += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.inside -= 1
+            if not self.inside and self.found != torch.float32:
+                torch.set_default_dtype(self.found)
+
+
+FLOAT32 = Float32()
+LOADING = Lock()  # torch's random numbers and Python's filters of warnings are one for all threads too
+
+
 @contextmanager
 def as_if_alone():
     """Within it torch is as a new process finds it, whatever a trainer has set: default dtype and
-    device, autocast, inference mode. Afterwards they are as they were. The default dtype is one for
-    all threads; it is changed only where it is not float32."""
-    dtype = torch.get_default_dtype()
+    device, autocast, inference mode. Afterwards they are as they were."""
     with ExitStack() as stack:
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if dtype != torch.float32:
-            torch.set_default_dtype(torch.float32)
-            stack.callback(torch.set_default_dtype, dtype)
+        stack.enter_context(FLOAT32)
         yield
 
 
@@ -271,7 +292,7 @@ class Scorer:
         """window: seconds to wait for others who ask at the same time; reader: of video files
         (`data.read_video`)."""
         # Query and head are drawn before they are loaded; a trainer's noise is not to change by it.
-        with as_if_alone(), torch.random.fork_rng(devices=[]):
+        with LOADING, as_if_alone(), torch.random.fork_rng(devices=[]):
             self.model = DeScore.load(model_dir, device=device, reader=reader)
         self.model.check_head()
         self.together = Together(self.score, window)

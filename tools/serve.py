@@ -387,8 +387,9 @@ def check_score(asked: Score) -> None:
 
 def metrics(record: dict) -> dict[str, float]:
     """Numbers alone, the reward first; what a CoT does not judge is not there."""
-    numbers = {"reward": as_reward(record), "score": record["score"], **(record["sub_scores"] or {})}
-    numbers |= further(record)
+    own = {"reward": as_reward(record), "score": record["score"]}
+    # A dimension may have any name, and is not to stand for the reward.
+    numbers = own | (record["sub_scores"] or {}) | further(record) | own
     return {name: float(value) for name, value in numbers.items() if value != "N/A"}
 
 
