@@ -180,10 +180,10 @@ class Client:
     """A served model, called as `infer.Scorer` is, from any thread.
 
     url: where it is served, or several such addresses, which share the videos and stand in for each
-    other; timeout: seconds that a video's answer may take in all, from a busy server too, of which
-    a server leaves those after it their share; parallel: videos of a call under way at a time,
-    which the server thinks about together; attempts: how often it is asked where it cannot be
-    reached, with a pause of about 0.25, 0.5, … 8 seconds between."""
+    other; timeout: seconds that a video's answer may take in all, from a busy server too; of
+    several servers each has its share of what is left. parallel: videos of a call under way at a
+    time, which the server thinks about together; attempts: how often it is asked where it cannot
+    be reached, with a pause of about 0.25, 0.5, … 8 seconds between."""
 
     def __init__(self, url="http://127.0.0.1:8000", *, timeout: float = 600.0, parallel: int = 8,
                  attempts: int = 10):

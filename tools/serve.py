@@ -67,7 +67,7 @@ VALUES = 100_000  # of a body; small ones take fifty times their bytes when they
 # What tells one request of /score from others; sent back as it came.
 IDENTITY = ("request_id", "sample_id", "group_id", "source_rank", "policy_version",
             "scorer_version", "idempotency_key")
-IDENTITY_LENGTH = 2000
+IDENTITY_LENGTH = 2000  # characters of all of these
 
 
 class Compute(BaseModel):
@@ -377,6 +377,7 @@ class Service:
 
 
 async def results(jobs: list[Future]) -> list[dict]:
+    """The record of each. Cancelled, it leaves the jobs as they are, to whoever else waits."""
     return [await asyncio.wrap_future(job) for job in jobs]
 
 
