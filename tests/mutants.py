@@ -1453,6 +1453,8 @@ MUTANTS = [
     ("tools/client.py", "        pool = ThreadPoolExecutor(self.parallel)",
      ("        pool = self.pool = getattr(self, \"pool\", None) or ThreadPoolExecutor(self.parallel)\n"
       "        pool.shutdown = lambda wait: None"), CLIENT + " -k forked"),
+    ("tools/client.py", "if not os.path.isfile(video):", "if not os.path.exists(video):",
+     CLIENT + " -k no_file"),
     ("tools/client.py", "random.SystemRandom()", "random.Random()", CLIENT + " -k forked"),
     ("tools/client.py", "            check_address(one)\n", "            pass\n", CLIENT + " -k share"),
     ("tools/client.py", "    except (ValueError, AttributeError):", "    except AttributeError:",

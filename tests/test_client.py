@@ -222,6 +222,14 @@ def test_another_server_has_time_left_where_one_never_answers():
     assert [record["score"] for record in found] == [0, 1, 2]
 
 
+def test_what_is_no_file_is_a_videos_error(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    score = Client("http://127.0.0.1:1", attempts=1)  # which is not asked
+    for path in (tmp_path, tmp_path / "pipe", "/dev/zero", tmp_path / "none", "a\0b"):
+        (record,) = score(path, "p")
+        assert record["error"] == f"{path}: no such file" and math.isnan(record["score"])
+
+
 def test_a_client_goes_on_in_a_process_that_was_forked():
     with stub(named([], "a")) as url:
         score = Client(url)

@@ -143,7 +143,7 @@ def test_the_clients_unusable_videos_say_why(url, clip, expected):
            np.zeros((4, 3, 400, 300))]
     records = Client(url)([*bad, path], "p", fps=fps)
     assert like(records.pop(), expected)
-    for record, why in zip(records, ("not from 0 to 1", "no frames", "No such file", "video_b64: not a video",
+    for record, why in zip(records, ("not from 0 to 1", "no frames", "no such file", "video_b64: not a video",
                                      "300 x 400 pixels a frame"), strict=True):
         assert math.isnan(record["score"]) and why in record["error"] and record["cot"] is None
         assert "/tmp" not in record["error"] and "\n" not in record["error"]

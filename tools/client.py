@@ -215,6 +215,8 @@ class Client:
     def ask(self, video, prompt: str, fps: float | None) -> dict:
         """The record of one video."""
         if isinstance(video, (str, os.PathLike)):
+            if not os.path.isfile(video):  # nor is a pipe, or a device, which may never end
+                return unusable(f"{video}: no such file")
             try:
                 with open(video, "rb") as file:
                     content = base64.b64encode(file.read()).decode()
