@@ -13,7 +13,7 @@ from threading import Timer
 import torch
 import torch.distributed as dist
 
-from data import DataError, Key
+from data import DataError, Key, error_context
 from support.files import digest
 
 # What torchrun tells a process. Some of it may be left over from somebody else's.
@@ -46,7 +46,10 @@ class Ranks:
         waiting = Timer(QUIET, print, [said], {"file": sys.stderr, "flush": True})
         waiting.daemon = True
         waiting.start()
-        store, rank, world = next(dist.rendezvous("env://"))
+        with error_context(f"{said} in vain", ValueError, RuntimeError):
+            if not 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]):
+                raise ValueError("there is no such rank")
+            store, rank, world = next(dist.rendezvous("env://"))
         # torchrun keeps one store over its restarts. Under a name of each restart's own, no
         # rank finds the address of one that died. (Only hosts that all count alike can agree
         # on such a name.)

@@ -11,6 +11,7 @@ from launch import Started, run
 from test_adapters import save_scorer
 
 from data import DataError
+from support import ranks
 from support.ranks import Ranks
 
 
@@ -48,6 +49,21 @@ def test_what_is_missing_in_the_environment_is_named(folder, world_dir):
     assert done.returncode == 1
     assert done.stderr == ("error: RANK is set, and LOCAL_RANK, MASTER_ADDR, MASTER_PORT not: start it by "
                            "torchrun, or unset RANK to run it alone\n")
+
+
+WRONG = {"RANK": ("", "two", "2", "-1"), "WORLD_SIZE": ("0", "x"), "MASTER_PORT": ("x", "99999", "taken")}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name]])
+def test_what_makes_no_sense_in_the_environment_is_one_line(name, value, port, monkeypatch):
+    monkeypatch.setattr(ranks, "QUIET", 1000)
+    with socket.create_server(("localhost", port)):
+        told = environment(0, port) | ({} if value == "taken" else {name: value})
+        for known, text in told.items():
+            monkeypatch.setenv(known, text)
+        with pytest.raises(DataError, match="rank .*, waiting for the others at .* in vain") as found:
+            Ranks.start()
+    assert "\n" not in str(found.value)
 
 
 COMMANDS = {

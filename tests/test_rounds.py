@@ -1,6 +1,7 @@
 """Rounds: whose turn it is, what is asked once, what is not asked at all, and at what the model fails."""
 
 import threading
+import weakref
 
 from test_serve import wait_until
 
@@ -73,6 +74,26 @@ def test_what_nobody_waits_for_any_more_is_not_begun():
     assert staying[0].result(9) and again[0].result(9)
     assert score.rounds == [["a"], ["c", "d"]]
     assert rounds.ask(keys("a"))[0].result(9)["score"] == 1.0 and len(score.rounds) == 2  # it was finished
+
+
+class Named(str):
+    """A video that can be looked for."""
+
+
+def test_a_video_that_nobody_waits_for_is_let_go_at_once():
+    score = Rows()
+    rounds = Rounds(score, 9, 9)
+    begun(rounds, score, "a")
+    video = Named("large")
+    seen = weakref.ref(video)
+    gone = rounds.ask(keys(video, video))
+    staying = rounds.ask(keys(video))
+    del video
+    rounds.leave(gone)
+    assert seen()
+    rounds.leave(staying)
+    assert seen() is None
+    score.go.release(9)
 
 
 def test_a_video_at_which_the_model_fails_fails_alone(capsys):

@@ -143,7 +143,7 @@ def test_the_clients_unusable_videos_say_why(url, clip, expected):
            np.zeros((4, 3, 400, 300))]
     records = Client(url)([*bad, path], "p", fps=fps)
     assert like(records.pop(), expected)
-    for record, why in zip(records, ("not from 0 to 1", "no frames", "No such file", "video_b64: not a video",
+    for record, why in zip(records, ("not from 0 to 1", "no frames", "no such file", "video_b64: not a video",
                                      "300 x 400 pixels a frame"), strict=True):
         assert math.isnan(record["score"]) and why in record["error"] and record["cot"] is None
         assert "/tmp" not in record["error"] and "\n" not in record["error"]
@@ -221,7 +221,11 @@ def jpeg():
 
 
 SMALL = png(np.zeros((64, 64, 3), np.uint8))
+# Their first header, or what stands in its place, is not that of the picture.
+SECOND = {"a second header": SMALL[:8] + bomb(8, 8)[8:33] + SMALL[8:],
+          "another chunk first": SMALL[:8] + chunk(b"tEXt", b"k" + bytes(12)) + SMALL[8:]}
 BAD_FRAMES = {
+    **{name: (file, "it begins as one of another size") for name, file in SECOND.items()},
     "no base64": ("!!!", "frame 0 is no PNG"), "not ASCII": ("é", "no PNG"), "empty": ("", "no PNG"),
     "a bomb": (bomb(100_000, 100_000), "no PNG"), "a smaller one": (bomb(9000, 9000), "9000 x 9000 pixels"),
     "cut off": (SMALL[:40], "no PNG"), "no PNG": (b"GIF89a" + bytes(50), "no PNG"),
@@ -285,6 +289,10 @@ def test_no_dimension_stands_for_the_reward():
     ("/compute", {"prompt": ["p"], "video": [["x"]], "fps": -1}),
     ("/compute", {"prompt": ["p"], "video": [["x"]], "fps": True}),
     ("/compute", {"prompt": ["p"], "video": [["x"]], "fps": {"a": 1}}),
+    ("/compute", {"prompt": ["p"], "video": [["x"]], "fps": "4" * 10_000}),
+    ("/score", {"requests": [{"history": [{"text": "p"}], "required_rewards": ["x" * 10_000]}]}),
+    ("/score", {"requests": [{"history": [{"text": "p"}], "required_rewards": ["descore"],
+                              "request_id": "x" * 10_000}]}),
     ("/compute", {"prompt": ["p"], "video": [["x"]], "fps": [4, 4]}),
     ("/compute", {"prompt": ["p"], "video": [["x"]], "kwargs": 4}),
     ("/score", {}), ("/score", {"requests": {}}), ("/score", {"requests": [{}]}),
@@ -297,7 +305,7 @@ def test_no_dimension_stands_for_the_reward():
 def test_a_body_that_makes_no_sense_is_refused_in_one_line(url, path, body):
     status, found = ask(url, path, body)
     assert 400 <= status < 500 and set(found) == {"detail"} and isinstance(found["detail"], str)
-    assert "\n" not in found["detail"] and len(found["detail"]) < 400 and "Traceback" not in found["detail"]
+    assert "\n" not in found["detail"] and len(found["detail"]) <= 500 and "Traceback" not in found["detail"]
     assert ask(url, "/health", b"", method="GET")[0] == 200
 
 
@@ -339,6 +347,8 @@ def test_files_are_opened_below_one_folder_alone(url, clip, tmp_path):
                  "/etc/passwd", f"{folder}-more/v.mp4", "/"):
         error = asked_for(url, video_path=path)
         assert error == f"{path}: not below the folder that is served"
+    long = asked_for(url, video_path="/" + "x" * 100_000)
+    assert len(long) < 600
     for path, why in (("none.mp4", "no such file"), ("inside", "no such file"), ("pipe", "no such file"),
                       ("", "no such file"), ("a\0b", "not a path"), ("loop", "not a path"),
                       ("x" * 5000, "")):
@@ -438,14 +448,16 @@ def connected(url):
     return socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
 
 
-def test_the_bodies_of_all_requests_have_a_bound_together():
+def test_the_bodies_of_all_requests_have_a_bound_together(monkeypatch):
     """Four times that of one: of four about 860 bytes each are held, 900 more are too much, 400 are not."""
     score = Slow()
+    monkeypatch.setattr(serving, "ROOM_SECONDS", 0.3)
     with in_process(score) as url, ThreadPoolExecutor(8) as pool:
         first = [pool.submit(ask, url, "/compute", of_size(900, name)) for name in "abcd"]
         wait_until(lambda: under_way(url) == 4)
+        started = time.monotonic()
         status, found = ask(url, "/compute", of_size(900))
-        assert status == 503 and "under way" in found["detail"]
+        assert status == 503 and "under way" in found["detail"] and time.monotonic() - started >= 0.3
         assert ask(url, "/compute", of_size(1001))[0] == 413
         first.append(pool.submit(ask, url, "/compute", of_size(400)))
         wait_until(lambda: under_way(url) == 5)
@@ -455,8 +467,25 @@ def test_the_bodies_of_all_requests_have_a_bound_together():
             assert ask(url, "/compute", of_size(1000))[0] == 200
 
 
-def test_bodies_that_come_side_by_side_make_room_for_each_other():
+def test_who_asks_again_at_once_is_told_when_there_is_room(monkeypatch):
+    """Not before: three tries would be gone in a moment."""
+    monkeypatch.setattr(serving, "ROOM_SECONDS", 60)
+    score = Slow()
+    with in_process(score) as url, ThreadPoolExecutor(8) as pool:
+        first = [pool.submit(ask, url, "/compute", of_size(900, name)) for name in "abcd"]
+        wait_until(lambda: under_way(url) == 4)
+        last = pool.submit(ask, url, "/compute", of_size(900))
+        wait_until(lambda: health(url)["coming"] == 1)
+        time.sleep(0.3)
+        assert not last.done()
+        score.go.set()
+        assert last.result(30)[0] == 503 and all(future.result(30)[0] == 200 for future in first)
+        assert ask(url, "/compute", of_size(900))[0] == 200
+
+
+def test_bodies_that_come_side_by_side_make_room_for_each_other(monkeypatch):
     """Eight of 900 bytes, which come in three parts: four can be held, and four are."""
+    monkeypatch.setattr(serving, "ROOM_SECONDS", 0.1)
     score, statuses = Slow(), []
     with in_process(score) as url:
         clients = [connected(url) for _ in range(8)]
@@ -534,7 +563,7 @@ def test_beyond_its_queue_it_is_busy_and_it_ends_when_what_it_has_is_done(scorer
     (["--model", "nowhere"], "nowhere: no such directory"),
     (["--videos", "nowhere"], "nowhere: no such folder"),
     (["--model", ROOT / "toy/backbone"], "has no trained"), (["--fps", "nan"], "not a number above 0"),
-    (["--queue", 0], "not a whole number of 1")])
+    (["--queue", 0], "not a whole number of 1"), (["--port", 70_000], "error: --port 70000 is above 65535")])
 def test_a_start_that_makes_no_sense_ends_in_one_line(scorer_dir, more, message):
     done = run("-m", "tools.serve", "--model", scorer_dir, "--port", 0, *more, check=False)
     assert done.returncode and message in done.stderr and "Traceback" not in done.stderr

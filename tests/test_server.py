@@ -169,7 +169,7 @@ def test_a_model_that_looks_twice_gets_all_frames():
 # Callers
 
 
-def test_who_has_gone_is_not_thought_about_and_a_second_try_is_answered_at_once():
+def test_who_has_gone_is_not_thought_about_and_a_second_try_is_answered_at_once(caplog):
     score = Slow()
     with in_process(score, kept=9) as url, ThreadPoolExecutor(3) as pool:
         first = pool.submit(ask, url, "/compute", of_size(300, "first"))
@@ -183,6 +183,7 @@ def test_who_has_gone_is_not_thought_about_and_a_second_try_is_answered_at_once(
         assert first.result(30) == ask(url, "/compute", of_size(300, "first"))
         assert ask(url, "/compute", of_size(300, "last"))[0] == 200
     assert score.asked == [["first"], ["last"]]
+    assert not caplog.records  # asyncio has nothing to complain about
 
 
 def test_the_second_of_a_frame_is_part_of_what_is_asked():
@@ -302,6 +303,45 @@ def test_slow_senders_shut_nobody_out(monkeypatch):
         assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
         for client in (*slow, silent, half, waiting):
             client.close()
+
+
+def test_who_does_not_read_shuts_nobody_out(monkeypatch):
+    monkeypatch.setattr(gate, "CONNECTIONS", 3)
+    with in_process(Slow()) as url:
+        deaf = [connected(url) for _ in range(3)]
+        for client in deaf:
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while True:  # more answers than anything between holds
+                    client.send(b"GET /rewards HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+                    time.sleep(0.001)
+        for _ in range(5):
+            assert ask(url, "/health", b"", method="GET")[0] == 200
+        for client in deaf:
+            client.close()
+
+
+def test_what_is_no_http_is_a_refusal_as_others_are(capsys, caplog):
+    with in_process(Slow()) as url:
+        for said in (b"\x16\x03\x01\x02\x00\x01", b"GET /health\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n"):
+            with connected(url) as client:
+                client.sendall(said)
+                client.settimeout(30)
+                assert client.recv(1000).startswith(b"HTTP/1.1 400")
+        with connected(url) as client:  # after it has been answered
+            client.sendall(b"POST /compute HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            client.settimeout(30)
+            assert client.recv(1000).startswith(b"HTTP/1.1 415")
+            client.sendall(b"no chunk\r\n")
+            wait_until(lambda: is_closed(client))
+        with connected(url) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+            client.settimeout(30)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        assert health(url)["refused"] == {"400": 4, "415": 1}
+    said = capsys.readouterr().err
+    assert re.fullmatch("(refused: 4.., [1-4] so far: .*\n)+", said), said
+    assert not caplog.records
 
 
 def test_a_second_ctrl_c_ends_it_at_once(model_dir, tmp_path):

@@ -164,6 +164,8 @@ def paired(videos: list, prompts, fps) -> tuple[list[str], list[float | None]]:
 LOOKS = ("fps", "min_frames", "max_frames")  # what decides which frames a model looks at
 CONNECT_SECONDS = 10.0
 LARGEST = 1 << 26  # bytes of an answer
+# A server cannot be reached, went away, or speaks no HTTP.
+BROKEN = (OSError, http.client.HTTPException, ValueError)
 
 
 class Busy(Exception):
@@ -178,21 +180,22 @@ class Client:
     """A served model, called as `infer.Scorer` is, from any thread.
 
     url: where it is served, or several such addresses, which share the videos and stand in for each
-    other; timeout: seconds that a video's answer may take in all, from a busy server too; parallel:
-    videos under way at a time, which the server thinks about together; attempts: how often it is
-    asked where it cannot be reached, with a pause of about 0.25, 0.5, … 8 seconds between."""
+    other; timeout: seconds that a video's answer may take in all, from a busy server too; of
+    several servers each has its share of what is left. parallel: videos of a call under way at a
+    time, which the server thinks about together; attempts: how often it is asked where it cannot
+    be reached, with a pause of about 0.25, 0.5, … 8 seconds between."""
 
     def __init__(self, url="http://127.0.0.1:8000", *, timeout: float = 600.0, parallel: int = 8,
                  attempts: int = 10):
         urls = [url] if isinstance(url, str) else list(url)
         for one in urls or [""]:
-            if not one.startswith(("http://", "https://")):
-                raise ValueError(f"{one!r} is no address such as http://127.0.0.1:8000")
+            check_address(one)
         self.urls = [one.rstrip("/") for one in urls]
         self.url, self.timeout, self.attempts = self.urls[0], timeout, attempts
-        self.pool = ThreadPoolExecutor(parallel)
+        self.parallel = parallel
         self.turns = itertools.count()  # who is asked first
-        self.dice = random.Random()  # a trainer's own stay as they are
+        # A trainer's own stay as they are, and processes that were forked do not draw alike.
+        self.dice = random.SystemRandom()
         self.sampling = ()  # unknown; None: the server takes all frames
 
     def __call__(self, videos, prompts, *, fps=None, layout: str | None = None) -> list[dict]:
@@ -203,7 +206,11 @@ class Client:
         videos or a list. Raises ValueError or TypeError where these make no sense, RuntimeError, with
         its address, where a server does not answer."""
         videos = split(videos, layout)
-        return list(self.pool.map(self.ask, videos, *paired(videos, prompts, fps)))
+        pool = ThreadPoolExecutor(self.parallel)  # one that is kept has no threads after a fork
+        try:
+            return list(pool.map(self.ask, videos, *paired(videos, prompts, fps)))
+        finally:
+            pool.shutdown(wait=False)
 
     def ask(self, video, prompt: str, fps: float | None) -> dict:
         """The record of one video."""
@@ -212,6 +219,8 @@ class Client:
         except UnicodeEncodeError as error:  # half of a surrogate pair, which no server takes
             return unusable(f"the prompt is no Unicode text ({error})")
         if isinstance(video, (str, os.PathLike)):
+            if not os.path.isfile(video):  # nor is a pipe, or a device, which may never end
+                return unusable(f"{video}: no such file")
             try:
                 with open(video, "rb") as file:
                     content = base64.b64encode(file.read()).decode()
@@ -246,13 +255,14 @@ class Client:
             if turn % len(self.urls) == 0:
                 pause = min(2.0 ** min(turn // len(self.urls), 9) / 4, 8.0)
                 is_busy = False
+            left = end - time.monotonic()
             try:
-                return self.exchange(url, data, end, read)
+                return self.exchange(url, data, left / (len(self.urls) - turn % len(self.urls)), read)
             except Busy as error:
                 is_busy = True
                 reason = str(error)
                 pause = max(pause, error.seconds)
-            except (OSError, http.client.HTTPException) as error:  # cannot be reached, or went away
+            except BROKEN as error:
                 reason = str(error) or type(error).__name__
             if (turn + 1) % len(self.urls):
                 continue  # another may have room
@@ -264,13 +274,13 @@ class Client:
             if failures >= self.attempts or time.monotonic() >= end:
                 raise RuntimeError(f"{url}: {reason}")
 
-    def exchange(self, url: str, data: bytes | None, end: float, read):
-        """What `read` finds in one server's answer, which has to be there whole at the end."""
+    def exchange(self, url: str, data: bytes | None, seconds: float, read):
+        """What `read` finds in one server's answer, which has to be there whole in so many seconds."""
+        end = time.monotonic() + seconds
         parts = urlsplit(url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        left = max(end - time.monotonic(), 0.001)
         # What is set for the internet's sake, such as HTTP_PROXY, is not for a neighbour.
-        link = kind(parts.hostname, parts.port, timeout=min(left, CONNECT_SECONDS))
+        link = kind(parts.hostname, parts.port, timeout=min(max(seconds, 0.001), CONNECT_SECONDS))
         link.connect()
         link.sock.settimeout(None)
         is_late = threading.Event()
@@ -285,24 +295,35 @@ class Client:
             text = answer.read(LARGEST)
             if answer.length:
                 raise http.client.IncompleteRead(text, answer.length)
-        except (OSError, http.client.HTTPException):
+        except BROKEN:
             if not is_late.is_set():
                 raise
         finally:
             guard.cancel()
             link.close()
         if is_late.is_set():
-            raise RuntimeError(f"{url}: no answer within {self.timeout:g} seconds")
+            raise OSError(f"no answer within {round(seconds, 1):g} seconds")
         said = text[:1000].decode(errors="replace")
         if answer.status == 503:
             after = answer.getheader("Retry-After", "")
-            raise Busy(f"HTTP 503: {said}", float(after) if after.isdigit() else 0.0)
+            raise Busy(f"HTTP 503: {said}", float(after) if after.isdecimal() else 0.0)
         if answer.status != 200:
             raise RuntimeError(f"{url}: HTTP {answer.status}: {said}")
         try:
             return read(json.loads(text))
         except (ValueError, TypeError, LookupError, RecursionError):
             raise RuntimeError(f"{url}: not an answer of tools.serve: {said[:200]}") from None
+
+
+def check_address(url: str) -> None:
+    """ValueError if this is no server's address."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname.encode("idna") and parts.port != 0
+    except (ValueError, AttributeError):  # no port, no name, no host at all
+        fits = False
+    if not fits:
+        raise ValueError(f"{url!r} is no address such as http://127.0.0.1:8000")
 
 
 def cut_off(connection: socket.socket, is_late: threading.Event) -> None:
@@ -315,10 +336,17 @@ def the_record(answer: dict) -> dict:
     """The one record of an answer. Raises an error of some kind if it is none."""
     (record,) = answer["records"]
     record = {**{name: record[name] for name in unusable(None)}, **record}
-    is_scored = isinstance(record["score"], float)
-    if is_scored != (record["error"] is None):
+    is_scored = is_finite(record["score"])
+    why_not = record["error"]
+    if not (why_not is None if is_scored else isinstance(why_not, str)):
         raise ValueError("neither a score nor an error")
+    if record["standardised"] is not None and not is_finite(record["standardised"]):
+        raise ValueError("standardised is no number")
     return record if is_scored else {**record, "score": math.nan}
+
+
+def is_finite(value) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def the_sampling(health: dict) -> list[float] | None:
@@ -327,8 +355,8 @@ def the_sampling(health: dict) -> list[float] | None:
     if sampling is None:
         return None
     numbers = [sampling[name] for name in LOOKS]
-    if not all(isinstance(number, Real) and number > 0 for number in numbers):
-        raise ValueError("not above 0")
+    if not all(isinstance(number, Real) and 0 < number < 2**63 for number in numbers):
+        raise ValueError("not above 0, or without bounds")
     return numbers
 
 

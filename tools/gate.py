@@ -5,6 +5,7 @@ import asyncio
 import os
 import shutil
 import time
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from fastapi import FastAPI, HTTPException, Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10  # in which the head of a request has to come
-CONNECTIONS = 512  # beyond which the oldest that sends is closed
+CONNECTIONS = 512  # beyond which the oldest that is not waiting for an answer is closed
 
 
 def own_hosts(address: str, allowed: list[str]) -> set[str]:
@@ -41,8 +42,8 @@ def check_sender(request: Request, hosts: set[str]) -> None:
 
 
 class Connection(H11Protocol):
-    """It is closed where no head of a request comes; and where there are too many, the oldest of
-    those that are still sending, or silent, makes room."""
+    """It is closed where no head of a request comes; and where there are too many, the oldest makes
+    room, of those whose request has not come to `waits`: they are silent, or send, or do not read."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -51,8 +52,8 @@ class Connection(H11Protocol):
         self.loop.call_later(HEAD_SECONDS, self.look)
         alive = [one for one in self.connections if not one.transport.is_closing()]
         if len(alive) > CONNECTIONS:
-            sending = [one for one in alive if one.conn.their_state in (h11.IDLE, h11.SEND_BODY)]
-            min(sending, key=lambda one: one.since).transport.abort()
+            others = [one for one in alive if not (one.scope and one.scope["state"].get("waits"))]
+            min(others, key=lambda one: one.since).transport.abort()
 
     def look(self) -> None:
         if self.conn.their_state is h11.IDLE and self.cycle is self.before:
@@ -61,12 +62,19 @@ class Connection(H11Protocol):
             self.before = self.cycle
             self.loop.call_later(HEAD_SECONDS, self.look)
 
+    def send_400_response(self, msg: str) -> None:
+        """To what is no HTTP."""
+        self.config.app.state.refuse(400, msg)
+        with suppress(h11.LocalProtocolError):  # what came before it has been answered
+            super().send_400_response(msg)
+        self.transport.close()
+
 
 class Server(uvicorn.Server):
     """It ends when what is under way is done, and at a second signal at once."""
 
     def __init__(self, app: FastAPI, folder: Path):
-        super().__init__(uvicorn.Config(app, http=Connection, ws="none", log_level="warning",
+        super().__init__(uvicorn.Config(app, http=Connection, ws="none", log_level="error",
                                         access_log=False, lifespan="off"))
         self.folder = folder
 

@@ -72,6 +72,7 @@ class Rounds:
                 job.callers -= 1
                 if not job.callers and not job.is_taken:
                     del self.jobs[job.digest]
+                    job.key = None  # until its turn comes, the job stands in a queue without its video
 
     def work(self) -> None:
         while True:

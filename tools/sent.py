@@ -49,7 +49,7 @@ class Pngs(Clip):
         found = 0
         for text in self.texts:
             with suppress(ValueError, struct.error):  # which is said when it is read
-                width, height = struct.unpack(">16xII", base64.b64decode(text[:32]))
+                width, height = announced(text)
                 found += width * height * (width * height <= self.max_pixels)
         return found
 
@@ -58,6 +58,8 @@ class Pngs(Clip):
         with error_context(f"frame {index} is no PNG that can be read", Exception):
             file = io.BytesIO(base64.b64decode(self.texts[index], validate=True))
             with Image.open(file, formats=("PNG",)) as image:
+                if image.size != announced(self.texts[index]):  # it has a second header
+                    raise ValueError(f"it begins as one of another size than {image.size}")
                 check_pixels(*image.size, self.max_pixels)
                 return grey_levels(from_picture(image))
 
@@ -95,6 +97,12 @@ class Stored(Clip):
 
     def __str__(self) -> str:
         return self.name
+
+
+def announced(text: str) -> tuple[int, int]:
+    """Width and height, as a PNG file in base64 begins with them. ValueError or struct.error if it
+    is none."""
+    return struct.unpack(">16xII", base64.b64decode(text[:32]))
 
 
 def check_pixels(width: int, height: int, most: int) -> None:

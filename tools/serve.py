@@ -30,7 +30,8 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,11 +60,14 @@ except ImportError as error:
 
 NAME = "descore"  # of the reward that is served
 BODY_SECONDS = 120  # in which the body of a request has to come
+ROOM_SECONDS = 10  # of waiting for room; some ask again at once, and give up after three times
 BODIES = 4  # so many of the largest size may be held at a time
+MESSAGE = 500  # characters of what is said of a request, which may hold anything
 VALUES = 100_000  # of a body; small ones take fifty times their bytes when they are parsed
 # What tells one request of /score from others; sent back as it came.
 IDENTITY = ("request_id", "sample_id", "group_id", "source_rank", "policy_version",
             "scorer_version", "idempotency_key")
+IDENTITY_LENGTH = 2000  # characters of all of these
 
 
 class Compute(BaseModel):
@@ -123,7 +127,7 @@ class Service:
         self.counts = Counter(dict.fromkeys(("asked", "scored", "cut_off", "no_format", "errors"), 0))
         self.refusals = Counter()
         self.said = Counter()  # when a refusal of a kind was last printed
-        self.pool = ThreadPoolExecutor(args.queue)
+        self.pool = ThreadPoolExecutor()
 
     def health(self) -> dict:
         args = self.args
@@ -145,6 +149,7 @@ class Service:
             if self.held >= self.args.queue:
                 raise busy(f"{self.held} requests are under way")
             self.held += 1
+            request.state.waits = True
             try:
                 loop = asyncio.get_running_loop()
                 asked = await loop.run_in_executor(self.pool, self.read, read, body)
@@ -154,6 +159,7 @@ class Service:
                 records = await self.judged(request, asked)
             finally:
                 self.held -= 1
+                request.state.waits = False
         finally:
             self.bytes -= len(body) + size
         return Response(as_json(asked.reply(records)), media_type="application/json")
@@ -192,7 +198,12 @@ class Service:
         if taken > most:
             raise too_long
         if not is_kept:
-            raise busy(f"requests of {self.bytes:,} bytes are under way")
+            refusal = busy(f"requests of {self.bytes:,} bytes are under way")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ROOM_SECONDS):
+                    while taken > BODIES * most - self.bytes:
+                        await asyncio.sleep(0.1)
+            raise refusal
 
     def too_much(self, what: str) -> HTTPException:
         args = self.args
@@ -211,6 +222,7 @@ class Service:
                     checked(prompt, "the prompt")
                 except DataError as error:
                     asked.videos[place] = error
+                    asked.prompts[place] = ""  # however long, it is held no longer
             return asked
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
@@ -239,7 +251,7 @@ class Service:
         records = [unusable(str(video)) for video in asked.videos]
         places = [i for i, video in enumerate(asked.videos) if isinstance(video, Clip)]
         jobs = self.rounds.ask([(asked.videos[i], asked.prompts[i]) for i in places])
-        done = asyncio.gather(*map(asyncio.wrap_future, jobs))
+        done = asyncio.ensure_future(results(jobs))
         gone = asyncio.ensure_future(hung_up(request))
         try:
             await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -264,7 +276,7 @@ class Service:
         self.refusals[status] += 1
         if time.monotonic() - self.said[status] >= 1:
             self.said[status] = time.monotonic()
-            print(f"refused: {status}, {self.refusals[status]} so far: {why[:500]}", file=sys.stderr,
+            print(f"refused: {status}, {self.refusals[status]} so far: {why}", file=sys.stderr,
                   flush=True)
 
     def compute(self, body: bytearray) -> Asked:
@@ -320,6 +332,8 @@ class Service:
                 videos.append(error)
         self.check_work(videos)
         ids = [{key: getattr(request, key, None) for key in IDENTITY} for request in asked.requests]
+        if any(len(as_json(one)) > IDENTITY_LENGTH for one in ids):
+            raise DataError(f"what tells a request from others has more than {IDENTITY_LENGTH:,} characters")
 
         def reply(records: list[dict]) -> dict:
             results = [{NAME: metrics(r)} if r["error"] is None else {} for r in records]
@@ -350,15 +364,21 @@ class Service:
         if turn.video_path is None:
             raise DataError("neither video_b64 nor video_path is given")
         root = self.args.videos
+        name = turn.video_path[:MESSAGE]
         if root is None:
             raise DataError("files are not served by their path: start with --videos DIR")
         try:
             path = (root / turn.video_path).resolve()
         except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL
-            raise DataError(f"{turn.video_path}: not a path that leads to a file") from error
+            raise DataError(f"{name}: not a path that leads to a file") from error
         if not path.is_relative_to(root):
-            raise DataError(f"{turn.video_path}: not below the folder that is served")
-        return Stored(path, turn.video_path, root, self.args)
+            raise DataError(f"{name}: not below the folder that is served")
+        return Stored(path, name, root, self.args)
+
+
+async def results(jobs: list[Future]) -> list[dict]:
+    """The record of each. Cancelled, it leaves the jobs as they are, to whoever else waits."""
+    return [await asyncio.wrap_future(job) for job in jobs]
 
 
 async def hung_up(request: Request) -> None:
@@ -401,10 +421,13 @@ def make_app(service: Service, name: str, hosts: set[str]) -> FastAPI:
 
     app = FastAPI(title="DeScore", openapi_url=None, dependencies=[Depends(admitted)])
 
+    app.state.refuse = service.refuse
+
     @app.exception_handler(AnyHTTPException)
     async def refused(request: Request, error: AnyHTTPException) -> Response:
-        service.refuse(error.status_code, error.detail)
-        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+        detail = error.detail[:MESSAGE]
+        service.refuse(error.status_code, detail)
+        return JSONResponse({"detail": detail}, error.status_code, error.headers)
 
     @app.get("/health")
     async def health() -> dict:
@@ -447,7 +470,7 @@ def parse_args() -> argparse.Namespace:
         "readable answer too")
     add("--unusable", type=Number, help="reward of /compute for a video that cannot be scored [null]")
     add("--window", type=NotNegative, default=0.02, help="seconds to wait for others who ask")
-    add("--queue", type=Count, default=32, help="requests under way at a time; others get 503")
+    add("--queue", type=Count, default=256, help="requests under way at a time; others get 503")
     add("--round", type=Count, default=16, help="videos that are thought about at a time")
     add("--kept", type=Whole, default=1000, help="answers that are known when they are asked again")
     add("--max-body", type=Count, default=1 << 30, help="bytes of a request; four times as many "
@@ -457,6 +480,8 @@ def parse_args() -> argparse.Namespace:
     add("--max-pixels", type=Count, default=3840 * 2160, help="of a frame")
     add("--max-work", type=Count, default=1 << 34, help="pixels of all frames of a request")
     args = parser.parse_args()
+    if args.port > 65535:
+        raise DataError(f"--port {args.port} is above 65535")
     if args.videos and not args.videos.is_dir():
         raise DataError(f"{args.videos}: no such folder")
     args.videos = args.videos and args.videos.resolve()
