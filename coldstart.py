@@ -148,7 +148,8 @@ def main() -> None:
     run.write_settings(model, last)
     videos = run.read_ahead(plan[done:], model)
     if done == 0 and args.eval_before:
-        run.evaluate(0, model, tests)
+        figures = run.evaluate(0, model, tests)
+        run.save_if_best(0, model, figures)
     model.train()
     step = done
     bar = progress("coldstart", done, last, ranks)
@@ -184,7 +185,8 @@ def main() -> None:
         run.log({"step": step, **figures, "seconds": time.time() - started})
         show(bar, figures, "loss", "accuracy", "margin")
         if due(step, args.eval_every) and step < last:  # the last is evaluated below
-            run.evaluate(step, model, tests)
+            figures = run.evaluate(step, model, tests)
+            run.save_if_best(step, model, figures)
         stop = run.asked_to_stop()
         if stop or step == last or due(step, args.save_every):
             run.save(step)
@@ -192,7 +194,9 @@ def main() -> None:
             return run.stopped(step, last)
 
     run.save_model(model)
-    run.finish(run.evaluate(step, model, tests))
+    figures = run.evaluate(step, model, tests)
+    run.save_if_best(step, model, figures)
+    run.finish(figures)
 
 
 if __name__ == "__main__":

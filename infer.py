@@ -413,6 +413,8 @@ def parse_args() -> argparse.Namespace:
     add("--label", help="with --pairs: the preference's column [TA, else Overall]")
     add("--root", help="with --pairs: the folder that its paths are relative to [its own]")
     add("--out", type=Path, help="with --pairs: a file for the judgements, a line a video")
+    add("--predictions", nargs="+", metavar="FILE", help="with --pairs: others' scores, measured in the "
+        "same way; with --model compared with ours")
     add("--cot", choices=("on", "off"), default="on", help="off: score without thinking")
     add("--instruction", help="a file with <video> and <prompt> in it [the model's own]; "
         "problem: the pair file's column")
@@ -433,20 +435,25 @@ def parse_args() -> argparse.Namespace:
             args.report = from_above("tools.report", "page_path")(args.report)
         except argparse.ArgumentTypeError as error:
             parser.error(f"argument --report: {error}")
-    if args.out and not args.pairs:
-        parser.error("--out keeps the judgements of --pairs")
+    if (args.out or args.predictions) and not args.pairs:
+        parser.error("--out keeps the judgements of --pairs, --predictions has others'")
+    if args.predictions and not args.model and (args.out or args.report):
+        parser.error("with --predictions alone nothing is judged: --out and --report need --model")
     args.thinking = read_thinking(args)
     return args
 
 
 def main() -> None:
     args = parse_args()
+    if args.predictions and not args.model:
+        return from_above("tools.predictions", "measure_alone")(args)
     ranks = Ranks.start() if args.pairs else ALONE  # of a few videos one process makes a ranking
     args.model = args.model or default_model()
     model = DeScore.load(args.model, reader=args.reader, layout=args.scoring_layout)
     model.processor.use_instruction(args.instruction)
     dimensions = model.processor.dimensions
     pairs = None
+    others = None
     if args.pairs:
         column = "problem" if args.instruction == "problem" else "prompt"
         pairs = read_pairs(args.pairs, args.label, args.root, dimensions, column)
@@ -454,6 +461,9 @@ def main() -> None:
         ranks.agree(vars(args), args.pairs, keys)
         if ranks.first:
             print(pairs.summary(), file=sys.stderr)
+        if args.predictions:  # what is wrong with them is said before anything is judged
+            read = from_above("tools.predictions", "Others")
+            others = ranks.ask_first(lambda: read(args, pairs))
     else:
         *videos, prompt = args.inputs
         keys = [(video, prompt) for video in videos]
@@ -466,6 +476,10 @@ def main() -> None:
     if args.pairs:
         answer = report(pairs, judged, dimensions, model.processor.tags)
         text = tables.show_report(answer)
+        if others:
+            answer |= others.measure(args.model, judged)
+            text += "\n" + others.show(answer)
+            code |= others.code
     else:
         answer = tables.ranking(model, judged)
         text = tables.show_ranking(answer)

@@ -510,7 +510,8 @@ def main() -> None:
     run.write_settings(model, last, reward=reward_weights)
     videos = run.read_ahead(plan[done:], model)
     if done == 0 and args.eval_before:
-        run.evaluate(0, model, tests)
+        figures = run.evaluate(0, model, tests)
+        run.save_if_best(0, model, figures)
     model.train()
     step = done
     bar = progress("rl", done, last, ranks)
@@ -581,7 +582,8 @@ def main() -> None:
             run.log(record, "rollouts")
         show(bar, figures, "reward", "reward_quality", "kl", "bt_loss")
         if due(step, args.eval_every) and step < last:  # the last is evaluated below
-            run.evaluate(step, model, tests)
+            figures = run.evaluate(step, model, tests)
+            run.save_if_best(step, model, figures)
         stop = run.asked_to_stop()
         if stop or step == last or due(step, args.save_every):
             run.save(step)
@@ -589,7 +591,9 @@ def main() -> None:
             return run.stopped(step, last)
 
     run.save_model(model)
-    run.finish(run.evaluate(step, model, tests))
+    figures = run.evaluate(step, model, tests)
+    run.save_if_best(step, model, figures)
+    run.finish(figures)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ def train(run: Run, model: DeScore, groups: list[dict], plan: list, backward: Ca
     run.write_settings(model, last)
     videos = run.read_ahead(plan[done:], model)
     if done == 0 and args.eval_before:
-        run.evaluate(0, model, tests)
+        figures = run.evaluate(0, model, tests)
+        run.save_if_best(0, model, figures)
     model.train()
     for step in tqdm(range(done + 1, last + 1), run.stage, last, initial=done, disable=not ranks.first):
         started = time.time()
@@ -182,14 +183,17 @@ def train(run: Run, model: DeScore, groups: list[dict], plan: list, backward: Ca
             means.add(grad_norm=norm, left_out=float(not math.isfinite(norm)))
         run.log({"step": step, **means.over(ranks), "seconds": time.time() - started})
         if args.eval_every and step % args.eval_every == 0 and step < last:
-            run.evaluate(step, model, tests)
+            figures = run.evaluate(step, model, tests)
+            run.save_if_best(step, model, figures)
         stop = run.asked_to_stop()
         if stop or step == last or (args.save_every and step % args.save_every == 0):
             run.save(step)
         if stop:
             return run.stopped(step, last)
     run.save_model(model)
-    run.finish(run.evaluate(last, model, tests))
+    figures = run.evaluate(last, model, tests)
+    run.save_if_best(last, model, figures)
+    run.finish(figures)
 
 
 def two_groups(args: coldstart.Args, model: DeScore) -> list[dict]:

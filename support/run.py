@@ -42,7 +42,7 @@ from support import digests
 from support.above import from_above
 from support.batches import read_ahead
 from support.checkpoint import Checkpoints
-from support.files import amend, digest, read_lines, remove, settle, sync, write_whole
+from support.files import amend, digest, read_json, read_lines, remove, settle, sync, write_whole
 from support.formats import read_pairs
 from support.ranks import Ranks
 from support.settings import FREE, FREE_IN, ROOT, RunArgs, function_file
@@ -51,6 +51,7 @@ from support.shard import shard
 # By how much log π_θ may differ from log π_old before the first update. On the embedded default it
 # was 8e-6 in float32 and 0.12 in bfloat16, whose 8 bits leave 0.25 between logits above 32.
 ROUNDING, ROUNDING_HALF = 1e-3, 1.0
+LOWER = re.compile("/.*(loss|truncated)")  # figures of which less is better
 PATIENCE = 5  # so many updates in a row without a finite gradient end a run
 
 
@@ -75,7 +76,7 @@ class Run:
         self.args, self.stage, self.ranks = args, stage, ranks
         self.out = Path(args.out)
         self.digests: dict[str, str] = {}  # of what the run depends on, by name
-        self.scores: list[float] = []  # of the test set measured last
+        self.scale: dict = {}  # of the scores of the test set measured last
         self.stop_asked = False
         self.warned_of_ratio = False
         self.without_gradient = 0  # updates in a row
@@ -104,7 +105,7 @@ class Run:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this dies
             except (BlockingIOError, PermissionError) as error:
                 raise DataError(f"{self.out}: another run is at work here") from error
-            for path in (self.out / "model", checkpoints):
+            for path in (self.out / "model", self.out / "best", checkpoints):
                 settle(path)
             for left in list(checkpoints.glob("step-*.*")):
                 settle(left.with_suffix(""))
@@ -152,6 +153,8 @@ class Run:
             remove(self.checkpoints.folder)
             self.checkpoints.folder.mkdir()
         if first:
+            if not state:
+                remove(self.out / "best")
             for path in self.logs:
                 cut(path, state.get(f"{path.stem}_bytes", 0))  # later steps are done again
             if self.tracker:
@@ -263,6 +266,7 @@ class Run:
         thinking = Thinking(args.max_new_tokens, args.eval_temperature, think_tokens=args.think_tokens)
         figures = evaluate(model, tests, self.ranks, thinking, args.workers, judged)
         self.log({"step": step, **figures})
+        self.scale = {}
         for name, pairs in tests.items():
             references = dict(zip(keys_of(pairs), per_video(pairs, "scores")))
             for key in list(references)[: args.keep_rollouts]:
@@ -271,7 +275,9 @@ class Run:
                     self.log(record | {"reference": references[key]}, "held_out")
             if f"{name}/score_mean" in figures:  # the last set that has it gives the model its scale
                 records = judged[name].values()
-                self.scores = [record["score"] for record in records if "error" not in record]
+                scores = [record["score"] for record in records if "error" not in record]
+                self.scale = {part: figures[f"{name}/{part}"] for part in ("score_mean", "score_std")}
+                self.scale["score_quantiles"] = quantiles(scores)
         return figures
 
     def ask_to_stop(self, number, frame) -> None:
@@ -295,6 +301,28 @@ class Run:
                 state[f"{path.stem}_bytes"] = path.stat().st_size
         self.checkpoints.save(step, state)
 
+    def save_if_best(self, step: int, model: DeScore, figures: dict[str, float]) -> None:
+        """With --keep-best: write the model to best/ if its figure is better than that of the model
+        there; NaN never is, and of equal ones the earlier stays. Raises DataError for no such figure."""
+        name = self.args.keep_best
+        path = self.out / "best/descore.json"
+        if not name:
+            return
+        best = self.ranks.ask_first(lambda: read_json(path).get("best", {}) if path.is_file() else {})
+        before = best["value"] if best.get("figure") == name else math.nan
+        if math.isnan(before) and name not in figures:
+            raise DataError(f"--keep-best {name}: evaluations have no such figure, but {', '.join(figures)}")
+        value = figures.get(name, math.nan)
+        sign = -1 if LOWER.search(name) else 1
+        if math.isnan(value) or sign * value <= sign * before:
+            return
+        test = name.partition("/")[0]
+        best = {"step": step, "figure": name, "value": value, "test": test}
+        info = dict(model.info)
+        self.save_model(model, "best", best=best, **self.scale)
+        model.info = info  # what is said of this model is not true of later ones
+        self.say(f"{path.parent}: step {step}, {name} {value:.4g} (chosen on test {test!r})")
+
     # -- after the loop
 
     def stopped(self, step: int, last: int) -> None:
@@ -302,29 +330,22 @@ class Run:
         self.say(f"{self.out}: stopped after step {step} of {last}; the same command goes on from here")
         self.close()
 
-    def save_model(self, model: DeScore) -> None:
-        """Write the model to the run's folder."""
-        with self.writing_model():
-            model.save(self.out / "model", self.ranks.first, stage=self.stage, args=asdict(self.args))
+    def save_model(self, model: DeScore, place: str = "model", **more) -> None:
+        """Write the model to the run's folder, with `more` in its descore.json."""
+        with self.writing_model(place):
+            model.save(self.out / place, self.ranks.first, stage=self.stage, args=asdict(self.args), **more)
 
     def finish(self, figures: dict[str, float]) -> None:
-        """The end of a run, whose last evaluation gave `figures`: the scores of the last test set give
-        the saved model its scale."""
-        scale = {}
-        for name, value in figures.items():
-            if "/score_" in name:  # mean and deviation
-                scale[name.split("/")[1]] = value
-        if scale:
-            scale["score_quantiles"] = quantiles(self.scores)
+        """The end of a run, whose last evaluation gave `figures`, and the saved model its scale."""
         if self.ranks.first:
             with self.writing_model():
-                amend(self.out / "model/descore.json", **scale)
+                amend(self.out / "model/descore.json", **self.scale)
             print(json.dumps(finite(figures), indent=1))
             print(f"{self.out}: done")
         self.close()
 
-    def writing_model(self):
-        return error_context(f"{self.out / 'model'}: could not be written", OSError, SafetensorError)
+    def writing_model(self, place: str = "model"):
+        return error_context(f"{self.out / place}: could not be written", OSError, SafetensorError)
 
     def close(self) -> None:
         if self.tracker:
@@ -393,7 +414,7 @@ def prepare(model: DeScore, args: RunArgs, ranks: Ranks) -> None:
     if model.reference:
         model.reference.max_tokens = args.max_tokens
     # What trains here is scored in our layout, and on a scale of its own.
-    for old in ("scoring_layout", "score_mean", "score_std", "score_quantiles"):
+    for old in ("scoring_layout", "score_mean", "score_std", "score_quantiles", "best"):
         model.info.pop(old, None)
     if ranks.first:
         print(*summary(model), sep="\n")

@@ -64,6 +64,8 @@ class RunArgs:
     max_new_tokens: Count = setting(4096, "longest CoT")
     eval_before: bool = setting(True, "evaluate before the first step")
     eval_every: Whole = setting(0, "evaluate every so many steps too [never]")
+    keep_best: str | None = setting(None, "a figure of the evaluations, such as test/accuracy: the model "
+                                    "that is best by it is kept too, in best/ [the last alone]")
     eval_temperature: Temperature = setting(1.0, "of its CoTs; 1 is the policy itself")
     keep_rollouts: Whole = setting(4, "videos whose thoughts are written down: of each step of "
                                    "stage 2, and of each test set at each evaluation")
@@ -72,6 +74,10 @@ class RunArgs:
     def __post_init__(self):
         if self.instruction == "problem":
             raise ValueError("training asks all pairs with one instruction, a file's")
+        tests = [Path(path).stem for path in self.test]
+        if self.keep_best and not (self.eval_every and self.keep_best.partition("/")[0] in tests):
+            raise ValueError(f"--keep-best {self.keep_best} needs --eval-every, and to name a figure of "
+                             f"a test set: {' or '.join(f'{test}/accuracy' for test in tests)}")
 
     @property
     def video(self) -> dict:
@@ -82,7 +88,8 @@ class RunArgs:
 # Settings that may differ from one start of a run to the next: they do not change what is
 # trained.
 FREE = {"out", "preset", "resume", "save_every", "keep", "workers", "reader", "max_skipped",
-        "keep_rollouts", "log", "test", "eval_before", "eval_every", "eval_temperature"}
+        "keep_rollouts", "log", "test", "eval_before", "eval_every", "eval_temperature",
+        "keep_best"}
 STAGES = {"coldstart", "rl"}
 FREE_IN = {"coldstart": {"think_tokens", "max_new_tokens"}}  # which thinks in evaluation alone
 

@@ -154,6 +154,7 @@ def of_both(stage: str) -> list:
         *pinned("resume", "test_runs.py test_other_settings_stop_with_the_difference"),
         *pinned("resume", "test_digests.py test_a_run_does_not_go_on_with_something_else"),
         *pinned("resume", INSISTED),
+        *pinned("keep-best", "test_best.py test_the_best_evaluation_of_a_run_is_kept_as_a_model"),
         *pinned("log", "test_report.py test_tensorboard_gets_what_is_logged_and_nothing_twice"),
         BY_READER,
     ]
@@ -234,6 +235,7 @@ TABLE = {
         Row("--samples 2", "infer", "two CoTs a video", look.told("n", 2)),
         Row("--repetition-penalty 1.3", "infer-penalty", "it is told to the model", look.penalty),
         Row("--max-tokens 100000", "infer-penalty", "all at a time", look.videos_together(2)),
+        *pinned("predictions", "test_predictions.py test_a_file_of_any_shape_has_the_figures_of_its_scores"),
         *pinned("scoring-layout", "test_saved.py test_a_model_scores_in_the_layout_that_it_is_loaded_in"),
         *pinned("repetition-penalty",
                 "test_model.py test_the_repetition_penalty_is_that_of_a_plain_greedy_loop"),

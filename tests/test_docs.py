@@ -191,7 +191,11 @@ def folder(world_dir, tmp_path_factory):
         rows.append(f'{names[0]},{names[1]},x,y,"{pair.prompt}",{label}\n')
         vote = {"A": "leftvote", "B": "rightvote", "tie": "tievote"}[pair.preference]
         votes.append(f'"{pair.prompt}",x,y,{vote},{names[0]},{names[1]}\n')
-    for name, content in (("pairs", rows), ("videogen-rewardbench", rows), ("genai-bench", votes)):
+    scores = ["video,score\n"]
+    for number, pair in enumerate(pairs):
+        scores += [f"{pair.video_a},{number}\n", f"{pair.video_b},0.5\n"]
+    for name, content in (("pairs", rows), ("videogen-rewardbench", rows), ("genai-bench", votes),
+                          ("other", scores)):
         (folder / f"{name}.csv").write_text("".join(content))
     lines = (world_dir / "train_cots.jsonl").read_text().splitlines(keepends=True)
     for name, count in (("test", 2), ("annotated", 12), ("references", 12)):
@@ -206,7 +210,7 @@ def folder(world_dir, tmp_path_factory):
     torch.manual_seed(0)
     model = DeScore.load(ROOT / "toy/backbone", device="cpu")
     model.set_trainable(4)
-    for name in ("CHECKPOINT", "runs/8b-rl/model", "runs/rl/model", "runs/demo/rl/model"):
+    for name in ("CHECKPOINT", "runs/8b-rl/model", "runs/8b-rl/best", "runs/rl/model", "runs/demo/rl/model"):
         model.save(folder / name, score_mean=0.5, score_std=0.25)
     run_of = folder / "runs/rl"
     settings = {"stage": "rl", "steps": 2, "settings": {}, "dimensions": {"subject": 2},
