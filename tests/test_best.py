@@ -97,7 +97,8 @@ def test_the_best_evaluation_of_a_run_is_kept_as_a_model(world_dir, tmp_path):
     assert "best" not in model.info
 
 
-@pytest.mark.parametrize("stage", ["coldstart", pytest.param("rl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["coldstart", "rl"])
 def test_a_kill_changes_nothing_of_what_is_best(stage, world_dir, tmp_path):
     """Killed when the best was written, and its checkpoint not yet; and a run without it ends alike."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
