@@ -154,7 +154,7 @@ class Run:
             self.checkpoints.folder.mkdir()
         if first:
             if not state:
-                remove(self.out / "best")
+                remove(self.out / "best")  # it was chosen in another run
             for path in self.logs:
                 cut(path, state.get(f"{path.stem}_bytes", 0))  # later steps are done again
             if self.tracker:
