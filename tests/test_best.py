@@ -137,7 +137,8 @@ def test_ranks_keep_what_one_keeps(stage, extra, world_dir, tmp_path):
     assert "best" not in second.stdout and is_of_step(two, 2)
     if stage == "coldstart":  # what ranks of stage 2 draw depends on their number
         run(*scripted(stage, "test_id/mine", VALUES, world_dir, one, *extra[:2]))
-        assert weights(one / "best").keys() == weights(two / "best").keys()
+        # Of shards, weights that are tied are both written.
+        assert weights(one / "best").keys() <= weights(two / "best").keys()
         assert info(one / "best")["best"] == info(two / "best")["best"]
     assert DeScore.load(two / "best", device="cpu").has_head
 
