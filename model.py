@@ -74,7 +74,7 @@ class DeScore(nn.Module):
         self.eos = processor.eos_id
         self.info: dict = {}  # what else descore.json says: training, score_mean, score_std
         self.dtype = backbone.dtype  # of frozen weights; what trains is float32
-        self.quant: str | None = None  # "4bit": of the frozen linear layers
+        self.quant: str | None = None  # of the frozen linear layers, such as "4bit"
         self.changed: set[str] = set()  # weights beside the adapter that training has changed
         self.backbone_sha256: str | None = None  # what was at `source` (support/digests.py)
         self.has_head = False  # whether query and head are trained, or going to be
@@ -205,6 +205,9 @@ class DeScore(nn.Module):
         if repetition_penalty is None:
             repetition_penalty = self.own_penalty(temperature)
         check_sampling(temperature, top_p, repetition_penalty)
+        most = self.qwen.config.text_config.max_position_embeddings
+        if max_new_tokens > most:
+            raise DataError(f"{max_new_tokens:,} new tokens: {self.name} knows {most:,} positions")
         was_training = self.training
         self.eval()
         batch = self.encode(batch)
@@ -453,7 +456,7 @@ class DeScore(nn.Module):
         rank (alpha = 2 · rank) or, at rank 0, all of it; tower and mergers where asked."""
         self.has_head = True
         if self.quant and not lora_rank:
-            raise DataError("4-bit weights cannot be trained themselves: --quant needs "
+            raise DataError("quantised weights cannot be trained themselves: they need "
                             "--lora-rank above 0")
         # The adapter: one that is there is trained on, or merged into the weights.
         adapted = isinstance(self.backbone, PeftModel)

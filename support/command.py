@@ -1,14 +1,19 @@
 """How our commands run. peft comes from here, for its import has remarks to make."""
 
 import argparse
+import io
 import logging
+import os
+import re
+import sys
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from transformers.utils import logging as transformers_logging
 
 from data import DataError
+from support.batches import worker_error
 from support.frames import READERS
 
 
@@ -68,8 +73,30 @@ READER = {"choices": READERS, "default": "av", "help": "decord: it decodes the f
           "the same frames, and does not notice a damaged frame"}
 
 
+class Outlet(io.FileIO):
+    """Where a standard stream goes: nowhere once its reader has left, which ends no work."""
+
+    def write(self, content) -> int:
+        with suppress(BrokenPipeError):
+            return super().write(content)
+        return len(content)
+
+
+def set_streams() -> None:
+    """Let output show by escapes what its encoding lacks. One that is closed gets a place all the same."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # nobody has put another there
+            is_open = stream is not None
+            outlet = Outlet(stream.fileno() if is_open else os.devnull, "w", closefd=not is_open)
+            setattr(sys, name, io.TextIOWrapper(
+                io.BufferedWriter(outlet), stream.encoding if is_open else None, "backslashreplace",
+                line_buffering=True))
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's main: its output is what we print, and bad input ends it in one line."""
+    set_streams()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     message = ".*is_gradient_checkpointing"  # peft uses what transformers deprecates
@@ -78,5 +105,11 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except (DataError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except RuntimeError as error:  # what torch says of both wherever the command is
+        if "DataLoader worker" in str(error):
+            raise SystemExit(f"error: {worker_error(error)}") from error
+        if not re.search("(out of|allocate) memory", str(error)):
+            raise
+        raise SystemExit(f"error: {DataError(error)}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -6,7 +6,6 @@ moment and goes on, bit for bit on a CPU, as if it had not been: the data's orde
 number are functions of (seed, step), and all else is in the checkpoint.
 """
 
-import fcntl
 import json
 import math
 import re
@@ -42,7 +41,7 @@ from support import digests
 from support.above import from_above
 from support.batches import read_ahead
 from support.checkpoint import Checkpoints
-from support.files import amend, digest, read_lines, remove, settle, sync, write_whole
+from support.files import amend, digest, lock, read_lines, remove, settle, sync, write_whole
 from support.formats import read_pairs
 from support.ranks import Ranks
 from support.settings import FREE, FREE_IN, ROOT, RunArgs, function_file
@@ -100,10 +99,7 @@ class Run:
         with error_context(f"{self.out}: cannot be a run's folder", OSError):
             checkpoints.mkdir(parents=True, exist_ok=True)
             self.lock = (self.out / "lock").open("w")
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this dies
-            except (BlockingIOError, PermissionError) as error:
-                raise DataError(f"{self.out}: another run is at work here") from error
+            lock(self.lock, f"{self.out}: another run is at work here", "lockf")
             for path in (self.out / "model", checkpoints):
                 settle(path)
             for left in list(checkpoints.glob("step-*.*")):
@@ -411,7 +407,8 @@ def prepare_toy(train: Path) -> None:
     """Render and annotate the clips of the embedded default on first use."""
     if not train.is_file():
         print(f"{train.parent}: rendering the clips of the embedded default (once)", flush=True)
-        subprocess.run([sys.executable, str(ROOT / "toy/prepare.py"), str(train.parent)], check=True)
+        with error_context(f"{train.parent}: cannot be made", subprocess.SubprocessError):
+            subprocess.run([sys.executable, str(ROOT / "toy/prepare.py"), str(train.parent)], check=True)
 
 
 def checkpoint_activations(qwen) -> None:
