@@ -87,11 +87,10 @@ def set_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):  # nobody has put another there
-            is_open = stream is not None
-            outlet = Outlet(stream.fileno() if is_open else os.devnull, "w", closefd=not is_open)
-            setattr(sys, name, io.TextIOWrapper(
-                io.BufferedWriter(outlet), stream.encoding if is_open else None, "backslashreplace",
-                line_buffering=True))
+            outlet = Outlet(stream.fileno(), "w", closefd=False) if stream else Outlet(os.devnull, "w")
+            encoding = stream.encoding if stream else None
+            buffer = io.BufferedWriter(outlet)
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True))
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import traceback
 from argparse import ArgumentTypeError
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from support.files import amend, lock, put_in_place, write_whole
 from support.ranks import ALONE
 from support.run import Run, append
 from support.settings import RunArgs
+from support.tables import as_json
 from tools.formats import check_out
 from tools.journal import Journal
 from tools.report import page_path
@@ -160,6 +162,19 @@ def test_a_worker_that_dies_while_something_else_is_done_is_one_line():
     assert how == "SystemExit" and said.startswith("error: ") and "--workers 0" in said, said
 
 
+@pytest.mark.parametrize("kind", ["CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines",
+                                  "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"])
+def test_memory_that_is_not_there_is_one_line(kind):
+    def main(error):
+        raise RuntimeError(error)
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(partial(main, kind))
+    assert str(caught.value) == "error: " + kind.replace("\n", " ")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run_command(partial(main, "a fault of ours"))
+
+
 def dies_second(item):
     return is_killed(item) if item else item
 
@@ -256,6 +271,27 @@ def test_a_lock_of_another_is_an_error_and_no_locks_at_all_are_not(tmp_path, mon
         assert "f: no lock can be had" in capsys.readouterr().err
 
 
+def test_the_lock_of_a_run_is_not_handed_on(tmp_path, monkeypatch):
+    """A worker that outlives a run which was killed keeps nobody out."""
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
+
+    def run_here():
+        Run(RunArgs(out=str(tmp_path), train="x"), "rl", ALONE)
+
+    def run_with_a_child():
+        run = Run(RunArgs(out=str(tmp_path), train="x"), "rl", ALONE)
+        child = os.fork()
+        if not child:
+            signal.pause()
+        return child, run.out.name
+
+    how, (child, _) = in_a_fork(run_with_a_child)
+    try:
+        assert how == "done" and in_a_fork(run_here) == ("done", None)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 POSIX_ONLY = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog"}
 NOT_ON_WINDOWS = {"SIGKILL", "SIGCHLD", "SIGHUP", "SIGPIPE", "sched_getaffinity", "fork", "getuid", "geteuid",
                   "fchmod", "O_TMPFILE", "mkfifo"}
@@ -338,6 +374,13 @@ def test_what_a_terminal_cannot_show_is_shown_by_escapes(encoding):
     code, said = printed(say_names, encoding)
     line = NAMES.encode(encoding, "backslashreplace") + b"\n"
     assert (code, said) == (None, line * 2)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
+def test_json_is_json_in_any_encoding(encoding):
+    code, said = printed(lambda: print(as_json({"video": NAMES})), encoding)
+    assert code is None and json.loads(said.decode(encoding)) == {"video": NAMES}
+    assert ("caf\u00e9".encode() in said) == (encoding == "utf-8")
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -479,11 +522,21 @@ def test_a_page_is_not_written_over_what_is_read(tmp_path):
             page_path(page, None, other)
 
 
-def test_more_new_tokens_than_positions_are_refused(model, keys):
+def test_a_page_is_told_what_is_read(tmp_path, monkeypatch, capsys):
+    pairs = tmp_path / "pairs.html"
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--pairs", str(pairs), "--report", str(pairs)])
+    with pytest.raises(SystemExit):
+        infer.parse_args()
+    assert "would be written over" in capsys.readouterr().err
+
+
+def test_more_new_tokens_than_positions_are_refused(model, keys, monkeypatch):
     batch = model.processor.collate([model.processor(*keys[0])])
     most = model.qwen.config.text_config.max_position_embeddings
     with pytest.raises(DataError, match=f"{most + 1:,} new tokens: .* knows {most:,} positions"):
         model.think(batch, 1, most + 1)
+    monkeypatch.setattr(model.qwen.config.text_config, "max_position_embeddings", 3)
+    assert model.think(batch, 1, 3).tokens.shape[-1] <= 3
 
 
 def fill(folder):
