@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
@@ -74,11 +74,16 @@ READER = {"choices": READERS, "default": "av", "help": "decord: it decodes the f
 
 
 class Outlet(io.FileIO):
-    """Where a standard stream goes: nowhere once its reader has left, which ends no work."""
+    """Where a standard stream goes: nowhere once its reader has left, which ends no work, or once it
+    could not be written, which is said."""
 
     def write(self, content) -> int:
-        with suppress(BrokenPipeError):
+        try:
             return super().write(content)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise
         return len(content)
 
 

@@ -321,12 +321,12 @@ def test_all_is_imported_where_there_are_no_posix_modules():
 # Terminals, and readers who leave
 
 
-def printed(main, encoding="utf-8", errors="strict", reads=True, closed=False):
+def printed(main, encoding="utf-8", errors="strict", reads=True, closed=False, to=None):
     """The exit status of a command, and what it has printed to standard output and error."""
 
     def body():
         for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(pipe[1], number)
+            os.dup2(os.open(to, os.O_WRONLY) if to and number == 1 else pipe[1], number)
             raw = io.FileIO(number, "w", closefd=False)
             stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors)
             if closed:
@@ -394,6 +394,11 @@ def test_a_reader_who_leaves_ends_no_work(closed, tmp_path):
 
     code, _ = printed(main, reads=False, closed=closed)
     assert code == 3 and (tmp_path / "result").read_text() == "z"
+
+
+def test_output_that_has_no_room_is_one_line():
+    code, said = printed(say_names, to="/dev/full")  # after which it can be flushed
+    assert code.startswith("error: ") and "No space left" in code and said == b""
 
 
 def test_a_page_is_written_before_anything_is_printed(model, keys, tmp_path, monkeypatch):

@@ -259,8 +259,9 @@ class RunFolder:
             raise DataError(f"{path}: not a run's folder, it has no metrics.jsonl")
         about = path / "settings.json"
         self.about = read_json(about) if about.is_file() else {}
-        self.dimensions = self.about.get("dimensions") or DIMENSIONS
-        self.tags = tuple(self.about.get("tags") or TAGS)
+        with error_context(f"{about}: not as it was written", TypeError, ValueError):
+            self.dimensions = dict(self.about.get("dimensions") or DIMENSIONS)
+            self.tags = tuple(self.about.get("tags") or TAGS)
         self.records = numbered(metrics)
         self.written = metrics.stat().st_mtime
         self.curves = curves(self.records)
