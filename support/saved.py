@@ -155,6 +155,9 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: st
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     check_names(directory, lacking=names["missing_keys"], unused=names["unexpected_keys"])
     check_finite(directory, dict(qwen.named_parameters()))
+    for parameter in qwen.parameters():
+        if parameter.is_floating_point():  # quantised weights come with the types they were saved in
+            parameter.data = parameter.data.to(dtype)
     for module in qwen.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # of 4 bits; rules out gradients
             module.support_avx512bf16_for_cpu = False

@@ -1607,6 +1607,7 @@ MUTANTS = [
      PLACES + "quantised"),
     ("support/saved.py", 'quant = quant or getattr(qwen.config, "quantization_config", None)', "pass",
      PLACES + "quantised"),
+    ("support/saved.py", "if parameter.is_floating_point():", "if False:", PLACES + "quantised"),
     ("tools/formats.py", "partial.exists() and partial.samefile(pairs)", "False", PLACES + "writes_over"),
     ("tools/report.py", 'for made in (text, f"{text}.partial"):', "for made in (text,):",
      PLACES + "page_is_not"),
