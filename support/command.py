@@ -8,7 +8,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
@@ -17,21 +16,14 @@ from support.batches import worker_error
 from support.frames import READERS
 
 
-@contextmanager
-def quiet(name: str):
-    """Within it the logger of that name says nothing; afterwards it is as it was."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-with quiet("bitsandbytes"):  # which peft imports, and which misses kernels not used here
+remarks = logging.getLogger("bitsandbytes")  # which peft imports; it misses kernels not used here
+level = remarks.level
+remarks.setLevel(logging.CRITICAL)
+try:
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.utils import get_peft_model_state_dict
+finally:
+    remarks.setLevel(level)
 
 __all__ = ["READER", "LoraConfig", "PeftModel", "get_peft_model", "get_peft_model_state_dict",
            "number", "run_command"]

@@ -191,7 +191,7 @@ def lock(file: IO, taken: str, kind: str = "flock") -> None:
     except (ImportError, OSError) as error:
         if getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES):
             raise DataError(taken) from error
-        print(f"warning: {file.name}: no lock can be had ({error}): let no other command use it",
+        print(f"warning: {file.name}: cannot be locked ({error}), so let no other command write there",
               file=sys.stderr)
 
 

@@ -250,10 +250,10 @@ def test_a_file_system_without_locks_is_said_and_used(number, tmp_path, monkeypa
     monkeypatch.setattr("fcntl.lockf", refuse)
     monkeypatch.setattr("signal.signal", lambda *handler: None)
     Journal(tmp_path / "j.jsonl", MADE, []).add({"video": "v", "prompt": "p", "cot": "c"})
-    assert "j.jsonl: no lock can be had" in capsys.readouterr().err
+    assert "j.jsonl: cannot be locked" in capsys.readouterr().err
     Run(RunArgs(out=str(tmp_path / "run"), train="x"), "rl", ALONE)
     said = capsys.readouterr().err
-    assert "run/lock: no lock can be had" in said and len(said.splitlines()) == 1
+    assert "run/lock: cannot be locked" in said and len(said.splitlines()) == 1
     assert len((tmp_path / "j.jsonl").read_text().splitlines()) == 2
 
 
@@ -268,7 +268,7 @@ def test_a_lock_of_another_is_an_error_and_no_locks_at_all_are_not(tmp_path, mon
         assert in_a_fork(lock, other, "taken", "lockf") == ("DataError", "taken")
         monkeypatch.setitem(sys.modules, "fcntl", None)
         lock(other, "taken")
-        assert "f: no lock can be had" in capsys.readouterr().err
+        assert "f: cannot be locked" in capsys.readouterr().err
 
 
 def test_the_lock_of_a_run_is_not_handed_on(tmp_path, monkeypatch):
