@@ -15,7 +15,6 @@ from data import DataError
 from support.batches import worker_error
 from support.frames import READERS
 
-
 remarks = logging.getLogger("bitsandbytes")  # which peft imports; it misses kernels not used here
 level = remarks.level
 remarks.setLevel(logging.CRITICAL)
