@@ -21,6 +21,9 @@ from tqdm import tqdm
 from data import Batch, DataError, Key, Processor
 from support.ranks import ALONE, Ranks
 
+# What has gone wrong with workers. A loader that is half made hangs on it, and would complain if it
+# went before the exit.
+FAILED: list[Exception] = []
 THINK_TOKENS = 65_536  # thought at a time, unless told otherwise: at 8B a cache of 10 GB
 
 
@@ -64,6 +67,7 @@ def done_ahead(work: Callable, items: list, workers: int) -> Iterator:
                             collate_fn=partial(pickled, work), worker_init_fn=leave_signals)
         yield from map(pickle.loads, loader)
     except Exception as error:
+        FAILED.append(error)
         raise worker_error(error) from error
 
 

@@ -1574,6 +1574,7 @@ MUTANTS = [
      PLACES + "one_line"),
     ("support/batches.py", "collate_fn=partial(pickled, work)", "collate_fn=work", PLACES + "one_line"),
     ("support/batches.py", "raise worker_error(error) from error", "raise", PLACES + "one_line"),
+    ("support/batches.py", "        FAILED.append(error)\n", "", PLACES + "cannot_be_started"),
     ("support/batches.py", "*_, reason = str(error)", "reason, *_ = str(error)", PLACES + "one_line"),
     ("support/batches.py", "; --workers 0 needs none", "", PLACES + "one_line"),
     ("support/batches.py", "which holds {size:,.0f} MB", "which is small", PLACES + "larger_than"),
