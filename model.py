@@ -455,9 +455,6 @@ class DeScore(nn.Module):
         """Choose what trains: [Reward] and the head always; the language model through LoRA of a
         rank (alpha = 2 · rank) or, at rank 0, all of it; tower and mergers where asked."""
         self.has_head = True
-        if self.quant and not lora_rank:
-            raise DataError("quantised weights cannot be trained themselves: they need "
-                            "--lora-rank above 0")
         # The adapter: one that is there is trained on, or merged into the weights.
         adapted = isinstance(self.backbone, PeftModel)
         if adapted and lora_rank:
@@ -480,6 +477,9 @@ class DeScore(nn.Module):
                 wanted = train_merger if "merger" in name else train_vision
             else:
                 wanted = not lora_rank or ".default." in name
+            if wanted and not parameter.is_floating_point():
+                raise DataError(f"{name} is quantised and cannot be trained itself: --lora-rank above "
+                                "0, --train-merger false and --train-vision false leave it as it is")
             parameter.requires_grad_(wanted)
             if wanted and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()
