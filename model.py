@@ -74,7 +74,7 @@ class DeScore(nn.Module):
         self.eos = processor.eos_id
         self.info: dict = {}  # what else descore.json says: training, score_mean, score_std
         self.dtype = backbone.dtype  # of frozen weights; what trains is float32
-        self.quant: str | None = None  # of the frozen linear layers, such as "4bit"
+        self.quant: str | None = None  # "4bit": of the frozen linear layers
         self.changed: set[str] = set()  # weights beside the adapter that training has changed
         self.backbone_sha256: str | None = None  # what was at `source` (support/digests.py)
         self.has_head = False  # whether query and head are trained, or going to be

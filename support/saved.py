@@ -92,7 +92,6 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
             cls = from_above("tools.release", "in_its_layout")(cls)
             info["scoring_layout"] = layout
         model = cls(qwen, processor, backbone)
-        quant = quant or getattr(qwen.config, "quantization_config", None)
         model.name, model.dtype, model.quant, model.info = str(source), dtype, quant, info
         model.backbone_sha256 = backbone_sha256
         load_rest(model, directory, is_adapter)
