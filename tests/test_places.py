@@ -410,7 +410,7 @@ def test_a_reader_who_leaves_ends_no_work(closed, tmp_path):
 
 def test_output_that_has_no_room_is_one_line():
     code, said = printed(say_names, to="/dev/full")  # after which it can be flushed
-    assert code.startswith("error: ") and "No space left" in code and said == b""
+    assert code.startswith("error: ") and "No space left on device: 'the output'" in code and said == b""
 
 
 def test_a_page_is_written_before_anything_is_printed(model, keys, tmp_path, monkeypatch):
