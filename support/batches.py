@@ -21,9 +21,7 @@ from tqdm import tqdm
 from data import Batch, DataError, Key, Processor
 from support.ranks import ALONE, Ranks
 
-# What has gone wrong with workers. A loader that is half made hangs on it, and would complain if it
-# went before the exit.
-FAILED: list[Exception] = []
+HALF_MADE: list[Exception] = []  # and the loaders that hang on them, which complain when they go
 THINK_TOKENS = 65_536  # thought at a time, unless told otherwise: at 8B a cache of 10 GB
 
 
@@ -61,13 +59,16 @@ def done_ahead(work: Callable, items: list, workers: int) -> Iterator:
     if not workers:
         yield from map(work, items)
         return
+    loader = None
     try:
         # It draws a seed that nobody uses, and should not draw it from the caller's random numbers.
-        loader = DataLoader(items, batch_size=None, num_workers=workers, generator=torch.Generator(),
-                            collate_fn=partial(pickled, work), worker_init_fn=leave_signals)
+        loader = iter(DataLoader(
+            items, batch_size=None, num_workers=workers, generator=torch.Generator(),
+            collate_fn=partial(pickled, work), worker_init_fn=leave_signals))
         yield from map(pickle.loads, loader)
     except Exception as error:
-        FAILED.append(error)
+        if loader is None:
+            HALF_MADE.append(error)
         raise worker_error(error) from error
 
 

@@ -191,6 +191,16 @@ def dies_second(item):
     return is_killed(item) if item else item
 
 
+def test_torch_says_nothing_more_of_workers_that_fail():
+    """Not as the command ends either, in a process of its own."""
+    code = ("from test_places import *\n"
+            "run_command(lambda: all_of(lacks_a_package, 2))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", env=os.environ | {
+        "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_what_is_decoded_ahead_is_what_is_decoded_here():
     made = [list(done_ahead(squares, [1, 2, 3], workers)) for workers in (0, 1, 2)]
     assert made == [[1, 4, 9]] * 3
