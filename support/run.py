@@ -142,8 +142,11 @@ class Run:
             if not state and (self.out / "model").is_dir():
                 raise DataError(f"{self.out}: holds a model and no checkpoint to go on from; give "
                                 "another --out, or --resume false to begin anew")
-            if state:
-                self.check_digests(state)
+            wrong = f"{self.checkpoints.folder}: a state.json is not as it was written"
+            with error_context(wrong, LookupError, TypeError, AttributeError):
+                if state:
+                    self.check_digests(state)
+                    self.skipped.restore(state["skipped"])
         elif first:  # anew
             remove(self.checkpoints.folder)
             self.checkpoints.folder.mkdir()
@@ -154,8 +157,6 @@ class Run:
                 self.tracker.begin(read_lines(self.logs[0]), anew=not state)
             if state:
                 print(f"{self.out}: going on after step {state['step']}", flush=True)
-        if state:
-            self.skipped.restore(state["skipped"])
         return state.get("step", 0)
 
     def make_digests(self, model: DeScore) -> dict[str, str]:

@@ -1601,6 +1601,8 @@ MUTANTS = [
      PLACES + "without_locks"),
     ("support/files.py", "getattr(fcntl, kind)", "fcntl.flock", PLACES + "lock_of_another"),
     ("support/run.py", 'is at work here", "lockf")', 'is at work here", "flock")', PLACES + "handed_on"),
+    ("support/run.py", "with error_context(wrong, LookupError, TypeError, AttributeError):", "if True:",
+     PLACES + "cannot_read"),
     ("support/saved.py", "elif is_adapter:\n            try:", "elif False:\n            try:",
      PLACES + "moved_alone"),
     ("support/saved.py", "os.path.normpath(directory.resolve() / backbone)",

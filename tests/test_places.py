@@ -27,14 +27,14 @@ from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, Qwen3VLForConditionalGeneration
 
 import infer
-from data import DataError
+from data import DataError, Pairs
 from model import DeScore
 from support.batches import done_ahead
 from support.checkpoint import Checkpoints
 from support.command import run_command
 from support.files import amend, lock, put_in_place, write_whole
 from support.ranks import ALONE
-from support.run import Run, append
+from support.run import Run, Skipped, append
 from support.settings import RunArgs
 from support.tables import as_json
 from tools.formats import check_out
@@ -191,6 +191,7 @@ def dies_second(item):
     return is_killed(item) if item else item
 
 
+@pytest.mark.slow
 def test_torch_says_nothing_more_of_workers_that_fail():
     """Not as the command ends either, in a process of its own."""
     code = ("from test_places import *\n"
@@ -566,6 +567,25 @@ def test_more_new_tokens_than_positions_are_refused(model, keys, monkeypatch):
         model.think(batch, 1, most + 1)
     monkeypatch.setattr(model.qwen.config.text_config, "max_position_embeddings", 3)
     assert model.think(batch, 1, 3).tokens.shape[-1] <= 3
+
+
+@pytest.mark.parametrize("change", [{"skipped": None}, {"skipped": 3}, {"digests": []}, {"skipped": "gone"}])
+def test_a_state_that_a_run_cannot_read_is_one_line_and_loses_nothing(change, tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
+    run = Run(RunArgs(out=str(tmp_path), train="x"), "rl", ALONE)
+    run.skipped = Skipped(tmp_path / "skipped.jsonl", Pairs(tmp_path), 1.0)
+    run.make_digests = lambda model: {}
+    run.logs[0].write_text("{}\n")
+    state = {"args": run.deciding, "digests": {}, "skipped": [], "metrics_bytes": 3} | change
+    if change == {"skipped": "gone"}:
+        del state["skipped"]
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    holder, optimizer = Holder(parameter), torch.optim.SGD([parameter])
+    run.checkpoints.attach(holder, optimizer)
+    run.checkpoints.save(1, state)
+    with pytest.raises(DataError, match="checkpoints: a state.json is not as it was written"):
+        run.resume(holder, optimizer)
+    assert run.logs[0].read_text() == "{}\n"
 
 
 def fill(folder):
