@@ -432,7 +432,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("give videos and their prompt, or --pairs FILE")
     if args.report:
         try:
-            args.report = from_above("tools.report", "page_path")(args.report)
+            args.report = from_above("tools.report", "page_path")(args.report, args.pairs, args.out)
         except argparse.ArgumentTypeError as error:
             parser.error(f"argument --report: {error}")
     if (args.out or args.predictions) and not args.pairs:
@@ -483,10 +483,10 @@ def main() -> None:
     else:
         answer = tables.ranking(model, judged)
         text = tables.show_ranking(answer)
-    print(tables.as_json(answer) if args.json else text)
     if args.report:
         write_page = from_above("tools.report", "write_page")
         write_page(args.report, model, judged, pairs, answer, args.workers)
+    print(tables.as_json(answer) if args.json else text)
     sys.exit(code)
 
 

@@ -205,6 +205,9 @@ class DeScore(nn.Module):
         if repetition_penalty is None:
             repetition_penalty = self.own_penalty(temperature)
         check_sampling(temperature, top_p, repetition_penalty)
+        most = self.qwen.config.text_config.max_position_embeddings
+        if max_new_tokens > most:
+            raise DataError(f"{max_new_tokens:,} new tokens: {self.name} knows {most:,} positions")
         was_training = self.training
         self.eval()
         batch = self.encode(batch)
@@ -452,9 +455,6 @@ class DeScore(nn.Module):
         """Choose what trains: [Reward] and the head always; the language model through LoRA of a
         rank (alpha = 2 · rank) or, at rank 0, all of it; tower and mergers where asked."""
         self.has_head = True
-        if self.quant and not lora_rank:
-            raise DataError("4-bit weights cannot be trained themselves: --quant needs "
-                            "--lora-rank above 0")
         # The adapter: one that is there is trained on, or merged into the weights.
         adapted = isinstance(self.backbone, PeftModel)
         if adapted and lora_rank:
@@ -477,6 +477,9 @@ class DeScore(nn.Module):
                 wanted = train_merger if "merger" in name else train_vision
             else:
                 wanted = not lora_rank or ".default." in name
+            if wanted and not parameter.is_floating_point():
+                raise DataError(f"{name} is quantised and cannot be trained itself: --lora-rank above "
+                                "0, --train-merger false and --train-vision false leave it as it is")
             parameter.requires_grad_(wanted)
             if wanted and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()

@@ -1,12 +1,16 @@
 """What goes through the model together, and on which rank: rows of like length within a budget of
 tokens, decoded ahead."""
 
+import os
+import pickle
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +21,7 @@ from tqdm import tqdm
 from data import Batch, DataError, Key, Processor
 from support.ranks import ALONE, Ranks
 
+HALF_MADE: list[Exception] = []  # and the loaders that hang on them, which complain when they go
 THINK_TOKENS = 65_536  # thought at a time, unless told otherwise: at 8B a cache of 10 GB
 
 
@@ -45,11 +50,41 @@ def read_ahead(processor: Processor, groups: list[list[list[Key]]], workers: int
     `videos()` of an item. Yields the batch, and for each unit None or what is wrong with it: a
     video that cannot be read, or a prompt of more than `limit` tokens. In the batch black frames
     then stand in for the unit's videos, so that its rows are there."""
-    # With no batch size the loader hands each group to `read_group`, in a worker if it has any. It
-    # draws a seed that nobody uses, and should not draw it from the caller's random numbers.
-    return iter(DataLoader(groups, batch_size=None, num_workers=workers, generator=torch.Generator(),
-                           collate_fn=partial(read_group, processor, limit),
-                           worker_init_fn=leave_signals))
+    return done_ahead(partial(read_group, processor, limit), groups, workers)
+
+
+def done_ahead(work: Callable, items: list, workers: int) -> Iterator:
+    """What `work` makes of each item, in order. With workers, other processes do it ahead; raises
+    DataError where they fail."""
+    if not workers:
+        yield from map(work, items)
+        return
+    loader = None
+    try:
+        # It draws a seed that nobody uses, and should not draw it from the caller's random numbers.
+        loader = iter(DataLoader(
+            items, batch_size=None, num_workers=workers, generator=torch.Generator(),
+            collate_fn=partial(pickled, work), worker_init_fn=leave_signals))
+        yield from map(pickle.loads, loader)
+    except Exception as error:
+        if loader is None:
+            HALF_MADE.append(error)
+        raise worker_error(error) from error
+
+
+def pickled(work: Callable, item) -> bytes:
+    """What `work` makes of an item, its tensors in shared memory. Pickled by the worker itself: the
+    loader's thread would drop what fails, and it would be waited for."""
+    return bytes(ForkingPickler.dumps(work(item)))
+
+
+def worker_error(error: Exception) -> DataError:
+    """What is said of a worker that fails: the last line of torch's, and what it may have lacked."""
+    *_, reason = str(error).strip().splitlines() or [type(error).__name__]
+    if os.path.isdir("/dev/shm"):
+        size = shutil.disk_usage("/dev/shm").total / 1e6
+        reason += f"; they hand videos over in /dev/shm, which holds {size:,.0f} MB"
+    return DataError(f"the processes that decode videos ahead fail ({reason}); --workers 0 needs none")
 
 
 def read_group(processor: Processor, limit: int | None,

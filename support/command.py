@@ -1,32 +1,28 @@
 """How our commands run. peft comes from here, for its import has remarks to make."""
 
 import argparse
+import io
 import logging
+import os
+import re
+import sys
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
 from data import DataError
+from support.batches import worker_error
 from support.frames import READERS
 
-
-@contextmanager
-def quiet(name: str):
-    """Within it the logger of that name says nothing; afterwards it is as it was."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-with quiet("bitsandbytes"):  # which peft imports, and which misses kernels not used here
+remarks = logging.getLogger("bitsandbytes")  # which peft imports; it misses kernels not used here
+level = remarks.level
+remarks.setLevel(logging.CRITICAL)
+try:
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.utils import get_peft_model_state_dict
+finally:
+    remarks.setLevel(level)
 
 __all__ = ["READER", "LoraConfig", "PeftModel", "get_peft_model", "get_peft_model_state_dict",
            "number", "run_command"]
@@ -68,8 +64,34 @@ READER = {"choices": READERS, "default": "av", "help": "decord: it decodes the f
           "the same frames, and does not notice a damaged frame"}
 
 
+class Outlet(io.FileIO):
+    """Where a standard stream goes: nowhere once its reader has left, which ends no work, or once it
+    could not be written, which is said."""
+
+    def write(self, content) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise OSError(error.errno, error.strerror, "the output") from error
+        return len(content)
+
+
+def set_streams() -> None:
+    """Let output show by escapes what its encoding lacks. One that is closed gets a place all the same."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # nobody has put another there
+            outlet = Outlet(stream.fileno(), "w", closefd=False) if stream else Outlet(os.devnull, "w")
+            encoding = stream.encoding if stream else None
+            buffer = io.BufferedWriter(outlet)
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True))
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's main: its output is what we print, and bad input ends it in one line."""
+    set_streams()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     message = ".*is_gradient_checkpointing"  # peft uses what transformers deprecates
@@ -78,5 +100,11 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except (DataError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except RuntimeError as error:  # what torch says of both wherever the command is
+        if "DataLoader worker" in str(error):
+            raise SystemExit(f"error: {worker_error(error)}") from error
+        if not re.search("(out of|allocate) memory", str(error)):
+            raise
+        raise SystemExit(f"error: {DataError(error)}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -1,11 +1,15 @@
 """Files and folders that are complete or absent, and what hub ids stand for."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
+from typing import IO
 
 from huggingface_hub import snapshot_download
 
@@ -126,7 +130,12 @@ def put_in_place(beside: Path, place: Path) -> None:
     """Rename a directory that was written beside its place into it, its content safe on the
     disk first. What was there before is kept as `place`.replaced until the new one is: whenever
     this is cut off, `settle` finds a complete one."""
+    mask = os.umask(0o077)
+    os.umask(mask)
     for path in [*beside.rglob("*"), beside]:
+        if path.is_file():  # safetensors makes files that nobody else can read
+            with contextlib.suppress(OSError):  # some file systems know no permissions
+                path.chmod(0o666 & ~mask)
         sync(path)
     replaced = place.with_name(place.name + ".replaced")
     if place.exists():
@@ -171,6 +180,21 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
+def lock(file: IO, taken: str, kind: str = "flock") -> None:
+    """Keep others out of an open file until it is closed or this process dies. kind: "flock", or
+    "lockf", which forked processes do not hold too. Raises DataError, saying `taken`, where another
+    has it. Where there are no locks, as on some file systems, that is said, and the work goes on."""
+    try:
+        import fcntl  # Windows has none
+
+        getattr(fcntl, kind)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES):
+            raise DataError(taken) from error
+        print(f"warning: {file.name}: cannot be locked ({error}), so let no other command write there",
+              file=sys.stderr)
+
+
 def amend(path: Path, **more) -> None:
     """Add entries to the JSON object in a file."""
     write_whole(path, json.dumps(read_json(path) | more, indent=1, ensure_ascii=False) + "\n")
@@ -179,10 +203,10 @@ def amend(path: Path, **more) -> None:
 def write_whole(path: Path, text: str, ending: str = "partial") -> None:
     """Write a file that at every moment holds the old text or the new: beside its place, under its
     name with this `ending`, then renamed. Several processes that may write the same file need each
-    an ending of its own. Raises OSError or UnicodeEncodeError if it cannot be written."""
+    an ending of its own. What is no Unicode is escaped. Raises OSError if it cannot be written."""
     beside = path.with_name(f"{path.name}.{ending}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         sync(beside)
         beside.replace(path)
     finally:

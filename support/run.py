@@ -6,7 +6,6 @@ moment and goes on, bit for bit on a CPU, as if it had not been: the data's orde
 number are functions of (seed, step), and all else is in the checkpoint.
 """
 
-import fcntl
 import json
 import math
 import re
@@ -42,7 +41,17 @@ from support import digests
 from support.above import from_above
 from support.batches import read_ahead
 from support.checkpoint import Checkpoints
-from support.files import amend, digest, read_json, read_lines, remove, settle, sync, write_whole
+from support.files import (
+    amend,
+    digest,
+    lock,
+    read_json,
+    read_lines,
+    remove,
+    settle,
+    sync,
+    write_whole,
+)
 from support.formats import read_pairs
 from support.ranks import Ranks
 from support.settings import FREE, FREE_IN, ROOT, RunArgs, function_file
@@ -101,10 +110,7 @@ class Run:
         with error_context(f"{self.out}: cannot be a run's folder", OSError):
             checkpoints.mkdir(parents=True, exist_ok=True)
             self.lock = (self.out / "lock").open("w")
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this dies
-            except (BlockingIOError, PermissionError) as error:
-                raise DataError(f"{self.out}: another run is at work here") from error
+            lock(self.lock, f"{self.out}: another run is at work here", "lockf")
             for path in (self.out / "model", self.out / "best", checkpoints):
                 settle(path)
             for left in list(checkpoints.glob("step-*.*")):
@@ -147,8 +153,11 @@ class Run:
             if not state and (self.out / "model").is_dir():
                 raise DataError(f"{self.out}: holds a model and no checkpoint to go on from; give "
                                 "another --out, or --resume false to begin anew")
-            if state:
-                self.check_digests(state)
+            wrong = f"{self.checkpoints.folder}: a state.json is not as it was written"
+            with error_context(wrong, LookupError, TypeError, AttributeError):
+                if state:
+                    self.check_digests(state)
+                    self.skipped.restore(state["skipped"])
         elif first:  # anew
             remove(self.checkpoints.folder)
             self.checkpoints.folder.mkdir()
@@ -161,8 +170,6 @@ class Run:
                 self.tracker.begin(read_lines(self.logs[0]), anew=not state)
             if state:
                 print(f"{self.out}: going on after step {state['step']}", flush=True)
-        if state:
-            self.skipped.restore(state["skipped"])
         return state.get("step", 0)
 
     def make_digests(self, model: DeScore) -> dict[str, str]:
@@ -432,7 +439,8 @@ def prepare_toy(train: Path) -> None:
     """Render and annotate the clips of the embedded default on first use."""
     if not train.is_file():
         print(f"{train.parent}: rendering the clips of the embedded default (once)", flush=True)
-        subprocess.run([sys.executable, str(ROOT / "toy/prepare.py"), str(train.parent)], check=True)
+        with error_context(f"{train.parent}: cannot be made", subprocess.SubprocessError):
+            subprocess.run([sys.executable, str(ROOT / "toy/prepare.py"), str(train.parent)], check=True)
 
 
 def checkpoint_activations(qwen) -> None:

@@ -63,8 +63,14 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
         is_adapter = "backbone" in info  # which names its backbone; full weights are one
         backbone = info.pop("backbone", str(directory if os.path.isdir(source) else source))
         known_backbone = info.pop("backbone_sha256", None)
-        if is_adapter and (directory / backbone).is_dir():
-            backbone = os.path.normpath(directory / backbone)
+        if is_adapter and (directory.resolve() / backbone).is_dir():  # ".." goes by where links lead
+            backbone = os.path.normpath(directory.resolve() / backbone)
+        elif is_adapter:
+            try:
+                local_folder(backbone)
+            except DataError as error:
+                raise DataError(f"{directory / 'descore.json'}: its backbone is not to be had ({error}); "
+                                'put the path or hub id that it has now there as "backbone"') from error
         with error_context(f"{directory}: video settings that make no sense", TypeError):
             settings = VideoSettings(**info.pop("video", {}) | (video or {}))
             replace(settings, **info.get("scoring_video", {}))
@@ -128,6 +134,10 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: st
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if config.model_type != "qwen3_vl":
             raise ValueError(f"it is a {config.model_type}")
+        if hasattr(config, "quantization_config"):
+            if quant:
+                raise ValueError("it is quantised already, which leaves --quant nothing to do")
+            options["device_map"] = {"": device}
         layers = max(config.text_config.num_hidden_layers, config.vision_config.depth)
         if layers > MOST_LAYERS:
             raise ValueError(f"its config.json speaks of {layers} layers")
@@ -144,6 +154,9 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: st
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     check_names(directory, lacking=names["missing_keys"], unused=names["unexpected_keys"])
     check_finite(directory, dict(qwen.named_parameters()))
+    for parameter in qwen.parameters():
+        if parameter.is_floating_point():  # quantised weights come with the types they were saved in
+            parameter.data = parameter.data.to(dtype)
     for module in qwen.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # of 4 bits; rules out gradients
             module.support_avx512bf16_for_cpu = False
@@ -297,5 +310,5 @@ def save(model, directory: Path, write: bool) -> None:
     processor.tokenizer.save_pretrained(beside)
     info["files"] = {path.name: digest(path) for path in sorted(beside.iterdir())}
     text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
-    (beside / "descore.json").write_text(text, encoding="utf-8")
+    (beside / "descore.json").write_text(text, encoding="utf-8", errors="backslashreplace")
     put_in_place(beside, directory)

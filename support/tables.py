@@ -90,7 +90,8 @@ def readable(pairs: list[Pair],
 
 def as_json(figures) -> str:
     """JSON for users, with null for figures that have no base, such as the accuracy of ties."""
-    return json.dumps(plain(figures), ensure_ascii=False, allow_nan=False)
+    escaped = "utf" not in str(sys.stdout.encoding).lower()  # what could not be shown
+    return json.dumps(plain(figures), ensure_ascii=escaped, allow_nan=False)
 
 
 def plain(value):

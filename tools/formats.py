@@ -164,6 +164,9 @@ def check_out(out: Path, pairs: Path) -> None:
     """Raises DataError if a command that reads `pairs` cannot write a new file to `out`."""
     if out.is_dir():
         raise DataError(f"{out}: is a directory")
+    partial = out.with_name(f"{out.name}.partial")  # as `write_whole` has it
+    if partial.exists() and partial.samefile(pairs):
+        raise DataError(f"{out}: would first be written to {pairs}, the pair file itself; choose another")
     if out.exists() and (not out.is_file() or out.samefile(pairs)):
         what = "the pair file itself" if out.is_file() else "no plain file"
         raise DataError(f"{out}: is {what}; choose another for what is written")

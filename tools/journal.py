@@ -1,6 +1,5 @@
 """Judgements that outlast the command that makes them, and what made them."""
 
-import fcntl
 import hashlib
 import json
 import math
@@ -14,7 +13,7 @@ import torch
 
 from data import DataError, Key, error_context
 from model import OWN
-from support.files import digest
+from support.files import digest, lock
 
 # What stands in a record, by type, and what must, by --cot: on, off, or CoTs alone.
 KINDS = {"video": str, "prompt": str, "cot": str, "truncated": bool, "score": float,
@@ -55,10 +54,7 @@ class Journal:
         with error_context(f"{path}: cannot be written", OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = path.open("a")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this dies
-            except BlockingIOError as error:
-                raise DataError(f"{path}: another command writes to it") from error
+            lock(self.lock, f"{path}: another command writes to it")
         content = path.read_bytes() if path.is_file() else b""
         *lines, half = content.split(b"\n")
         if not lines and not first.encode().startswith(half):

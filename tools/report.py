@@ -26,7 +26,6 @@ from typing import NamedTuple
 import av
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (
@@ -41,7 +40,7 @@ from data import (
     parse_cot,
     read_video,
 )
-from support.batches import leave_signals
+from support.batches import done_ahead
 from support.command import READER, Whole, run_command
 from support.files import read_json, read_lines, write_whole
 from support.tables import describe, further, plain
@@ -54,10 +53,13 @@ BINS = 24  # of a histogram
 # A page
 
 
-def page_path(text: str) -> Path:
-    """The type of a flag that names a page to write. That it cannot be written is said before the
-    work, not after it."""
+def page_path(text: str, *others: str | Path | None) -> Path:
+    """The type of a flag that names a page to write, and none of the `others` that a command reads or
+    writes. That it cannot be written is said before the work, not after it."""
     path = Path(text)
+    for made in (text, f"{text}.partial"):  # as `write_whole` has it
+        if os.path.realpath(made) in [os.path.realpath(other) for other in others if other]:
+            raise argparse.ArgumentTypeError(f"{text!r} would be written over {made}")
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a page (.html)")
     folder = next(folder for folder in path.absolute().parents if folder.exists())
@@ -96,8 +98,7 @@ def film(videos: list[dict], settings: VideoSettings, workers=0, reader="av") ->
     files = list(numbers)
     count, height = (16, 160) if len(files) <= 12 else (8, 96) if len(files) <= 200 else (6, 64)
     cut = partial(strip, settings=settings, count=count, height=height, reader=reader)
-    strips = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=cut,
-                        worker_init_fn=leave_signals)
+    strips = done_ahead(cut, files, workers)
     return list(tqdm(strips, "frames", len(files), unit="video", disable=len(files) < 100))
 
 
@@ -258,8 +259,9 @@ class RunFolder:
             raise DataError(f"{path}: not a run's folder, it has no metrics.jsonl")
         about = path / "settings.json"
         self.about = read_json(about) if about.is_file() else {}
-        self.dimensions = self.about.get("dimensions") or DIMENSIONS
-        self.tags = tuple(self.about.get("tags") or TAGS)
+        with error_context(f"{about}: not as it was written", TypeError, ValueError):
+            self.dimensions = dict(self.about.get("dimensions") or DIMENSIONS)
+            self.tags = tuple(self.about.get("tags") or TAGS)
         self.records = numbered(metrics)
         self.written = metrics.stat().st_mtime
         self.curves = curves(self.records)
