@@ -291,7 +291,7 @@ MUTANTS = [
     ("tools/decord_reader.py", "width % 2 == height % 2 == 0", "True", READER + " -k otherwise"),
     ("tools/decord_reader.py", "keyframes[0] and sum(keyframes) == 1", "keyframes[0]",
      READER + " -k same_of_all"),
-    ("tools/decord_reader.py", "return exact and keyframes[0]", "return False and keyframes[0]",
+    ("tools/decord_reader.py", "return exact and as_coded", "return False and as_coded",
      READER + " -k generators"),
     ("tools/decord_reader.py", '"DISPLAYMATRIX" in first.side_data or ', "", READER + " -k otherwise"),
     ("tools/decord_reader.py", "if picture.shape != shape:", "if False:", READER + " -k otherwise"),

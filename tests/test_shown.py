@@ -16,6 +16,7 @@ from test_frames import FOLDER
 from transformers import AutoTokenizer
 
 from data import DataError, Processor, VideoSettings, read_video, smart_resize
+from model import DeScore
 from support.frames import READERS, Video
 from tools import annotate, check, sent
 from tools.decord_reader import DecordVideo
@@ -327,8 +328,13 @@ def test_settings_that_contradict_each_other_are_refused(asked, message):
 
 
 @pytest.mark.parametrize(("command", "flags"), [
-    (check, ["pairs.jsonl"]), (annotate, ["pairs.jsonl", "out.jsonl", "--api", "http://x", "--api-model", "y"])])
+    (check, ["pairs.jsonl"]), (annotate, ["pairs.jsonl", "out", "--api", "http://x", "--api-model", "y"])])
 def test_flags_that_contradict_each_other_are_refused(monkeypatch, command, flags):
     monkeypatch.setattr(sys, "argv", ["command", *flags, "--max-pixels", "100000"])
     with pytest.raises(DataError, match="max_pixels is 100000, below min_pixels, 131072"):
         command.main()
+
+
+def test_flags_that_contradict_a_models_own_settings_are_refused():
+    with pytest.raises(DataError, match="backbone: video settings .*max_pixels is 4096, below min_pixels"):
+        DeScore.load(ROOT / "toy/backbone", device="cpu", video={"min_pixels": 9000})

@@ -9,6 +9,7 @@ import argparse
 import math
 import statistics
 from collections import Counter
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 from data import DataError, Processor, VideoSettings, error_context, read_video
 from support.command import READER, Count, Positive, run_command
 from support.formats import read_pairs
-from support.frames import opened
+from support.frames import ERRORS, opened
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "toy/backbone"
 
@@ -69,8 +70,9 @@ def check(path: Path, settings: VideoSettings, label: str | None = None, root: P
 
 def is_interlaced(video: str) -> bool:
     """Whether any of a file's first frames holds two moments, its fields."""
-    with opened(video) as (container, stream):
+    with suppress(*ERRORS), opened(video) as (container, stream):  # decord may have read more
         return any(frame.interlaced_frame for frame in islice(container.decode(stream), 8))
+    return False
 
 
 def listed(counts: Counter, between: str) -> str:
