@@ -183,19 +183,19 @@ def test_the_ratio_of_the_container_comes_before_that_of_the_codec(tmp_path):
 
 
 def test_a_hostile_ratio_is_refused_by_its_size(tmp_path):
-    write(tmp_path / "v.mp4", draw(96, 128), aspect="3/2")
-    for ratio, why in (((1_000_000, 1), "128000000 x 96 pixels a frame"), ((1, 1000), "1 x 96 pixels: one"),
-                       ((210, 1), "26880 x 96 pixels: one")):
+    write(tmp_path / "v.mp4", draw(288, 128), aspect="3/2")
+    for ratio, why in (((1_000_000, 1), "128000000 x 288 pixels a frame"), ((1, 1000), "1 x 288 pixels: one"),
+                       ((500, 1), "64000 x 288 pixels: one")):
         set_aspect(tmp_path / "v.mp4", *ratio)
         with pytest.raises(DataError, match=rf"v\.mp4: .*{why}"):
             read_video(tmp_path / "v.mp4")
-    args = argparse.Namespace(max_frames=40, max_pixels=200 * 96, reader="av")
+    args = argparse.Namespace(max_frames=40, max_pixels=200 * 288, reader="av")
     for ratio, fits in (((3, 2), True), ((2, 1), False)):
         set_aspect(tmp_path / "v.mp4", *ratio)
         if fits:
             sent.check_file(tmp_path / "v.mp4", args)
         else:
-            with pytest.raises(DataError, match="256 x 96 pixels a frame, more than 19,200"):
+            with pytest.raises(DataError, match="256 x 288 pixels a frame, more than 57,600"):
                 sent.check_file(tmp_path / "v.mp4", args)
 
 
