@@ -141,10 +141,15 @@ class VideoSettings:
         for field in fields(self):
             value = getattr(self, field.name)
             fits = is_number(value) and isinstance(value, (int, field.type))
-            if not fits or not value > 0:
+            if not fits or not 0 < value < math.inf:
                 raise TypeError(f"{field.name} is {value!r}")
         if self.max_frames < 2:
             raise TypeError("max_frames is 1")
+        for unit in ("frames", "pixels"):
+            lowest = getattr(self, f"min_{unit}")
+            highest = getattr(self, f"max_{unit}")
+            if highest < lowest:
+                raise TypeError(f"max_{unit} is {highest}, below min_{unit}, {lowest}")
 
 
 def smart_nframes(total: int, video_fps: float, settings: VideoSettings) -> int:

@@ -2,10 +2,12 @@
 the start, never sought: a jump lands where it should in some kinds of file only. PyAV decodes;
 where decord's frames are the same, it may instead (tools/decord_reader.py)."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import av
@@ -19,6 +21,7 @@ READERS = ("av", "decord")
 MAX_PIXELS = 8192 * 8192  # a frame
 # What is raised for a file that cannot be read.
 ERRORS = (av.FFmpegError, LookupError, ValueError, ArithmeticError, MemoryError, RuntimeError)
+LOGGING = Lock()  # PyAV's log level is one for all threads
 
 
 class Video:
@@ -32,7 +35,12 @@ class Video:
             tick = float(stream.time_base)
             context = stream.codec_context
             self.pix_fmt = context.pix_fmt
-            self.size = (context.width, context.height)
+            self.pixel_aspect = stream.sample_aspect_ratio or 1  # the container's before the codec's
+            width = max(context.width, round(context.width * self.pixel_aspect))
+            self.size = (width, context.height)  # as coded or, where that is wider, as shown
+            if width * context.height > MAX_PIXELS:
+                raise ValueError(f"{width} x {context.height} pixels a frame")
+            self.crop = container_crop(container, stream)
             self.packets = read_packets(container, stream)
             self.stamps = packet_stamps(container, stream, self.packets)
         stamps = self.stamps
@@ -45,15 +53,24 @@ class Video:
         """The frames (H, W, 3) uint8 at these indices, which rise and may repeat."""
         wanted = Counter(indices)
         count = 0
-        size = {}  # that of the first wanted frame, for all of them
+        first = None
         for count, frame in enumerate(self.decode(), 1):
             if count - 1 in wanted:
-                size = size or {"width": frame.width, "height": frame.height}
-                picture = frame.to_ndarray(format="rgb24", threads=1, **size)
-                picture = np.rot90(picture, round(frame.rotation / 90)).copy()
-                yield from [picture] * wanted[count - 1]
+                first = first or frame
+                yield from [self.shown(frame, first)] * wanted[count - 1]
         if count != self.total:
             raise ValueError(f"{self.total} frames are announced, {count} can be decoded")
+
+    def shown(self, frame: av.VideoFrame, first: av.VideoFrame) -> np.ndarray:
+        """A frame cropped, stretched and turned as a player does it; size and turn are the first's."""
+        picture = frame.to_ndarray(format="rgb24", threads=1, width=first.width, height=first.height)
+        left, right, top, bottom = self.crop
+        picture = picture[top : first.height - bottom, left : first.width - right]
+        width = max(1, round(picture.shape[1] * self.pixel_aspect))
+        if width != picture.shape[1]:
+            stored = av.VideoFrame.from_ndarray(picture)
+            picture = stored.to_ndarray(width=width, threads=1, interpolation="BICUBIC")
+        return upright(picture, first).copy()
 
     def decode(self) -> Iterator[av.VideoFrame]:
         """All frames, in the order in which they are shown."""
@@ -78,12 +95,40 @@ def opened(path: str | Path):
         context = stream and stream.codec_context
         if not context or stream.disposition & av.stream.Disposition.attached_pic:
             raise ValueError("it holds no video of a known codec")
-        if context.width * context.height > MAX_PIXELS:
-            raise ValueError(f"{context.width} x {context.height} pixels a frame")
         context.thread_count = 1  # loaders read several files at a time
+        context.flags |= av.codec.context.Flags.unaligned  # else less is cropped at the left
         # An error where a player would guess what a damaged frame showed.
         context.options = limit | {"err_detect": "explode"}
         yield container, stream
+
+
+def container_crop(container, stream) -> tuple[int, ...]:
+    """How many pixels a player cuts off at the left, right, top, bottom because the container says
+    so (MP4's clap, Matroska's PixelCrop). Only FFmpeg's description of the file tells."""
+    with LOGGING:
+        level = av.logging.get_level()
+        av.logging.set_level(av.logging.INFO)
+        described = container.dumps_format()
+        av.logging.set_level(level)
+    _, _, described = described.partition(f"Stream #0:{stream.index}")
+    own, _, _ = described.partition("Stream #0:")
+    found = re.search(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", own)
+    return tuple(map(int, found.groups())) if found else (0, 0, 0, 0)
+
+
+def upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """A picture (H, W, 3) turned and mirrored as its frame's display matrix says."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    # A pixel at (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    if min(abs(a), abs(b)) * 57 > max(abs(a), abs(b)):  # more than a degree off
+        raise ValueError("it is turned by an angle that is no multiple of 90 degrees")
+    if abs(b) > abs(a):  # the sides change places
+        picture = picture.swapaxes(0, 1)
+        a, d = c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 class Packet(NamedTuple):

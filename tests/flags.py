@@ -55,7 +55,8 @@ RUNS = {
                      "--repetition-penalty 1.3 --scoring-layout release --max-tokens 100000",
     "infer-off": f"infer.py --pairs {{data}}/problems.jsonl {MODEL} {JUDGED} --cot off --instruction problem "
                  "--report {out}/page.html --workers 1",
-    "annotate": f"-m tools.annotate {ANNOTATED} {MODEL} {THINKS} --fps 1 --min-pixels 9000",
+    "annotate": f"-m tools.annotate {ANNOTATED} {MODEL} {THINKS} --fps 1 --min-pixels 9000 "
+                "--max-pixels 20000",
     "annotate-pixels": f"-m tools.annotate {ANNOTATED} {MODEL} --min-pixels 1024 --max-pixels 2500 "
                        "--max-new-tokens 5 --max-tokens 100000",
     "pairs": f"-m tools.pairs {CHOSEN} {MODEL} --samples 2 {THINKS}",

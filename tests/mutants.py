@@ -23,7 +23,7 @@ HEADS = "tests/test_heads.py"
 DATA, FORMATS, PARITY = "tests/test_data.py", "tests/test_formats.py", "tests/test_parity.py"
 STAGES, RUNS, WIRES = "tests/test_stages.py", "tests/test_runs.py", "tests/test_wires.py"
 HACKABLE, SAVED, JUDGING = "tests/test_hackable.py", "tests/test_saved.py", "tests/test_judging.py"
-FUZZ, FRAMES = "tests/test_fuzz.py", "tests/test_frames.py"
+FUZZ, FRAMES, SHOWN = "tests/test_fuzz.py", "tests/test_frames.py", "tests/test_shown.py"
 FORGIVING, TOGETHER = "tests/test_forgiving.py", "tests/test_formats.py -k together"
 WORLD, PARADIGMS = "tests/test_world.py", "tests/test_paradigms.py"
 REPORT, BROWSER, TOUR = "tests/test_report.py", "tests/test_browser.py", "tests/test_tour.py"
@@ -293,7 +293,7 @@ MUTANTS = [
     ("tools/decord_reader.py", "width % 2 == height % 2 == 0", "True", READER + " -k otherwise"),
     ("tools/decord_reader.py", "keyframes[0] and sum(keyframes) == 1", "keyframes[0]",
      READER + " -k same_of_all"),
-    ("tools/decord_reader.py", "return exact and keyframes[0]", "return False and keyframes[0]",
+    ("tools/decord_reader.py", "return exact and as_coded", "return False and as_coded",
      READER + " -k generators"),
     ("tools/decord_reader.py", '"DISPLAYMATRIX" in first.side_data or ', "", READER + " -k otherwise"),
     ("tools/decord_reader.py", "if picture.shape != shape:", "if False:", READER + " -k otherwise"),
@@ -334,7 +334,43 @@ MUTANTS = [
     ("support/frames.py", "size == 2**32 - 1 or ", "", FRAMES + " -k pipe"),
     ("support/frames.py", '"format_whitelist": CONTAINERS, ', "", FRAMES),
     ("support/frames.py", " or stream.disposition & av.stream.Disposition.attached_pic", "", FRAMES),
-    ("support/frames.py", "round(frame.rotation / 90)", "0", FRAMES),
+    # -- a frame as a player shows it
+    ("support/frames.py", "return upright(picture, first).copy()", "return picture.copy()", FRAMES),
+    ("support/frames.py", "if abs(b) > abs(a):", "if False:", SHOWN + " -k orientations"),
+    ("support/frames.py", "a, d = c, b\n", "a, d = b, c\n", SHOWN + " -k orientations"),
+    ("support/frames.py", ":: -1 if a < 0 else 1]", "::1]", SHOWN + " -k orientations"),
+    ("support/frames.py", "[:: -1 if d < 0 else 1,", "[::1,", SHOWN + " -k orientations"),
+    ("support/frames.py", "abs(b)) * 57 > max(", "abs(b)) * 0 > max(", SHOWN + " -k angles"),
+    ("support/frames.py", "abs(b)) * 57 > max(", "abs(b)) * 570 > max(", SHOWN + " -k nothing"),
+    ("support/frames.py", "stream.sample_aspect_ratio or 1", "1", SHOWN + " -k square"),
+    ("support/frames.py", "stream.sample_aspect_ratio or 1", "context.sample_aspect_ratio or 1",
+     SHOWN + " -k container"),
+    ("support/frames.py", "stream.sample_aspect_ratio or 1", "stream.sample_aspect_ratio",
+     SHOWN + " -k square"),
+    ("support/frames.py", "width = max(context.width, round(context.width * self.pixel_aspect))",
+     "width = context.width", SHOWN + " -k hostile"),
+    ("support/frames.py", "if width * context.height > MAX_PIXELS:", "if False:", SHOWN + " -k hostile"),
+    ("support/frames.py", "max(1, round(picture.shape[1] *", "max(0, round(picture.shape[1] *",
+     SHOWN + " -k hostile"),
+    ("support/frames.py", "av.codec.context.Flags.unaligned", "0", SHOWN + " -k codec_crops"),
+    ("support/frames.py", "self.crop = container_crop(container, stream)", "self.crop = (0, 0, 0, 0)",
+     SHOWN + " -k container_crops"),
+    ("support/frames.py", "first.height - bottom, left : first", "first.height - top, left : first",
+     SHOWN + " -k container_crops"),
+    ("support/frames.py", "av.logging.set_level(level)", "pass", SHOWN + " -k container_crops"),
+    ("tools/decord_reader.py", "video.pixel_aspect == 1 and ", "", SHOWN + " -k square"),
+    ("tools/decord_reader.py", " and not any(video.crop)", "", SHOWN + " -k container_crops"),
+    ("tools/sent.py", "check_pixels(*video.size, args.max_pixels)", "pass", SHOWN + " -k hostile"),
+    ("tools/check.py", "interlaced.append(video)", "pass", SHOWN + " -k interlaced"),
+    ("tools/check.py", "if is_interlaced(video):", "if True:", SHOWN + " -k interlaced"),
+    ("data.py", "if highest < lowest:", "if False:", SHOWN + " -k contradict"),
+    ("data.py", "if highest < lowest:", "if highest <= lowest:", SHOWN + " -k contradict"),
+    ("data.py", 'for unit in ("frames", "pixels"):', 'for unit in ("pixels",):', SHOWN + " -k contradict"),
+    ("data.py", "0 < value < math.inf", "0 < value", SHOWN + " -k contradict"),
+    ("tools/check.py", 'with error_context("the frames cannot be so", TypeError):', "if True:",
+     SHOWN + " -k contradict"),
+    ("tools/annotate.py", 'with error_context("the frames cannot be so", TypeError):', "if True:",
+     SHOWN + " -k contradict"),
     ("support/frames.py", "if count != self.total:", "if False:", FRAMES),
     ("support/frames.py", "stamps = sorted(stamps)\n", "pass\n", FRAMES),
     ("support/frames.py", "min(max(tick, 0.001), 0.25 / rate)", "max(tick, 0.001)", FRAMES),

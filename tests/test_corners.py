@@ -33,7 +33,7 @@ from support.settings import RunArgs
     (5, 24, {"min_frames": 7}, 4),  # no more than there are
     (240, 24, {"min_frames": 7}, 20),  # more than the least
     (240, 24, {"max_frames": 7}, 6), (240, 24, {"max_frames": 8}, 8), (240, 24, {"max_frames": 19}, 18),
-    (240, 24, {"max_frames": 21}, 20), (240, 24, {"min_frames": 9, "max_frames": 5}, 4),
+    (240, 24, {"max_frames": 21}, 20), (240, 24, {"min_frames": 5, "max_frames": 5}, 4),
     (240, 24, {"fps": 1.1}, 10), (240, 24, {"fps": 1.25}, 12),  # 11 and 12.5
     (9600, 24, {}, 768), (9600, 24, {"max_frames": 2000}, 800), (2001, 2, {"max_frames": 3000}, 2000)])
 def test_frames_are_even_in_number_and_within_bounds(total, fps, asked, expected):

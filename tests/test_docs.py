@@ -134,7 +134,7 @@ def test_what_is_indented_is_a_command_or_data(page):
 FEW = ["--max-new-tokens", "8"]
 RUN = {
     "python infer.py": FEW,
-    "python -m tools.check": ["--max-pixels", "4096"],
+    "python -m tools.check": ["--min-pixels", "4096", "--max-pixels", "4096"],
     "python -m tools.convert": [],
     "python -m tools.filter": [],
     "python -m tools.pairs": FEW,

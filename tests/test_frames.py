@@ -161,15 +161,15 @@ def test_no_seconds_are_made_up(stamps, message):
 # How a frame looks
 
 
-def write(path, encoder="libx264", pix_fmt="yuv420p", turn=None, size=(48, 64)):
+def write(path, encoder="libx264", pix_fmt="yuv420p", turn=None, size=(48, 64), mirrored=False):
     picture = np.zeros((*size, 3), np.uint8)
     picture[: size[0] // 3, : size[1] // 4] = (255, 0, 0)  # red at the upper left
     with av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=4)
         stream.height, stream.width = size
         stream.pix_fmt = pix_fmt
-        if turn is not None:
-            stream.set_display_rotation(turn)
+        if turn is not None or mirrored:
+            stream.set_display_rotation(turn or 0, hflip=mirrored)
         for _ in range(4):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
         container.mux(stream.encode())

@@ -139,8 +139,8 @@ def test_real_clips(model, name, held):
     frames, fps = decoded(path)
     expected = reward(model, path, "A girl sits on a chair.", **SHORT)
     assert reward(model, HELD[held](frames), "A girl sits on a chair.", fps=fps, **SHORT) == expected
-    ours, seconds = read_video(Frames(list(frames), fps), VideoSettings(max_pixels=100_000))
-    theirs, their_seconds = read_video(path, VideoSettings(max_pixels=100_000))
+    ours, seconds = read_video(Frames(list(frames), fps), VideoSettings(min_pixels=4096, max_pixels=100_000))
+    theirs, their_seconds = read_video(path, VideoSettings(min_pixels=4096, max_pixels=100_000))
     assert torch.equal(ours, theirs) and seconds == their_seconds
 
 

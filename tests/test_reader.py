@@ -25,12 +25,12 @@ from tools.report import film
 
 REAL = ROOT.parent / "shared/videos"
 ONE_KEYFRAME = ("av1.mp4", "vp9.webm")
-# What decord shows otherwise, or not at all: name, encoder, kind of pixels, size, turned by so many degrees
-OTHERWISE = [("h264-10.mp4", "libx264", "yuv420p10le", (48, 64), None),
-             ("hevc-10.mkv", "libx265", "yuv420p10le", (48, 64), None),
-             ("odd.webm", "libvpx-vp9", "yuv420p", (47, 63), None),
-             ("narrow.mp4", "libx264", "yuv420p", (64, 48), None),
-             ("turned.mp4", "libx264", "yuv420p", (128, 128), 3)]
+# What decord shows otherwise, or not at all: name, encoder, kind of pixels, size, whether it is mirrored
+OTHERWISE = [("h264-10.mp4", "libx264", "yuv420p10le", (48, 64), False),
+             ("hevc-10.mkv", "libx265", "yuv420p10le", (48, 64), False),
+             ("odd.webm", "libvpx-vp9", "yuv420p", (47, 63), False),
+             ("narrow.mp4", "libx264", "yuv420p", (64, 48), False),
+             ("mirrored.mp4", "libx264", "yuv420p", (128, 128), True)]
 
 
 def same_by_both(path):
@@ -72,9 +72,9 @@ def test_what_generators_write_is_decoded_by_decord(tmp_path, name, encoder, opt
     assert same_by_both(tmp_path / name)[1].by_decord
 
 
-@pytest.mark.parametrize(("name", "encoder", "pix_fmt", "size", "turn"), OTHERWISE)
-def test_what_decord_would_show_otherwise_is_read_by_av(tmp_path, name, encoder, pix_fmt, size, turn):
-    write(tmp_path / name, encoder, pix_fmt, turn, size)
+@pytest.mark.parametrize(("name", "encoder", "pix_fmt", "size", "mirrored"), OTHERWISE)
+def test_what_decord_would_show_otherwise_is_read_by_av(tmp_path, name, encoder, pix_fmt, size, mirrored):
+    write(tmp_path / name, encoder, pix_fmt, None, size, mirrored)
     same_by_both(tmp_path / name)
 
 

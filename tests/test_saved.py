@@ -155,7 +155,9 @@ def test_a_file_that_is_not_as_it_was_saved_is_named(tmp_path, rank):
     ({"score_mean": "x", "score_std": 1.0}, "not two numbers"), ({"scoring_layout": "Release"}, "'Release'"),
     ({"args": "x"}, "'args' is 'x'"), ({"args": {"max_new_tokens": "x"}}, "max_new_tokens is 'x'"),
     ({"args": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
-    ({"instruction": "<video> Judge it."}, "<prompt>"), ({"video": {"max_frames": 1}}, "max_frames")])
+    ({"instruction": "<video> Judge it."}, "<prompt>"), ({"video": {"max_frames": 1}}, "max_frames"),
+    ({"video": {"max_pixels": 4096}}, "full: video settings .*max_pixels is 4096, below min_pixels, 131072"),
+    ({"scoring_video": {"max_frames": 2}}, "full: video settings .*max_frames is 2, below min_frames, 4")])
 def test_settings_that_make_no_sense_are_refused(saved, tmp_path, change, message):
     shutil.copytree(saved / "full", tmp_path / "full")
     change_json(tmp_path / "full/descore.json", **change)

@@ -40,6 +40,7 @@ from data import (
     VideoSettings,
     check_instruction,
     check_reader,
+    error_context,
     read_text,
     read_video,
 )
@@ -323,7 +324,8 @@ def main() -> None:
     given = {name: getattr(args, name) for name in ("fps", "min_pixels", "max_pixels")}
     video = {name: value for name, value in given.items() if value is not None}
     if args.api:
-        settings = VideoSettings(**{"max_pixels": 307_200} | video)
+        with error_context("the frames cannot be so", TypeError):
+            settings = VideoSettings(**{"max_pixels": 307_200} | video)
         how = (args.api, args.api_model, settings, os.environ.get(args.api_key_env), args.max_new_tokens,
                args.temperature, args.parallel, args.timeout, args.retries)
         if args.together:

@@ -9,6 +9,8 @@ import argparse
 import math
 import statistics
 from collections import Counter
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,6 +19,7 @@ from transformers import AutoTokenizer
 from data import DataError, Processor, VideoSettings, error_context, read_video
 from support.command import READER, Count, Positive, run_command
 from support.formats import read_pairs
+from support.frames import ERRORS, opened
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "toy/backbone"
 
@@ -39,13 +42,15 @@ def check(path: Path, settings: VideoSettings, label: str | None = None, root: P
     prompts = {}  # video → one of its prompts
     for pair in pairs:
         prompts.update(pair.videos())
-    broken, sizes, figures = [], Counter(), []
+    broken, interlaced, sizes, figures = [], [], Counter(), []
     for video, prompt in tqdm(sorted(prompts.items()), "check", unit="video"):
         try:
             frames, seconds = read_video(video, settings, reader)
         except DataError as error:
             broken.append(str(error))
             continue
+        if is_interlaced(video):
+            interlaced.append(video)
         sample = processor.sample(frames, seconds, prompt)
         video_tokens = math.prod(sample.grid) // settings.merge_size**2
         figures.append((len(sample.input_ids), video_tokens, seconds[-1]))
@@ -56,8 +61,18 @@ def check(path: Path, settings: VideoSettings, label: str | None = None, root: P
         middle = statistics.median(values)
         print(f"{name}: {min(values):.0f} to {max(values):.0f}, median {middle:.0f}")
     print("sizes at the model: " + listed(sizes, " of "))
+    if interlaced:
+        print("interlaced, read with both fields of a frame woven together:", len(interlaced))
+        print("\n".join(interlaced))
     print("\n".join([f"videos: {sizes.total()} read, {len(broken)} broken", *broken]))
     return not broken and not any(row["reason"] == "missing" for row in pairs.left_out)
+
+
+def is_interlaced(video: str) -> bool:
+    """Whether any of a file's first frames holds two moments, its fields."""
+    with suppress(*ERRORS), opened(video) as (container, stream):  # decord may have read more
+        return any(frame.interlaced_frame for frame in islice(container.decode(stream), 8))
+    return False
 
 
 def listed(counts: Counter, between: str) -> str:
@@ -77,7 +92,8 @@ def main() -> None:
         help="whose tokenizer counts the tokens, directory or hub id [the embedded one]")
     add("--reader", **READER)
     args = parser.parse_args()
-    settings = VideoSettings(args.fps, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    with error_context("the frames cannot be so", TypeError):
+        settings = VideoSettings(args.fps, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     good = check(args.pairs, settings, args.label, args.root, args.model, args.reader)
     raise SystemExit(0 if good else 1)
 

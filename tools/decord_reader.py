@@ -52,14 +52,15 @@ class DecordVideo(Video):
 
 def suits_decord(video: Video) -> bool:
     """Whether decord shows of a file what PyAV does: the packets tell when each frame is shown
-    (`packet_stamps`), all are shown, only at the first can decoding begin, and both make the same
-    colours of their pixels."""
+    (`packet_stamps`), all are shown, only at the first can decoding begin, both make the same
+    colours of their pixels, and these are square and all shown."""
     if video.stamps is None or len(video.stamps) < len(video.packets):
         return False
     keyframes = [packet.is_keyframe for packet in video.packets]
     width, height = video.size
     exact = video.pix_fmt in EXACT and width % 2 == height % 2 == 0
-    return exact and keyframes[0] and sum(keyframes) == 1
+    as_coded = video.pixel_aspect == 1 and not any(video.crop)
+    return exact and as_coded and keyframes[0] and sum(keyframes) == 1
 
 
 def import_decord():

@@ -122,6 +122,7 @@ def check_file(path: Path, args: argparse.Namespace) -> Video:
         if packets > 2 * args.max_frames:
             raise DataError(f"{packets:,} packets, more than {args.max_frames:,} frames have")
         video = open_file(path, args.reader)
+        check_pixels(*video.size, args.max_pixels)  # as it is shown
         check_length(video.total, args)
         return video
 
