@@ -43,6 +43,7 @@ from support.batches import (
 from support.command import READER, Count, Positive, Temperature, Whole, run_command
 from support.files import LAYOUTS, MODELS, default_model
 from support.formats import read_pairs
+from support.protocol import findings
 from support.ranks import ALONE, Ranks
 from support.shard import gathered
 
@@ -453,7 +454,7 @@ def main() -> None:
         keys = keys_of(pairs)
         ranks.agree(vars(args), args.pairs, keys)
         if ranks.first:
-            print(pairs.summary(), file=sys.stderr)
+            print(pairs.summary(), *findings(pairs), sep="\n", file=sys.stderr)
     else:
         *videos, prompt = args.inputs
         keys = [(video, prompt) for video in videos]
