@@ -700,7 +700,7 @@ class Pair:
 class Item(Protocol):
     """What is learnt from: a `Pair`, or another dataclass that has videos, one or several, and says
     something of each; each video is a row of its own. Reading, batches and budgets ask no more of it
-    than this; a stage's loss and its evaluation do."""
+    than this; a stage's loss and its evaluation do. One with a `row` is known by it in its file."""
 
     def videos(self) -> list[Key]:
         """Its (video, prompt) keys."""

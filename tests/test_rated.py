@@ -77,7 +77,7 @@ def test_equal_means_are_equal_however_they_are_written(folder):
 def test_a_video_that_is_rated_twice_has_the_mean(folder):
     (folder / "link.mp4").symlink_to(folder / "0.mp4")
     rows = [{"prompt": "p", "video": video, "score": score}
-            for video, score in (("0.mp4", 1), ("1.mp4", 3), ("./link.mp4", 6))]
+            for video, score in (("0.mp4", 6), ("1.mp4", 3), ("./link.mp4", 1))]
     (pair,) = rated_pairs(write(folder / "r.jsonl", rows))
     assert pair.preference == "A" and pair.video_b.endswith("1.mp4")  # 3.5 to 3
 
