@@ -1135,6 +1135,8 @@ MUTANTS = [
     ("tools/formats.py", "or any(cell.strip() for cell in cells[width:])", "", TABLES + " -k name"),
     ("tools/formats.py", "strict=True", "strict=False", TABLES + " -k closed"),
     ("tools/formats.py", "row {number + 1}: not CSV", "row {number}: not CSV", TABLES + " -k closed"),
+    ("tools/formats.py", 'if len(columns) < 2 and path.suffix', 'if len(columns) < 2 or path.suffix',
+     TABLES + " -k one_column"),
     # -- videos that were rated one by one
     ("tools/rated.py", "a.mean() > b.mean()", "a.mean() < b.mean()", RATED),
     ("tools/rated.py", "Fraction(repr(number))", "number", RATED + " -k equal"),

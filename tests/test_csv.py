@@ -88,8 +88,17 @@ def test_a_quote_that_is_never_closed_is_named_by_its_row(folder):
 
 
 @pytest.mark.parametrize("content", [
-    "", "\n", "sep=;", "sep=;\n", ",,,\n,,,\n", "# a\n# b", "a", '"', "\t", "sep=", 'a,"b\nc',
+    "", "\n", "sep=;", "sep=;\n", ",,,\n,,,\n", "# a\n# b", "a", '"', "\t", "sep=", 'sep="\na', "sep=a\nb", 'a,"b\nc',
     "path_A\x00,b,c\n"])
 def test_what_is_no_table_is_an_error_of_one_line(folder, content):
     with pytest.raises(DataError, match=r"p\.csv"):
         read(folder, content)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("p.csv", "p.csv: a CSV file, and none of the pair formats has these columns: path_A|path_B$"),
+    ("p.TSV", "p.TSV: a CSV file, and none"), ("p.txt", "p.txt, row 1: not JSON")])
+def test_a_file_of_one_column_is_called_what_its_name_says(folder, name, message):
+    (folder / name).write_text("path_A|path_B\na.mp4|b.mp4\n")
+    with pytest.raises(DataError, match=message.replace("|", r"\|")):
+        read_pairs(folder / name)

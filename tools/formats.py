@@ -36,7 +36,7 @@ def csv_records(text: str, path: Path, label: str | None) -> Iterator[tuple[int,
         return any(needed.issubset(columns) for needed, _ in FORMATS)
 
     columns, rows = csv_table(text, path, is_pairs)
-    if len(columns) < 2:
+    if len(columns) < 2 and path.suffix.lower() not in (".csv", ".tsv"):
         yield from json_records(text, path)  # which says that it is no JSON either
         return
     convert = converter(columns, path, label)
@@ -81,7 +81,7 @@ def csv_table(text: str, path: Path,
     csv.field_size_limit(2**24)  # a CoT may be longer than csv allows by itself
     lines = text.split("\n")
     separators = SEPARATORS
-    said = re.fullmatch(r'"?sep=(.)"?', lines[0], re.IGNORECASE)
+    said = re.fullmatch(r'"?sep=([^"\w])"?', lines[0], re.IGNORECASE)
     if said:
         separators = said[1]
         lines = lines[1:] or [""]  # a spreadsheet does not show it
