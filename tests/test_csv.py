@@ -88,8 +88,8 @@ def test_a_quote_that_is_never_closed_is_named_by_its_row(folder):
 
 
 @pytest.mark.parametrize("content", [
-    "", "\n", "sep=;", "sep=;\n", ",,,\n,,,\n", "# a\n# b", "a", '"', "\t", "sep=", 'sep="\na', "sep=a\nb", 'a,"b\nc',
-    "path_A\x00,b,c\n"])
+    "", "\n", "sep=;", "sep=;\n", ",,,\n,,,\n", "# a\n# b", "a", '"', "\t", "sep=", 'sep="\na', "sep=a\nb",
+    'a,"b\nc', "path_A\x00,b,c\n"])
 def test_what_is_no_table_is_an_error_of_one_line(folder, content):
     with pytest.raises(DataError, match=r"p\.csv"):
         read(folder, content)
