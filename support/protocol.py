@@ -6,11 +6,10 @@ import os
 from data import Item, Key, Pair, Pairs
 
 
-def content(item: Item) -> frozenset[Key]:
-    """The videos of an item with their prompts, whichever comes first and however they are spelt:
-    links are followed, white space counts once."""
-    keys = [(os.path.realpath(video), " ".join(prompt.split())) for video, prompt in item.videos()]
-    return frozenset(keys)
+def spelt_once(item: Item) -> list[Key]:
+    """The (video, prompt) keys of an item, however they are spelt: links are followed, white space
+    counts once."""
+    return [(os.path.realpath(video), " ".join(prompt.split())) for video, prompt in item.videos()]
 
 
 def findings(pairs: Pairs, train: Pairs | None = None) -> list[str]:
@@ -20,15 +19,16 @@ def findings(pairs: Pairs, train: Pairs | None = None) -> list[str]:
     labels: dict[frozenset[Key], set] = {}
     for pair in pairs:
         if isinstance(pair, Pair):
-            better = os.path.realpath(pair.winner_first().video_a) if pair.human else "neither"
-            rows.setdefault(content(pair), []).append(str(pair.row))
-            labels.setdefault(content(pair), set()).add(better)
+            keys = spelt_once(pair)
+            better = {1: keys[0], -1: keys[1], 0: None}[pair.human]
+            rows.setdefault(frozenset(keys), []).append(str(pair.row))
+            labels.setdefault(frozenset(keys), set()).add(better)
     found = {
         "have more than one label": [about for about in rows if len(labels[about]) > 1],
         "stand there more than once": [about for about in rows if len(rows[about]) > 1 == len(labels[about])],
     }
     if train:
-        trained = {content(item) for item in train}
+        trained = {frozenset(spelt_once(item)) for item in train}
         keys = frozenset().union(*trained)
         found[f"are training pairs too, of {train.path}"] = [about for about in rows if about in trained]
         found[f"share a video and its prompt with training pairs of {train.path}"] = [
