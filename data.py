@@ -4,6 +4,7 @@ Everything a Qwen3-VL reads is made here, token for token and pixel for pixel as
 pipeline makes it (qwen-vl-utils 0.0.14, the processor of transformers 4.57).
 """
 
+import codecs
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
@@ -138,11 +139,11 @@ class VideoSettings:
     merge_size: int = 2
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            fits = is_number(value) and isinstance(value, (int, field.type))
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            fits = is_number(value) and isinstance(value, (int, setting.type))
             if not fits or not 0 < value < math.inf:
-                raise TypeError(f"{field.name} is {value!r}")
+                raise TypeError(f"{setting.name} is {value!r}")
         if self.max_frames < 2:
             raise TypeError("max_frames is 1")
         for unit in ("frames", "pixels"):
@@ -671,6 +672,7 @@ class Pair:
     problem: str | None = None  # the whole instruction, where a file brings its own
     overall_a: float | None = None  # in [1, 5], of whoever saw both videos (annotate --together)
     overall_b: float | None = None
+    row: int | None = field(default=None, compare=False)  # where it stands in its file
 
     @property
     def human(self) -> int:
@@ -703,7 +705,7 @@ class Pair:
 class Item(Protocol):
     """What is learnt from: a `Pair`, or another dataclass that has videos, one or several, and says
     something of each; each video is a row of its own. Reading, batches and budgets ask no more of it
-    than this; a stage's loss and its evaluation do."""
+    than this; a stage's loss and its evaluation do. One with a `row` is known by it in its file."""
 
     def videos(self) -> list[Key]:
         """Its (video, prompt) keys."""
@@ -762,12 +764,15 @@ def read_pairs(path: str | Path, root: Path | None = None, dimensions=DIMENSIONS
 
 
 def read_text(path: Path) -> str:
-    """A text file. Raises DataError, naming it, if missing or not UTF-8."""
+    """A text file: UTF-8, or UTF-16 that begins with its mark, as a spreadsheet writes it. Raises
+    DataError, naming it, if missing or neither."""
     if not path.is_file():
         reason = "is a directory" if path.is_dir() else "no such file"
         raise DataError(f"{path}: {reason}")
-    with error_context(f"{path}: not UTF-8 text", UnicodeDecodeError):
-        return path.read_text(encoding="utf-8-sig")
+    with path.open("rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    with error_context(f"{path}: not UTF-8 text, nor UTF-16 with its mark", UnicodeDecodeError):
+        return path.read_text(encoding="utf-16" if is_utf16 else "utf-8-sig")
 
 
 def json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
@@ -786,8 +791,9 @@ def json_records(text: str, path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def collect(path: Path, records: Iterable, root: Path | None, dimensions=DIMENSIONS) -> Pairs:
-    """Pairs of numbered records; those without a preference (None), and those whose videos are
-    missing, are left out and listed. Raises DataError where nothing is left."""
+    """Pairs of numbered records; those without a preference (None), those that prefer a video to
+    itself, and those whose videos are missing, are left out and listed. Raises DataError where
+    nothing is left."""
     pairs = Pairs(path)
     folder = Path(root or path.parent)
     for row, record in records:
@@ -795,9 +801,13 @@ def collect(path: Path, records: Iterable, root: Path | None, dimensions=DIMENSI
             pairs.left_out.append({"row": row, "reason": "invalid", "detail": ""})
             continue
         pair = make_pair(record, f"{path}, row {row}", folder, dimensions)
+        pair.row = row
         missing = [video for video, _ in pair.videos() if not os.path.isfile(video)]
         if missing:
             pairs.left_out.append({"row": row, "reason": "missing", "detail": missing[0]})
+        elif pair.human and os.path.samefile(pair.video_a, pair.video_b):
+            reason = "a video preferred to itself"
+            pairs.left_out.append({"row": row, "reason": reason, "detail": pair.video_a})
         else:
             pairs.append(pair)
     if not pairs:

@@ -43,6 +43,7 @@ from support.batches import (
 from support.command import READER, Count, Positive, Temperature, Whole, run_command
 from support.files import LAYOUTS, MODELS, default_model
 from support.formats import read_pairs
+from support.protocol import findings
 from support.ranks import ALONE, Ranks
 from support.shard import gathered
 
@@ -460,7 +461,7 @@ def main() -> None:
         keys = keys_of(pairs)
         ranks.agree(vars(args), args.pairs, keys)
         if ranks.first:
-            print(pairs.summary(), file=sys.stderr)
+            print(pairs.summary(), *findings(pairs), sep="\n", file=sys.stderr)
         if args.predictions:  # what is wrong with them is said before anything is judged
             read = from_above("tools.predictions", "Others")
             others = ranks.ask_first(lambda: read(args, pairs))

@@ -40,7 +40,7 @@ def of_json(value) -> str:
 
 
 def of_pairs(pairs: list[Pair]) -> str:
-    """SHA-256 of pairs as they were read: their order, videos by name, labels, CoTs and sub-scores."""
+    """SHA-256 of pairs as they were read: their rows, videos by name, labels, CoTs and sub-scores."""
     return of_json([asdict(pair) for pair in pairs])
 
 

@@ -53,6 +53,7 @@ from support.files import (
     write_whole,
 )
 from support.formats import read_pairs
+from support.protocol import findings
 from support.ranks import Ranks
 from support.settings import FREE, FREE_IN, ROOT, RunArgs, function_file
 from support.shard import shard
@@ -84,6 +85,8 @@ class Run:
         is at work in it."""
         self.args, self.stage, self.ranks = args, stage, ranks
         self.out = Path(args.out)
+        self.items = Pairs(Path(args.train))  # what it trains on
+        self.tests_looked_at = False
         self.digests: dict[str, str] = {}  # of what the run depends on, by name
         self.scale: dict = {}  # of the scores of the test set measured last
         self.stop_asked = False
@@ -125,6 +128,8 @@ class Run:
         self.ranks.agree(self.deciding, self.args.train, keys_of(items))
         self.skipped = Skipped(self.out / "skipped.jsonl", items, self.args.max_skipped,
                                write=self.ranks.first)
+        if self.ranks.first:
+            sys.stderr.writelines(f"warning: {finding}\n" for finding in findings(items))
 
     @property
     def deciding(self) -> dict:
@@ -157,7 +162,9 @@ class Run:
             with error_context(wrong, LookupError, TypeError, AttributeError):
                 if state:
                     self.check_digests(state)
-                    self.skipped.restore(state["skipped"])
+                    changed = digests.changed(state.get("digests") or {}, self.digests)
+                    if not any(name.startswith(digests.PAIRS) for name in changed):
+                        self.skipped.restore(state["skipped"])  # its rows are this file's
         elif first:  # anew
             remove(self.checkpoints.folder)
             self.checkpoints.folder.mkdir()
@@ -237,7 +244,8 @@ class Run:
                 for item, weight, error in zip(items, weights, errors):
                     if error and weight:
                         files, prompts = zip(*item.videos())
-                        bad.append({"videos": [*files], "prompts": [*prompts], "error": error})
+                        bad.append({"row": getattr(item, "row", None), "videos": [*files],
+                                    "prompts": [*prompts], "error": error})
                 weight = torch.tensor(weights) * torch.tensor([not error for error in errors])
                 rows = []
                 for item, place in zip(items, places):
@@ -269,6 +277,12 @@ class Run:
         """Measure a model on the test sets, and log it. What it thinks about a set's first videos, the
         same each time, goes to held_out.jsonl."""
         args = self.args
+        if self.ranks.first and not self.tests_looked_at:
+            self.tests_looked_at = True
+            for pairs in tests.values():
+                left_out = [pairs.summary()] if pairs.left_out else []
+                found = left_out + findings(pairs, self.items)
+                sys.stderr.writelines(f"warning: {finding}\n" for finding in found)
         judged: dict[str, dict] = {}
         thinking = Thinking(args.max_new_tokens, args.eval_temperature, think_tokens=args.think_tokens)
         figures = evaluate(model, tests, self.ranks, thinking, args.workers, judged)
@@ -514,8 +528,8 @@ def without_adapter(model: DeScore) -> list[str]:
 
 
 class Skipped:
-    """The pairs that training leaves out because a video cannot be read: listed in a file,
-    and bounded."""
+    """The pairs that training leaves out because a video cannot be read: listed in a file, and
+    bounded. A pair is one by its row in the pair file, however often it is met."""
 
     def __init__(self, path: Path, pairs: Pairs, limit: float, write: bool = True):
         """limit: the largest share of the file's pairs that may be left out, those with
@@ -523,34 +537,40 @@ class Skipped:
         self.path, self.write, self.records, self.limit = path, write, [], limit
         missing = [row for row in pairs.left_out if row["reason"] == "missing"]
         self.total = len(pairs) + len(missing)
-        self.restore([{"row": row["row"], "videos": [row["detail"]], "error": "missing"}
-                      for row in missing])
+        self.missing = [
+            {"row": row["row"], "videos": [row["detail"]], "error": "missing"} for row in missing]
+        self.restore([])
 
     def restore(self, records: list[dict]) -> None:
-        """List these and no others, as a checkpoint has them. Raises DataError past the limit."""
+        """List what is missing now and, as a checkpoint has it, what else could not be read, and no
+        others. Raises DataError past the limit."""
         self.records = []
         if self.write:
             cut(self.path, 0)
-        self.put(records)
+        self.add(self.missing + [record for record in records if record["error"] != "missing"])
 
     def add(self, bad: list[dict]) -> None:
-        """List some more, but those that were met before, in an earlier epoch or the same batch (`put`)."""
+        """List some more, but those that were met before: in an earlier epoch, the same batch, or
+        before a checkpoint. Raises DataError past the limit."""
+        met = {identity(record) for record in self.records}
         new = []
         for record in bad:
-            if record not in self.records + new:
+            if identity(record) not in met:
+                met.add(identity(record))
                 new.append(record)
-        self.put(new)
-
-    def put(self, records: list[dict]) -> None:
-        """List these too. Raises DataError past the limit."""
         if self.write:
-            append(self.path, records)
-        self.records += records
-        if len(self.records) > self.limit * self.total:
+            append(self.path, new)
+        self.records += new
+        if len(self.records) / self.total > self.limit:
             raise DataError(
                 f"{len(self.records)} of {self.total} pairs have videos that cannot be read, "
                 f"more than --max-skipped {self.limit:g} allows; they are listed in "
                 f"{self.path}. The last: {self.records[-1]['error']}")
+
+
+def identity(record: dict) -> str:
+    """The row of a record of `Skipped`; of an item that has none its videos and prompts."""
+    return str(record.get("row") or [record["videos"], record["prompts"]])
 
 
 def read_tests(args: RunArgs, dimensions: dict[str, int]) -> dict[str, Pairs]:

@@ -14,6 +14,7 @@ DELIBERATE: list[tuple[str, str, str]] = [
     ("*-shards*", "run/checkpoints/*", "a checkpoint holds whole tensors, in one file"),
     ("*-shards*", "*.err", "a score is no view any more, of which FSDP warned"),
     ("*-shards*", "run/metrics.jsonl", "grad_norm: torch's own norm of shards, in float32"),
+    ("*", "run/skipped.jsonl", "a pair is named by its row"),
     ("errors-stages", "9.out", "test sets are read before anything is said of the training pairs"),
 ]
 # Lines that stand in one tree alone, on purpose: a run says what LoRA leaves out and what the model brings of

@@ -108,6 +108,7 @@ def pinned(flags: str, test: str) -> list[Pinned]:
     return [Pinned(f"--{flag}", test) for flag in flags.split()]
 
 
+RATED = "test_rated.py test_of_two_videos_of_a_prompt_the_higher_mean_is_preferred"
 BY_READER = Pinned("--reader", "test_reader.py test_a_command_reads_by_decord_where_it_is_told_to")
 
 
@@ -261,11 +262,14 @@ TABLE = {
         Row("--min-pixels 9000", "check", "64 x 64 becomes 96 x 96", look.said(" model: 6 of 96x96")),
         Row("--max-pixels 2500", "check-pixels", "64 x 64 becomes 32 x 32", look.said(" model: 2 of 32x32")),
         Row("--model {data}/letters", "check", "its tokenizer counts", look.in_letters),
+        *pinned("test", "test_protocol.py test_test_pairs_that_were_trained_on_are_said"),
         BY_READER,
     ],
     "-m tools.convert": [
         Row("--label VQ", "convert", "the preferences of this column", look.converted),
         Row("--root {world}", "convert", "relative paths lead there", look.converted),
+        *pinned("rated prompt video score", RATED),
+        *pinned("per-prompt total seed", "test_rated.py test_pairs_are_bounded_and_drawn_by_the_seed"),
     ],
     "-m tools.pairs": [
         *thinking("pairs", 4),

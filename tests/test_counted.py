@@ -77,7 +77,10 @@ def lines_of(path):
 
 
 def write_pairs(path, steps, world_dir, broken, ties=()):
-    """A pair file such that a run takes these pairs in these steps."""
+    """A pair file such that a run takes these pairs in these steps. Each side has a broken file of its own,
+    for a video preferred to itself is left out."""
+    beside = broken.with_name("broken_a.mp4")
+    beside.write_bytes(broken.read_bytes())
     rows = lines_of(world_dir / "train_cots.jsonl")
     numbers = [number for step in steps for number in step]
     lines = [""] * len(numbers)
@@ -87,7 +90,8 @@ def write_pairs(path, steps, world_dir, broken, ties=()):
         row["preference"] = "tie" if number in ties else "AB"[number % 2]
         for side in "ab":
             is_wrong = side in WRONG.get(number, "")
-            row[f"video_{side}"] = str(broken if is_wrong else world_dir / row[f"video_{side}"])
+            file = {"a": beside, "b": broken}[side] if is_wrong else world_dir / row[f"video_{side}"]
+            row[f"video_{side}"] = str(file)
         lines[place] = json.dumps(row) + "\n"
     path.write_text("".join(lines))
     return path
@@ -174,7 +178,8 @@ def test_a_broken_pair_is_listed_once_whichever_rank_meets_it(runs):
     for out in (runs.one, runs.two):
         found = lines_of(out / "skipped.jsonl")
         expected = [WRONG[number] for step in STEPS[runs.stage] for number in step if number in WRONG]
-        assert [record["videos"].count(broken) for record in found] == [len(wrong) for wrong in expected]
+        counts = [sum("broken" in video.rpartition("/")[2] for video in record["videos"]) for record in found]
+        assert counts == [len(wrong) for wrong in expected]
         assert all(record["error"].startswith(f"{broken}: not a video") for record in found)
         met = [number for step in STEPS[runs.stage] for number in step if number in WRONG]
         assert [record["prompts"] for record in found] == [["A circle" + " red" * WORDS[n]] * 2 for n in met]

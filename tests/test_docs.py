@@ -198,7 +198,7 @@ def folder(world_dir, tmp_path_factory):
                           ("other", scores)):
         (folder / f"{name}.csv").write_text("".join(content))
     lines = (world_dir / "train_cots.jsonl").read_text().splitlines(keepends=True)
-    for name, count in (("test", 2), ("annotated", 12), ("references", 12)):
+    for name, count in (("test", 2), ("pairs", 3), ("annotated", 12), ("references", 12)):
         (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
     shutil.copytree(world_dir / "videos", folder / "videos")
     names = ["video.mp4", "a.mp4", "b.mp4", "c.mp4"]
@@ -206,6 +206,8 @@ def folder(world_dir, tmp_path_factory):
         shutil.copy(clip, folder / name)
     prompts = [{"prompt": prompt, "videos": names[1:]} for prompt in ("A red circle.", "A blue cross.")]
     (folder / "VIDEOS.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
+    ratings = [f"{name},A red circle.,{number},2\n" for number, name in enumerate(names)]
+    (folder / "ratings.csv").write_text("".join(["video,prompt,quality,alignment\n", *ratings]))
     (folder / "FILE").write_text("<video><prompt>\nThink, then judge.")
     torch.manual_seed(0)
     model = DeScore.load(ROOT / "toy/backbone", device="cpu")

@@ -72,7 +72,7 @@ def test_videoalign_counts_invalid_and_missing_rows(folder):
                      ["a.mp4", "b.mp4", "x", "A", "A", "B"])
     pairs = read_pairs(path)
     assert [pair.preference for pair in pairs] == ["B"]
-    assert [(row["row"], row["reason"]) for row in pairs.left_out] == [(1, "invalid"), (2, "missing")]
+    assert [(row["row"], row["reason"]) for row in pairs.left_out] == [(2, "invalid"), (3, "missing")]
     assert "no.mp4" in pairs.summary()
 
 
@@ -132,33 +132,33 @@ def test_labels_of_an_answer(folder, answer, preference):
 def test_a_problem_never_stands_inside_another_instruction(folder):
     columns, row = ["videos", "problem", "answer"], ["['a.mp4', 'b.mp4']", "Judge: x", "A"]
     path = write_csv(folder / "2.csv", columns, row)
-    with pytest.raises(DataError, match=r"2\.csv, row 1: no prompt, and its problem is a whole instruction"):
+    with pytest.raises(DataError, match=r"2\.csv, row 2: no prompt, and its problem is a whole instruction"):
         read_pairs(path)
     assert read_pairs(path, prompt="problem")[0].prompt == "Judge: x"
     path = write_csv(folder / "2.csv", ["videos", "prompt", "answer"], row)
     assert read_pairs(path)[0].prompt == "Judge: x"
-    with pytest.raises(DataError, match=r"2\.csv, row 1: no problem to be the instruction"):
+    with pytest.raises(DataError, match=r"2\.csv, row 2: no problem to be the instruction"):
         read_pairs(path, prompt="problem")
     both = write_csv(folder / "2.csv", ["prompt", *columns], ["x", *row])
     assert [read_pairs(both, prompt=name)[0].prompt for name in ("prompt", "problem")] == ["x", "Judge: x"]
 
 
 @pytest.mark.parametrize(("columns", "row", "message"), [
-    (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4", "x", "C"], r"row 1: the label is 'C'"),
+    (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4", "x", "C"], r"row 2: the label is 'C'"),
     (["path_A", "path_B", "prompt", "VQ"], ["a.mp4", "b.mp4", "x", "A"], r"no label column TA or Overall"),
-    (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4", "", "A"], r"row 1: 'prompt' is missing"),
-    (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4"], r"row 1: not 4 columns"),
+    (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4", "", "A"], r"row 2: 'prompt' is missing"),
+    (["path_A", "path_B", "prompt", "TA"], ["a.mp4", "b.mp4"], r"row 2: not 4 columns"),
     (["videos", "problem", "prompt", "CoT_A", "CoT_B", "GSB"], ["a.mp4", "p", "x", "", "", "A"],
-     r"row 1: videos is not"),
+     r"row 2: videos is not"),
     (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", "<answer>{}</answer>"],
-     r"row 1: the answer has no"),
+     r"row 2: the answer has no"),
     (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", '{"gsb_result": null}'],
-     r"row 1: the answer has no gsb_result .*not a text"),
-    (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", "both"], r"row 1: the answer has no"),
+     r"row 2: the answer has no gsb_result .*not a text"),
+    (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", "both"], r"row 2: the answer has no"),
     (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", json.dumps(
-        {"gsb_result": "A", "video_1_scores": {"subject": "3"}})], r"row 1: scores_a is not"),
+        {"gsb_result": "A", "video_1_scores": {"subject": "3"}})], r"row 2: scores_a is not"),
     (["videos", "prompt", "answer"], ["['a.mp4','b.mp4']", "p", '{"gsb_result": "A"} {"gsb_result": "B"}'],
-     r"row 1: the answer has no gsb_result that can be read"),
+     r"row 2: the answer has no gsb_result that can be read"),
     (["left_model", "right_model", "vote_type", "prompt"], ["m", "n", "leftvote", "x"],
      r"without left_video"),
     (["x", "y"], ["1", "2"], r"none of the pair formats has these columns: x, y")])
@@ -181,7 +181,7 @@ def test_the_real_example_of_videoalign():
     path = ROOT.parent / "shared/videos/videoalign_example.csv"
     if not path.is_file():
         pytest.skip("no shared videos here")
-    with pytest.raises(DataError, match=r"12 left out, missing: row 1 .*example_1_B\.mp4"):
+    with pytest.raises(DataError, match=r"12 left out, missing: row 2 .*example_1_B\.mp4"):
         read_pairs(path, root=ROOT.parent / "shared")
 
 

@@ -1,6 +1,7 @@
 """Read a pair file whole, open every video as a model would, print a summary.
 
     python -m tools.check videogen-rewardbench.csv --root VIDEOS --model Qwen/Qwen3-VL-8B-Instruct
+    python -m tools.check train.jsonl --test test.jsonl    # and which pairs are in both
 
 Exit code 1 if any video is broken or missing.
 """
@@ -9,6 +10,7 @@ import argparse
 import math
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -20,16 +22,17 @@ from data import DataError, Processor, VideoSettings, error_context, read_video
 from support.command import READER, Count, Positive, run_command
 from support.formats import read_pairs
 from support.frames import ERRORS, opened
+from support.protocol import findings
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "toy/backbone"
 
 
 def check(path: Path, settings: VideoSettings, label: str | None = None, root: Path | None = None,
-          tokenizer: str | Path = EMBEDDED, reader: str = "av") -> bool:
+          tokenizer: str | Path = EMBEDDED, reader: str = "av", tests: Sequence[Path] = ()) -> bool:
     """Read a pair file (`read_pairs`) and each video with its prompt, and print what they are.
 
     tokenizer: directory or hub id of the one that counts tokens; reader: of video files
-    (`data.read_video`).
+    (`data.read_video`). tests: pair files, of whose pairs is said which of them are in this file.
     Returns False if any video is broken or missing. Raises DataError as `read_pairs` does, and if
     there is no such tokenizer."""
     with error_context(f"{tokenizer}: no tokenizer that can be read", OSError, ValueError):
@@ -37,6 +40,12 @@ def check(path: Path, settings: VideoSettings, label: str | None = None, root: P
     processor = Processor(counter, settings, reader=reader)
     pairs = read_pairs(path, label, root)
     print(pairs.summary())
+    found = findings(pairs)
+    for test in tests:
+        test_pairs = read_pairs(test, label, root)
+        found += [test_pairs.summary(), *findings(test_pairs, pairs)]
+    for line in found:
+        print(line)
     print("labels: " + listed(Counter(pair.preference for pair in pairs), " "))
 
     prompts = {}  # video → one of its prompts
@@ -90,11 +99,13 @@ def main() -> None:
     add("--max-pixels", type=Count, default=448 * 448, help="a frame, at most")
     add("--model", default=EMBEDDED,
         help="whose tokenizer counts the tokens, directory or hub id [the embedded one]")
+    add("--test", nargs="+", type=Path, default=[],
+        help="pair files to test on: says which of their pairs are among these")
     add("--reader", **READER)
     args = parser.parse_args()
     with error_context("the frames cannot be so", TypeError):
         settings = VideoSettings(args.fps, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-    good = check(args.pairs, settings, args.label, args.root, args.model, args.reader)
+    good = check(args.pairs, settings, args.label, args.root, args.model, args.reader, args.test)
     raise SystemExit(0 if good else 1)
 
 

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -23,26 +24,25 @@ VOTES = {"leftvote": "A", "rightvote": "B", "tievote": "tie", "bothbad_vote": "t
 RESULTS = {side.lower(): label for side, label in SIDES.items()}
 RESULTS |= {"video 1 is better": "A", "video 2 is better": "B"}
 LABELS = ("TA", "Overall")  # text alignment is what this method judges
+SEPARATORS = ",;\t"
 
 
 def csv_records(text: str, path: Path, label: str | None) -> Iterator[tuple[int, dict]]:
-    """The rows of a CSV file, numbered from 1, in the terms of our own format; in a row marked
-    invalid the preference is None. Raises DataError, naming the file and the row, for what is none."""
-    csv.field_size_limit(2**24)  # a CoT may be longer than csv allows by itself
-    with error_context(f"{path}: not a CSV file that can be read", csv.Error):
-        columns = next(csv.reader(io.StringIO(text)), [])
-        if len(set(columns)) < len(columns):
-            raise DataError(f"{path}: a column stands twice: {', '.join(columns)[:300]}")
-        if len(columns) < 2:
-            yield from json_records(text, path)  # which says that it is no JSON either
-            return
-        convert = converter(columns, path, label)
-        for number, row in enumerate(csv.DictReader(io.StringIO(text)), 1):
-            where = f"{path}, row {number}"
-            if None in row or None in row.values():  # too many values, or too few
-                raise DataError(f"{where}: not {len(columns)} columns")
-            texts = {name: row.get(name) for name in ("prompt", "problem")}
-            yield number, convert(row, where) | texts
+    """The rows of a CSV file in the terms of our own format, with their numbers (`csv_table`); in a row
+    marked invalid the preference is None. Raises DataError, naming the file and the row, for what is
+    none."""
+
+    def is_pairs(columns: list[str]) -> bool:
+        return any(needed.issubset(columns) for needed, _ in FORMATS)
+
+    columns, rows = csv_table(text, path, is_pairs)
+    if len(columns) < 2 and path.suffix.lower() not in (".csv", ".tsv"):
+        yield from json_records(text, path)  # which says that it is no JSON either
+        return
+    convert = converter(columns, path, label)
+    for number, row in rows:
+        texts = {name: row.get(name) for name in ("prompt", "problem")}
+        yield number, convert(row, f"{path}, row {number}") | texts
 
 
 def converter(columns: list[str], path: Path, label: str | None) -> Callable[[dict, str], dict]:
@@ -54,7 +54,7 @@ def converter(columns: list[str], path: Path, label: str | None) -> Callable[[di
             return partial(videoalign, label=label_column(columns, label, path))
         return convert
     names = ", ".join(columns)[:300]
-    raise DataError(f"{path}: none of the pair formats has these columns: {names}")
+    raise DataError(f"{path}: a CSV file, and none of the pair formats has these columns: {names}")
 
 
 def label_column(columns: list[str], label: str | None, path: Path) -> str:
@@ -64,6 +64,73 @@ def label_column(columns: list[str], label: str | None, path: Path) -> str:
             return name
     wanted, found = label or " or ".join(LABELS), ", ".join(columns)
     raise DataError(f"{path}: no label column {wanted}; it has {found}")
+
+
+# ------------------------------------------------------------------------------------------------
+# A CSV file, as a spreadsheet or pandas may have written it
+
+
+def csv_table(text: str, path: Path,
+              fits: Callable[[list[str]], bool]) -> tuple[list[str], Iterator[tuple[int, dict]]]:
+    """The columns of a CSV file and its rows, numbered as a spreadsheet shows them: the first line is
+    row 1. Blank rows, and columns without a name, are passed over.
+
+    fits: whether these are the columns of such a file. What separates them is what a first line such
+    as `sep=;` says, else the comma, semicolon or tab with which the header fits. Raises DataError,
+    naming the file and the row, for rows that do not have these columns."""
+    csv.field_size_limit(2**24)  # a CoT may be longer than csv allows by itself
+    lines = text.split("\n")
+    separators = SEPARATORS
+    said = re.fullmatch(r'"?sep=([^"\w])"?', lines[0], re.IGNORECASE)
+    if said:
+        separators = said[1]
+        lines = lines[1:] or [""]  # a spreadsheet does not show it
+    with error_context(f"{path}: not a CSV file that can be read", csv.Error):
+        number, separator, columns = header(lines, separators, fits)
+    named = [name for name in columns if name]
+    if len(set(named)) < len(named):
+        raise DataError(f"{path}: a column stands twice: {', '.join(named)[:300]}")
+    below = "\n".join(lines[number:])
+    return named, csv_rows(below, path, number, separator, columns)
+
+
+def header(lines: list[str], separators: str,
+           fits: Callable[[list[str]], bool]) -> tuple[int, str, list[str]]:
+    """The row of the header, what separates its columns, and their names: the first line that fits,
+    with nothing above it but blank lines and # comments; else the first line that is neither."""
+    for number, line in enumerate(lines, 1):
+        for separator in separators:
+            columns = names_in(line, separator)
+            if fits(columns):
+                return number, separator, columns
+        if line.strip(' "' + separators) and not line.startswith("#"):
+            break
+    separator = max(separators, key=line.count)
+    return number, separator, names_in(line, separator)
+
+
+def names_in(line: str, separator: str) -> list[str]:
+    return [name.strip() for name in next(csv.reader([line], delimiter=separator), [])]
+
+
+def csv_rows(text: str, path: Path, header_row: int, separator: str,
+             columns: list[str]) -> Iterator[tuple[int, dict]]:
+    """The rows of the text below a header, numbered on from the header's."""
+    places = {name: place for place, name in enumerate(columns) if name}
+    width = max(places.values()) + 1
+    # strict: a quote that is never closed is an error, and no cell that holds the rest of the file.
+    reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+    number = header_row
+    try:
+        for number, cells in enumerate(reader, header_row + 1):
+            where = f"{path}, row {number}"
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) < width or any(cell.strip() for cell in cells[width:]):
+                raise DataError(f"{where}: not {width} columns")
+            yield number, {name: cells[place] for name, place in places.items()}
+    except csv.Error as error:
+        raise DataError(f"{path}, row {number + 1}: not CSV that can be read ({error})") from error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -184,6 +251,7 @@ def write_pairs(path: str | Path, pairs: list[Pair]) -> None:
     path, lines = Path(path), []
     for pair in pairs:
         record = {key: value for key, value in asdict(pair).items() if value is not None}
+        record.pop("row", None)  # another in this file
         for key in ("video_a", "video_b"):
             record[key] = relative(record[key], path.parent)
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
