@@ -202,15 +202,15 @@ def test_what_is_wrong_is_named_counted_and_left_out(folder, measured):
     found, err, code = measured(folder / "pairs.csv")
     assert found["predictions"][str(folder / "pairs.csv")] | counts | {"left_out": 3, "other_rows": 1} == (
         found["predictions"][str(folder / "pairs.csv")])
-    assert "row 6 y/v4.mp4, as row 2" in err and "row 4 z/v6.mp4" in err and code == 1
+    assert "row 7 y/v4.mp4, as row 3" in err and "row 5 z/v6.mp4" in err and code == 1
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "the file is empty"), ("[]", "no scores are in it"), ("video,score\n", "no scores are in it"),
     ('{"video": "x/v0.mp4", "score": "high"}\n{"video": "x/v2.mp4"}', "row 1: score is no number"),
-    ("video,score\nx/v0.mp4,1\nx/v2.mp4,good\n", "row 2: score is no number"),
+    ("video,score\nx/v0.mp4,1\nx/v2.mp4,good\n", "row 3: score is no number"),
     ('{"x/v0.mp4": true}', "row 1: score is no number"), ("[7]", "row 1: not a JSON object"),
-    ("video,score\nx/v0.mp4,1,2\n", "row 1: not 2 columns"), ("video,video,score\n", "a column stands twice"),
+    ("video,score\nx/v0.mp4,1,2\n", "row 2: not 2 columns"), ("video,video,score\n", "a column stands twice"),
     ("id,score\n1,2\n", "no column is known to hold a video; it has id, score"),
     ('{"x/v0.mp4": 1, "x/v0.mp4": 2}', "row 1: not JSON"), ("\xff", "CSV|no scores"),
     ('{"x/v0.mp4": NaN, "y/v1.mp4": 1}', "no pair of .*pairs.jsonl has its scores"),

@@ -13,8 +13,6 @@ or the working folder. If no path of a file leads to a video so, as where it was
 machine, then the ends of the paths decide: as many parts as tell the pair file's videos apart.
 """
 
-import csv
-import io
 import json
 import math
 import os
@@ -30,6 +28,7 @@ from data import DataError, Pair, Pairs, error_context, json_records, no_duplica
 from infer import ACCURACIES
 from support import tables
 from support.formats import read_pairs
+from tools.formats import csv_table
 
 # How columns are called, in small letters, the likeliest first.
 VIDEO = ("video", "path", "video_path", "video_file", "file", "file_path", "filename", "file_name",
@@ -328,7 +327,8 @@ def read_rows(path: Path, column: str | None) -> list[tuple[int, dict]]:
         else:
             rows = list(enumerate(objects(whole, column, path), 1))
     else:
-        rows = csv_rows(text, path)
+        _, numbered = csv_table(text, path, is_header)
+        rows = list(numbered)
     if not rows:
         raise DataError(f"{path}: no scores are in it")
     for number, row in rows:
@@ -337,18 +337,9 @@ def read_rows(path: Path, column: str | None) -> list[tuple[int, dict]]:
     return rows
 
 
-def csv_rows(text: str, path: Path) -> list[tuple[int, dict]]:
-    csv.field_size_limit(2**24)  # a CoT may be longer than csv allows by itself
-    with error_context(f"{path}: not a CSV file that can be read", csv.Error):
-        columns, *lines = csv.reader(io.StringIO(text))
-    if len(set(columns)) < len(columns):
-        raise DataError(f"{path}: a column stands twice: {', '.join(columns)[:300]}")
-    rows = []
-    for number, line in enumerate(filter(None, lines), 1):
-        if len(line) != len(columns):
-            raise DataError(f"{path}, row {number}: not {len(columns)} columns")
-        rows.append((number, dict(zip(columns, line))))
-    return rows
+def is_header(columns: list[str]) -> bool:
+    """Whether a line of a CSV file, so divided, can be its header."""
+    return len(columns) > 1 and not columns[0].startswith("#")
 
 
 def objects(whole: dict | list, column: str | None, path: Path) -> list:
