@@ -78,8 +78,10 @@ class Bound:
 
     def past(self, record: dict) -> DataError | None:
         """What there is to be said after one more record, if that is one too many."""
-        self.skipped += "refused" in record
         self.row = self.row + 1 if record.get("failed") else 0
+        if "refused" not in record:
+            return None
+        self.skipped += 1
         if self.row >= FEW:
             return DataError(f"{self.name}: {self.row} failures in a row; the last: {record['error']}")
         if self.skipped > max(FEW, self.share * self.total):

@@ -112,7 +112,7 @@ class Endpoint:
             problem = reply.problem
             if reply.status == 429:
                 turned_away += 1
-                self.make_wait(max(reply.pause, min(2.0**turned_away / 2, 30.0)), problem)
+                self.make_wait(reply.pause or min(2.0**turned_away / 2, 30.0), problem)
                 continue
             self.full_since = None
             if reply.status == 200:
