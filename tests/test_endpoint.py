@@ -359,6 +359,12 @@ def test_a_refusal_that_only_speaks_of_a_setting_changes_nothing(serve):
     assert set(server.seen[-1][3]) == {"model", "messages", "max_tokens", "temperature"}
 
 
+def test_of_settings_that_a_refusal_names_the_one_that_it_means_is_changed(serve):
+    server = serve(lambda text, body: (400, {}, HEAT) if "temperature" in body else completion())
+    asks_once(Endpoint(server.url, "m"))
+    assert set(server.seen[-1][3]) == {"model", "messages", "max_tokens"} and len(server.seen) == 2
+
+
 def asks(one, count=1):
     threads = [threading.Thread(target=one.ask, args=([{"type": "text", "text": str(number)}],))
                for number in range(count)]
@@ -442,7 +448,7 @@ def test_the_key_is_nowhere(serve, desk, caplog):
     code, more = desk(url, "--api-key-env", "MINE")
     assert "HTTP 401" in str(code)
     everything = said + more + str(code) + caplog.text + desk.out.read_text() + desk.written.read_text()
-    for secret in (KEY, "somebody", "pa%23ssword", "pa#ssword", "query-secret"):
+    for secret in (KEY, KEY.split("/")[1], "somebody", "pa%23ssword", "pa#ssword", "query-secret"):
         assert secret not in everything
     assert f'"api": "{server.url}"' in desk.written.read_text()
     assert KEY not in repr(annotate.Api(server.url, "m", None, KEY))
