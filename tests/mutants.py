@@ -776,6 +776,7 @@ MUTANTS = [
     ("tools/completion.py", "if not said.strip() and not truncated:", "if False:", ENDPOINT + "is_refused"),
     ("tools/endpoint.py", "REFUSED = (400, 403, 413", "REFUSED = (400, 413", ENDPOINT + "refused_video"),
     ("tools/endpoint.py", "elif 0 < reply.status < 500 and", "elif False and", ENDPOINT + "no_question"),
+    ("tools/asking.py", "            room.acquire()\n", "", ENDPOINT + "bound"),
     ("tools/asking.py", "if self.row >= FEW:", "if False:", ENDPOINT + "have_a_bound"),
     ("tools/asking.py", "max(FEW, self.share * self.total)", "FEW", ENDPOINT + "have_a_bound"),
     ("tools/asking.py", "(GRACE if isinstance(one, KeyboardInterrupt) else timeout)", "timeout",

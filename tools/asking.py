@@ -26,10 +26,11 @@ def ask_all(ask: Callable[..., dict], keys: list[tuple], parallel: int, stop: th
         waiting.put(key)
     # Records; an exception that ends all; None of each thread that has ended.
     found: queue.SimpleQueue = queue.SimpleQueue()
+    room = threading.Semaphore(parallel)  # nobody asks on before an answer is kept and counted
     stop.clear()
     for _ in range(parallel):
         # What it still waits for does not keep the process.
-        threading.Thread(target=work, args=(ask, waiting, found), daemon=True).start()
+        threading.Thread(target=work, args=(ask, waiting, found, room), daemon=True).start()
     at_work = parallel
     end: BaseException | None = None
     until: float | None = None
@@ -39,27 +40,34 @@ def ask_all(ask: Callable[..., dict], keys: list[tuple], parallel: int, stop: th
                 one = found.get(timeout=None if until is None else max(until - time.monotonic(), 0.0))
                 if one is None:
                     at_work -= 1
+                    room.release()
                     continue
                 if isinstance(one, dict):
                     yield one
                     one = bound.past(one)
+                    if one is None:
+                        room.release()
                 if one is not None:
                     stop.set()
                     end = end or one
                     last = time.monotonic() + (GRACE if isinstance(one, KeyboardInterrupt) else timeout)
                     until = last if until is None else min(until, last)
+                    room.release(parallel)  # who waits for it is to see that it is over
     except queue.Empty:  # who has not answered by then is not waited for
         pass
     finally:
         stop.set()
+        room.release(parallel)
     if end is not None:
         raise end
 
 
-def work(ask: Callable[..., dict], waiting: queue.SimpleQueue, found: queue.SimpleQueue) -> None:
+def work(ask: Callable[..., dict], waiting: queue.SimpleQueue, found: queue.SimpleQueue,
+         room: threading.Semaphore) -> None:
     """Ask about keys until none waits, or nobody does."""
     try:
         while True:
+            room.acquire()
             found.put(ask(*waiting.get_nowait()))
     except (queue.Empty, Stopped):
         pass
