@@ -43,7 +43,7 @@ from compare_cases import CASES, COMMANDS, DELIBERATE, DROPPED, GONE, MOVED
 FORK = get_context("fork")
 # Imported once, before the forks; nothing of either tree is among them.
 PRELOADED = ("torch", "torch.distributed.fsdp", "transformers.models.qwen3_vl.modeling_qwen3_vl", "peft",
-             "transformers.models.auto.tokenization_auto", "av", "openai", "uvicorn", "fastapi", "PIL.Image")
+             "transformers.models.auto.tokenization_auto", "av", "httpx2", "uvicorn", "fastapi", "PIL.Image")
 TIMEOUT = 300  # seconds that a command may take
 
 # ------------------------------

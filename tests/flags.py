@@ -251,6 +251,7 @@ TABLE = {
         *pinned("api api-model api-key-env parallel scores together seed temperature max-new-tokens",
                 "test_called.py test_an_endpoint_is_asked_as_the_flags_say"),
         *pinned("timeout retries", PATIENCE),
+        *pinned("max-skipped", "test_endpoint.py test_refusals_and_failures_have_a_bound"),
     ],
     "-m tools.filter": [
         Row("--model {data}/other", "filter", "CoTs in its words are read", look.kept_by_its_own_words),

@@ -20,7 +20,7 @@ from conftest import ROOT, TOY_VIDEO
 from test_formats import ANSWER, SCORES, endpoint  # noqa: F401 (a fixture)
 from test_serve import frames_in
 
-from data import DataError, VideoSettings, read_pairs, read_video
+from data import VideoSettings, read_pairs, read_video
 from support.batches import THINK_TOKENS
 from tools import annotate
 from tools import serve as serving
@@ -94,17 +94,20 @@ def test_an_endpoint_is_asked_as_the_flags_say(endpoint, call, world_dir, tmp_pa
     assert data_url(read_video(before[0].video_a, settings)[0][0]) in shown
 
 
-def test_an_endpoint_is_waited_for_as_long_and_asked_as_often_as_told(endpoint, call, world_dir, tmp_path):  # noqa: F811
+def test_an_endpoint_is_waited_for_as_long_and_asked_as_often_as_told(
+        endpoint, call, world_dir, tmp_path, capsys):  # noqa: F811
     common = [world_dir / "train.jsonl", tmp_path / "out.jsonl", "--api", endpoint.url, "--api-model", "x",
               "--parallel", 1, *TOY_VIDEO]
     endpoint.plan[:] = ["500"] * 9
-    with pytest.raises(DataError, match="after 3 attempts"):
+    with pytest.raises(SystemExit, match="1"):
         call(annotate, *common, "--retries", 2)
+    assert capsys.readouterr().err.count(": gave up after 3 attempts: HTTP 500") == 3
     first = endpoint.seen[0]
     assert endpoint.seen[:3] == [first] * 3 and endpoint.seen.count(first) == 3
     endpoint.plan[:] = ["slow"]  # 1.5 seconds
-    with pytest.raises(DataError, match="timed out"):
+    with pytest.raises(SystemExit, match="1"):
         call(annotate, *common, "--retries", 0, "--timeout", 0.3)
+    assert capsys.readouterr().err.count(": gave up after 1 attempt: timed out after 0.3 seconds") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import socket
+import ssl
 import threading
 import time
 from contextlib import contextmanager
@@ -281,3 +282,36 @@ def test_a_video_that_cannot_be_scored_is_no_failure():
     with stub(lambda body: [records(error)]) as url:
         (found,) = Client(url)(CLIP, "p", fps=4)
     assert math.isnan(found["score"]) and found["error"] == "damaged"
+
+
+@pytest.mark.parametrize("url", ["http://somebody:pa55word@host:8000", "https://host/?key=pa55word"])
+def test_a_secret_in_an_address_is_refused_and_not_repeated(url):
+    with pytest.raises(ValueError, match="tools.serve does not know") as caught:
+        Client(url)
+    assert "pa55word" not in str(caught.value) and "somebody" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://host:99999", "http://a..b:80", "http://[::1", "http://h:x"])
+def test_an_address_that_cannot_be_asked_is_refused(url):
+    with pytest.raises(ValueError, match="is no address such as"):
+        Client(url)
+
+
+def test_what_the_environment_says_of_proxies_is_not_for_a_server_and_of_certificates_is_named(monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:1")
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
+    with stub(lambda body: [records(RECORD)]) as url:
+        assert Client(url, attempts=1)(CLIP, "p", fps=4) == [RECORD]
+    asked = []
+
+    def refuse(self):
+        asked.append(1)
+        error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+        error.verify_message = "unable to get local issuer certificate"
+        raise error
+
+    monkeypatch.setattr(client.http.client.HTTPSConnection, "connect", refuse)
+    with pytest.raises(RuntimeError, match=r"local issuer certificate \(by .* SSL_CERT_FILE"):
+        Client("https://host:1")(CLIP, "p", fps=4)
+    assert len(asked) == 1

@@ -592,7 +592,7 @@ def test_a_cot_that_no_pair_file_may_hold_costs_its_pair(world_dir, tmp_path, ca
     annotating.annotate(world_dir / "train.jsonl", tmp_path / "out.jsonl", write, MADE | {"cot": None})
     kept = read_pairs(tmp_path / "out.jsonl")  # what is written can be read
     assert len(kept) == len(read_pairs(world_dir / "train.jsonl")) - 1
-    assert "1 left out, a CoT has no scores or is too long" in capsys.readouterr().out
+    assert "1 left out, an answer is of no use\nanswers of no use: 1 too long" in capsys.readouterr().out
 
 
 def test_a_command_that_is_interrupted_ends_without_a_traceback():

@@ -445,7 +445,7 @@ def test_a_model_that_an_earlier_version_saved_scores_the_same():
 def test_importing_the_code_changes_no_global_state():
     code = """
 import importlib, logging, pathlib, signal, sys, warnings
-import av, bitsandbytes, bitsandbytes.optim, huggingface_hub, openai, peft, torch, transformers
+import av, bitsandbytes, bitsandbytes.optim, huggingface_hub, httpx2, peft, torch, transformers
 import torch.distributed.fsdp
 from transformers.utils import logging as transformers_logging
 

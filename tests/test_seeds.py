@@ -307,7 +307,7 @@ def test_the_probe_draws_its_pairs_other_prompts_and_cots_by_its_seed(call, worl
 
 
 def test_annotate_together_tosses_its_coins_by_its_seed(call, monkeypatch):
-    pytest.importorskip("openai")
+    pytest.importorskip("httpx2")
     asked = []
     monkeypatch.setattr(annotate, "b_comes_first", lambda seed, *pair: asked.append((seed, pair)))
     monkeypatch.setattr(annotate.PairApi, "answer", lambda self, videos, prompt: {"error": "none"})

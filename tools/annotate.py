@@ -6,9 +6,10 @@
 
 Each (video, prompt) is asked about once; with --together both videos of a pair are, in one question,
 and OUT has sub-scores and overall scores (scores_a, overall_a, …) and no CoTs. Answers
-are appended to OUT.cots as they come, and the same command goes on behind them. Pairs with a video that
-cannot be read are left out and listed; OUT.cots then stays, so that the same command asks for these
-alone. --api speaks OpenAI's chat completions, as most servers do.
+are appended to OUT.cots as they come, and the same command goes on behind them. Pairs are left out, and
+said, of which a video cannot be read, is refused by the endpoint, or is answered by nothing of use. OUT.cots
+then stays, so that the same command asks for these alone. --api speaks OpenAI's chat completions, as most
+servers do (tools/endpoint.py).
 """
 
 import argparse
@@ -17,11 +18,10 @@ import io
 import os
 import re
 import sys
-import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -46,32 +46,35 @@ from data import (
 )
 from model import DeScore
 from support import tables
-from support.command import READER, Count, Positive, Whole, run_command
+from support.command import READER, Count, Positive, Share, Whole, run_command
 from support.formats import read_pairs
 from tools import journal
+from tools.asking import Bound, ask_all
+from tools.completion import Refused, has_thought
+from tools.endpoint import Endpoint, Failed, check_key, one_line, shown
 from tools.forgiving import read_annotation
 from tools.formats import check_out, write_pairs
 from tools.together import PLACES, QUESTION, b_comes_first, check_question, read_both
 
 try:
-    import openai
     from PIL import Image
-except ImportError:  # only --api needs them
-    openai = None
+except ImportError:  # only --api needs it
+    Image = None
 
 
 def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_by: dict,
              scores: bool = False, dimensions: dict[str, int] = DIMENSIONS,
-             tags: tuple[str, str] = TAGS, together: bool = False) -> int:
+             tags: tuple[str, str] = TAGS, together: bool = False, strict: bool = False) -> int:
     """Write the pairs of a file to `out`, with a CoT for every video or, `together`, with what one
     answer says of both.
 
-    write(keys, done=…) yields a dict with video, prompt and cot, or error where the video cannot be
-    read, for each key that is not in `done`; together, keys have two videos, and records videos and
-    which is the first. made_by says what decides them. scores: make the sub-scores for `dimensions`
-    the reference; pairs with an answer that has none, or a CoT longer than pair files may hold, are
-    left out and counted. Returns an exit code, 1 if a video cannot be read. Raises DataError as
-    `read_pairs`, `write` and `Journal` do, and where no pair is left."""
+    write(keys, done=…) yields a dict with video, prompt and cot, or error where there is none, for
+    each key that is not in `done`; together, keys have two videos, and records videos and which is
+    the first. made_by says what decides them. scores: make the sub-scores for `dimensions` the
+    reference. strict: CoTs without scores or a thought are of no use either, and the next start asks
+    again for what is of none. Pairs with such answers are left out and counted. Returns an exit
+    code, 1 if any pair is left out. Raises DataError as `read_pairs`, `write` and `Journal` do, and
+    where no pair is left."""
     check_out(out, path)
     pairs = read_pairs(path, dimensions=dimensions)
     print(pairs.summary())
@@ -80,49 +83,71 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
         keys += questions(pair, together)
     keys = list(dict.fromkeys(keys))
     written = out.with_name(out.name + ".cots")
-    done = journal.Journal(written, made_by, keys)
+    done = journal.Journal(written, made_by, keys, free=("max_new_tokens",) if strict else ())
+
+    def fault(record: dict) -> str | None:
+        return what_is_wrong(record, scores, dimensions, tags, together, strict)
+
     judged = dict(done.records)
-    new = write(keys, done=dict(judged))
+    settled = {key: record for key, record in judged.items() if not (strict and fault(record))}
+    if len(settled) < len(judged):
+        print(f"{written}: asking again for {len(judged) - len(settled)} answers of no use", file=sys.stderr)
     unit = "pair" if together else "video"
-    for record in tqdm(new, "annotate", len(keys), initial=len(judged), unit=unit):
-        record = {name: record[name] for name in RECORDED if name in record}
-        judged[journal.key_of(record)] = record
-        done.add(record)
-    code = tables.list_unreadable(judged)
-    kept, unreadable = [], 0
+    of_use = bool(settled)
+    try:
+        with closing(write(keys, done=dict(settled))) as records:
+            for record in tqdm(records, "annotate", len(keys), initial=len(settled), unit=unit):
+                record = {name: record[name] for name in RECORDED if name in record}
+                judged[journal.key_of(record)] = record
+                done.add(record)
+                of_use = of_use or not ("error" in record or fault(record))
+                if strict and not of_use and len(done.records) >= FIRST:
+                    raise DataError(nothing_left(out, written, judged, Counter([USELESS]), fault))
+    except (DataError, KeyboardInterrupt):
+        print(f"{written} has {len(done.records)} of {len(keys)} {unit}s; the same command goes on behind "
+              "them", file=sys.stderr)
+        raise
+    finally:
+        tables.list_unreadable(judged)
+    kept = []
+    left_out: Counter = Counter()
     for pair in pairs:
         records = [judged[key] for key in questions(pair, together)]
-        if any("error" in record for record in records):
-            unreadable += 1
+        why = why_not(records, fault)
+        if why:
+            left_out[why] += 1
             continue
         if together:
-            of_use = take_scores(pair, records[0], dimensions, tags)
+            take_scores(pair, records[0], dimensions, tags)
         else:
-            of_use = take_cots(pair, records, scores, dimensions, tags)
-        if of_use:
-            kept.append(pair)
-    useless = len(pairs) - unreadable - len(kept)
-    if unreadable == len(pairs):
-        first = next(record["error"] for record in judged.values() if "error" in record)
-        raise DataError(f"{out}: no pair has two videos that can be read ({first})")
+            take_cots(pair, records, scores, dimensions, tags)
+        kept.append(pair)
     if not kept:
-        what = "answers" if together else "CoTs"
-        raise DataError(f"{out}: no pair has {what} of use; {written} has them")
+        raise DataError(nothing_left(out, written, judged, left_out, fault))
     write_pairs(out, kept)
-    if not code:
+    said = [f"{out}: {len(kept)} pairs, {len(done.records)} {unit}s annotated"]
+    said += [f"{count} left out, {why}" for why, count in left_out.items()]
+    print("; ".join(said))
+    if USELESS in left_out:
+        print(f"answers of no use: {faults_of(judged, fault)}")
+    bare = sum(not has_thought(record["cot"], tags) for record in judged.values() if "cot" in record)
+    if strict and bare and not together:
+        print(f"answers without a thought, which stage 1 needs: {bare}")
+    if not left_out:
         written.unlink()
-    said = f"{out}: {len(kept)} pairs, {len(done.records)} {unit}s annotated"
-    if useless:
-        why = "an answer has no scores" if together else "a CoT has no scores or is too long"
-        said += f"; {useless} left out, {why}"
-    if unreadable:
-        said += (f"; {unreadable} left out, a video cannot be read. The same command "
-                 f"asks again for such videos alone, as long as {written} is there")
-    print(said)
-    return code
+    elif strict or set(left_out) != {USELESS}:
+        print(f"the same command asks again for what was left out, and for that alone, with {written}")
+        return 1
+    return 0
 
 
-RECORDED = ("video", "videos", "prompt", "first", "cot", "error")  # of what `write` yields
+UNREADABLE = "a video cannot be read"
+REFUSED = "the endpoint has no answer"
+USELESS = "an answer is of no use"
+FIRST = 50  # answers, of which one has to be of use
+
+# Of what `write` yields.
+RECORDED = ("video", "videos", "prompt", "first", "cot", "truncated", "refused", "error")
 
 
 def questions(pair: Pair, together: bool) -> list[tuple[str, ...]]:
@@ -130,47 +155,83 @@ def questions(pair: Pair, together: bool) -> list[tuple[str, ...]]:
     return [(pair.video_a, pair.video_b, pair.prompt)] if together else pair.videos()
 
 
+def what_is_wrong(record: dict, scores: bool, dimensions: dict, tags: tuple[str, str],
+                  together: bool, strict: bool) -> str | None:
+    """Why an answer is of no use to `annotate`, in a few words; None if it is of use."""
+    cot = record.get("cot", "")
+    if strict and record.get("truncated"):
+        return "cut off"
+    if len(cot.encode()) > TEXT_LIMIT:
+        return "too long"
+    read = read_both if together else read_annotation
+    if (scores or strict) and read(cot, dimensions, tags) is None:
+        return "without scores that can be read"
+    if strict and not scores and not has_thought(cot, tags):
+        return "without a thought"
+    return None
+
+
+def why_not(records: list[dict], fault: Callable[[dict], str | None]) -> str | None:
+    """Why a pair with these answers is left out, if it is."""
+    if any("error" in record for record in records):
+        return REFUSED if any("refused" in record for record in records) else UNREADABLE
+    return USELESS if any(map(fault, records)) else None
+
+
+def faults_of(judged: dict, fault: Callable[[dict], str | None]) -> str:
+    """How many answers are of no use, by what is wrong with them."""
+    faults = Counter(fault(record) for record in judged.values() if "cot" in record)
+    return ", ".join(f"{count} {why}" for why, count in faults.most_common() if why)
+
+
+def nothing_left(out: Path, written: Path, judged: dict, left_out: Counter,
+                 fault: Callable[[dict], str | None]) -> str:
+    """Why no pair can be written, with an example."""
+    if USELESS in left_out:
+        example = next(record for record in judged.values() if "cot" in record and fault(record))
+        what = "answers" if "videos" in example else "CoTs"
+        return (f"{out}: no pair has {what} of use: {faults_of(judged, fault)}; {written} has them, such "
+                f"as {one_line(example['cot'])!r}")
+    first = next(record["error"] for record in judged.values() if "error" in record)
+    what = "can be read" if UNREADABLE in left_out else "the endpoint answers about"
+    return f"{out}: no pair has two videos that {what} ({first})"
+
+
 def take_cots(pair: Pair, records: list[dict], scores: bool, dimensions: dict,
-              tags: tuple[str, str]) -> bool:
+              tags: tuple[str, str]) -> None:
     """Give a pair the CoTs about its videos, as they were written, and with `scores` their
-    sub-scores. Returns whether they are of use."""
+    sub-scores."""
     pair.cot_a, pair.cot_b = (record["cot"] for record in records)
     pair.overall_a = pair.overall_b = None  # of an earlier annotation
-    if max(len(pair.cot_a.encode()), len(pair.cot_b.encode())) > TEXT_LIMIT:
-        return False
     if scores:
         annotations = [read_annotation(cot, dimensions, tags) for cot in (pair.cot_a, pair.cot_b)]
-        if None in annotations:
-            return False
         pair.scores_a, pair.scores_b = (each["dimensional_scores"] for each in annotations)
-    return True
 
 
-def take_scores(pair: Pair, record: dict, dimensions: dict, tags: tuple[str, str]) -> bool:
+def take_scores(pair: Pair, record: dict, dimensions: dict, tags: tuple[str, str]) -> None:
     """Give a pair what one answer about both its videos says: sub-scores and overall scores, and no
-    CoTs, for the text is about two videos. Returns whether it can be read."""
+    CoTs, for the text is about two videos."""
     of_shown = read_both(record["cot"], dimensions, tags)
-    if of_shown is None:
-        return False
     a, b = of_shown if record["first"] == "A" else reversed(of_shown)
     pair.cot_a = pair.cot_b = None
     pair.scores_a, pair.scores_b = a["dimensional_scores"], b["dimensional_scores"]
     pair.overall_a, pair.overall_b = a["overall_score"], b["overall_score"]
-    return True
 
 
 @dataclass
 class Api:
-    """Asks an OpenAI-compatible chat endpoint for CoTs, showing it the sampled frames as images.
+    """Asks an OpenAI-compatible chat endpoint for CoTs (tools/endpoint.py), showing it the sampled
+    frames as images.
 
-    The openai package asks again after a time-out or a refusal for load (HTTP 408, 409, 429, 5xx),
-    in 0.5, 1, 2, … 8 seconds or when the server says; `ask` after an answer that is none. Any other
-    refusal, and the last failure, stop with DataError."""
+    A video that is refused, or for which all attempts fail, gets an error, as one that cannot be read
+    does. When these are more than max_skipped of all, and more than a `FEW`, or as many attempts fail
+    in a row of videos, DataError says so; as it does where the endpoint refuses all, or has no room
+    for an hour."""
 
     url: str
     model: str
     settings: VideoSettings
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     max_new_tokens: int = 4096
     temperature: float = 1.0
     parallel: int = 8
@@ -178,67 +239,41 @@ class Api:
     retries: int = 10
     instruction: str = INSTRUCTION
     reader: str = "av"  # of video files
+    max_skipped: float = field(default=0.01, kw_only=True)
 
     def __post_init__(self):
         check_reader(self.reader)
-        if openai is None:
-            raise DataError("--api needs openai: pip install -r tools/requirements.txt")
+        if Image is None:
+            raise DataError("--api needs pillow: pip install -r tools/requirements.txt")
         if self.parallel < 1 or self.retries < 0:
             raise DataError("--parallel must be 1 or more, --retries 0 or more")
-        # A key of None would be taken from OPENAI_API_KEY, whoever's endpoint this is.
-        self.client = openai.OpenAI(base_url=self.url, api_key=self.key or "none",
-                                    timeout=self.timeout, max_retries=self.retries)
+        self.endpoint = Endpoint(self.url, self.model, self.key, self.max_new_tokens, self.temperature,
+                                 self.timeout, self.retries)
 
     def __call__(self, keys: list[Key], done: dict) -> Iterator[dict]:
-        """A record with the key and the cot for each key that is not done, in their order; with
-        error for a cot where a video cannot be read."""
-        with ThreadPoolExecutor(self.parallel) as pool:
-            waiting = deque()
-            try:
-                for key in keys:
-                    if key in done:
-                        continue
-                    waiting.append(pool.submit(self.ask, *key))
-                    # Not far ahead: what waits behind a slow answer is lost in a kill.
-                    if len(waiting) == 2 * self.parallel:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        """A record with the key and the cot for each key that is not done, as they are answered; with
+        error for a cot where there is none. Raises as `ask_all` does."""
+        keys = [key for key in keys if key not in done]
+        bound = Bound(self.endpoint.shown, len(keys) + len(done), self.max_skipped)
+        return ask_all(self.ask, keys, self.parallel, self.endpoint.stop, bound, self.timeout)
 
     def ask(self, video: str, prompt: str) -> dict:
-        """The record of one key. Raises DataError if no answer comes."""
+        """The record of one key."""
         return {"video": video, "prompt": prompt} | self.answer({"<video>": video}, prompt)
 
     def answer(self, videos: dict[str, str], prompt: str) -> dict:
         """The answer, as cot, to the instruction with videos in their places; error if one of them
-        cannot be read. Raises DataError if no answer comes."""
+        cannot be read, or the endpoint has none, which is then `refused`."""
         try:
-            message = {"role": "user", "content": self.content(videos, prompt)}
+            content = self.content(videos, prompt)
         except DataError as error:
             return {"error": str(error)}
-        asked_about = " and ".join(videos.values())
-        headers = {} if self.key else {"Authorization": openai.Omit()}
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(min(2**attempt / 4, 8))
-            try:
-                answer = self.client.chat.completions.create(
-                    model=self.model, messages=[message], max_tokens=self.max_new_tokens,
-                    temperature=self.temperature, extra_headers=headers)
-                cot = answer.choices[0].message.content
-            except openai.APIError as error:
-                raise DataError(f"{self.url}: {failure(error, asked_about)}") from error
-            except (ValueError, LookupError, TypeError, AttributeError):
-                problem = "an answer that is no chat completion"
-                continue
-            if isinstance(cot, str) and cot.strip():
-                # JSON can hold half of a surrogate pair, which no file of text can.
-                return {"cot": cot.encode(errors="replace").decode()}
-            problem = "an empty answer"
-        raise DataError(f"{self.url}: gave up on {asked_about} after {attempt + 1} attempts: {problem}")
+        try:
+            return self.endpoint.ask(content)
+        except Refused as error:
+            said = self.endpoint.clean(str(error))
+            reason = f"{' and '.join(videos.values())}: {self.endpoint.shown}: {said}"
+            return {"error": reason, "refused": True, "failed": isinstance(error, Failed)}
 
     def content(self, videos: dict[str, str], prompt: str) -> list[dict]:
         """The instruction, with each sampled frame behind its second in the places of the videos."""
@@ -275,18 +310,6 @@ def data_url(frame: torch.Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def failure(error: "openai.APIError", asked_about: str) -> str:
-    """Why openai has given up on a question about a video or two, on one line."""
-    if isinstance(error, openai.APIStatusError):
-        said = " ".join(error.response.text.split())[:300]
-        reason = f"HTTP {error.status_code} {error.response.reason_phrase}: {said}"
-    else:  # no connection, cut off, timed out
-        reason = f"{error} ({error.__cause__})"
-    # The header in which openai says how often it has asked again: not at all after, say, HTTP 401.
-    attempts = int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
-    return f"gave up on {asked_about} after {attempts} attempt{'s' * (attempts > 1)}: {reason}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -299,6 +322,8 @@ def main() -> None:
     add("--parallel", type=Count, default=Api.parallel, help="requests under way at a time")
     add("--timeout", type=Positive, default=Api.timeout, help="seconds a request may take")
     add("--retries", type=Whole, default=Api.retries, help="attempts after the first")
+    add("--max-skipped", type=Share, default=Api.max_skipped,
+        help="share of the questions that may stay without an answer; five always may")
     add("--scores", action="store_true", help="keep the sub-scores as reference, for stage 2")
     add("--together", action="store_true", help="with --api and --scores: one question about both "
         "videos of a pair, shown in an order that is drawn")
@@ -326,18 +351,22 @@ def main() -> None:
     if args.api:
         with error_context("the frames cannot be so", TypeError):
             settings = VideoSettings(**{"max_pixels": 307_200} | video)
-        how = (args.api, args.api_model, settings, os.environ.get(args.api_key_env), args.max_new_tokens,
+        key = os.environ.get(args.api_key_env)
+        check_key(key, args.api_key_env)
+        how = (args.api, args.api_model, settings, key, args.max_new_tokens,
                args.temperature, args.parallel, args.timeout, args.retries)
+        bound = {"max_skipped": args.max_skipped}
         if args.together:
             instruction = read_text(QUESTION) if instruction is None else instruction
             check_question(instruction)
-            write = PairApi(*how, instruction, args.reader, args.seed)
+            write = PairApi(*how, instruction, args.reader, args.seed, **bound)
         else:
             instruction = INSTRUCTION if instruction is None else instruction
             check_instruction(instruction)
-            write = Api(*how, instruction, args.reader)
+            write = Api(*how, instruction, args.reader, **bound)
         dimensions, tags = DIMENSIONS, TAGS
-        made_by = journal.deciding(vars(args)) | {"instruction": instruction, "video": asdict(settings)}
+        made_by = journal.deciding(vars(args)) | {
+            "api": shown(args.api), "instruction": instruction, "video": asdict(settings)}
     else:
         model = DeScore.load(args.model, video=video, reader=args.reader)
         if instruction is not None:
@@ -345,7 +374,8 @@ def main() -> None:
         write = partial(infer.judge, model, thinking=infer.read_thinking(args), finite=False)
         dimensions, tags = model.processor.dimensions, model.processor.tags
         made_by = journal.made_by(model, args, scores=False)
-    sys.exit(annotate(args.pairs, args.out, write, made_by, args.scores, dimensions, tags, args.together))
+    sys.exit(annotate(args.pairs, args.out, write, made_by, args.scores, dimensions, tags, args.together,
+                      strict=bool(args.api)))
 
 
 if __name__ == "__main__":

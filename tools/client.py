@@ -18,6 +18,7 @@ import math
 import os
 import random
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -262,6 +263,8 @@ class Client:
                 is_busy = True
                 reason = str(error)
                 pause = max(pause, error.seconds)
+            except ssl.SSLCertVerificationError as error:
+                raise RuntimeError(f"{url}: {error.verify_message}{trusted()}") from None
             except BROKEN as error:
                 reason = str(error) or type(error).__name__
             if (turn + 1) % len(self.urls):
@@ -316,7 +319,11 @@ class Client:
 
 
 def check_address(url: str) -> None:
-    """ValueError if this is no server's address."""
+    """ValueError if this is no server's address. One with a name, password or key in it is not repeated:
+    that would stand in every error."""
+    if "@" in url or "?" in url:
+        raise ValueError("an address with a name, a password or a ?, which tools.serve does not know: "
+                         "say http://HOST:PORT")
     try:
         parts = urlsplit(url)
         fits = parts.scheme in ("http", "https") and parts.hostname.encode("idna") and parts.port != 0
@@ -324,6 +331,12 @@ def check_address(url: str) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{url!r} is no address such as http://127.0.0.1:8000")
+
+
+def trusted() -> str:
+    """What the environment says of the certificates that are trusted."""
+    names = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+    return f" (by the certificates of {' and '.join(names)})" if names else ""
 
 
 def cut_off(connection: socket.socket, is_late: threading.Event) -> None:

@@ -38,10 +38,11 @@ class Journal:
     known by name. A record of which a video has changed since is not taken up. `records` are
     without it."""
 
-    def __init__(self, path: Path, made_by: dict, keys: list[Key]):
-        """made_by: what decides the records. Raises DataError, naming the row, if the file holds
-        anything but records of these keys, or something else has made them."""
-        self.path, self.keys = path, set(keys)
+    def __init__(self, path: Path, made_by: dict, keys: list[Key], free: tuple[str, ...] = ()):
+        """made_by: what decides the records; free: the names of what in it may differ now. Raises
+        DataError, naming the row, if the file holds anything but records of these keys, or something
+        else has made them."""
+        self.path, self.keys, self.free = path, set(keys), free
         self.fields = NEEDED["together" if made_by.get("together") else made_by.get("cot")]
         self.made_by = json.loads(json.dumps(made_by))  # as it will be read
         self.records: dict[Key, dict] = {}
@@ -78,7 +79,8 @@ class Journal:
             if "made_by" not in record:
                 raise ValueError("it does not say what made the file")
             before, now = record["made_by"], self.made_by
-            differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+            names = [name for name in {**before, **now} if name not in self.free]
+            differ = [name for name in names if before.get(name) != now.get(name)]
             if differ:
                 raise DataError(f"{self.path}: made otherwise than this command would, by "
                                 f"{', '.join(differ)}; remove the file or choose another")
