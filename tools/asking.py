@@ -102,7 +102,7 @@ class Bound:
 @contextmanager
 def interrupts_to(found: queue.SimpleQueue) -> Iterator[None]:
     """Within it, the first Ctrl-C becomes a KeyboardInterrupt in a queue, so that nothing that is under
-    under way is torn; the second is as ever."""
+    way is torn; the second is as ever."""
 
     def note(number, frame) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
