@@ -214,7 +214,7 @@ def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "page.html"
     write_whole(path, "old")
 
-    def full(self, text, encoding):
+    def full(self, text, encoding, errors):
         with self.open("w", encoding=encoding) as file:
             file.write(text[:1])
         raise OSError("No space left on device")
