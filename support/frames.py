@@ -65,6 +65,8 @@ class Video:
         """A frame cropped, stretched and turned as a player does it; size and turn are the first's."""
         picture = frame.to_ndarray(format="rgb24", threads=1, width=first.width, height=first.height)
         left, right, top, bottom = self.crop
+        if left + right >= first.width or top + bottom >= first.height:
+            raise ValueError("all of a frame is cropped away")
         picture = picture[top : first.height - bottom, left : first.width - right]
         width = max(1, round(picture.shape[1] * self.pixel_aspect))
         if width != picture.shape[1]:

@@ -339,6 +339,8 @@ MUTANTS = [
     # -- a frame as a player shows it
     ("support/frames.py", "return upright(picture, first).copy()", "return picture.copy()", FRAMES),
     ("support/frames.py", "if abs(b) > abs(a):", "if False:", SHOWN + " -k orientations"),
+    ("support/frames.py", "if left + right >= first.width or", "if", SHOWN + " -k leaves_nothing"),
+    ("support/frames.py", " or top + bottom >= first.height:", ":", SHOWN + " -k leaves_nothing"),
     ("support/frames.py", "a, d = c, b\n", "a, d = b, c\n", SHOWN + " -k orientations"),
     ("support/frames.py", ":: -1 if a < 0 else 1]", "::1]", SHOWN + " -k orientations"),
     ("support/frames.py", "[:: -1 if d < 0 else 1,", "[::1,", SHOWN + " -k orientations"),

@@ -257,6 +257,15 @@ def test_what_a_container_crops_is_cropped_and_then_made_square(tmp_path):
     assert av.logging.get_level() is None
 
 
+def test_a_crop_that_leaves_nothing_is_an_error(tmp_path):
+    write(tmp_path / "v.mp4", draw(96, 128))
+    video = Video(tmp_path / "v.mp4")
+    for crop in ((0, 130, 0, 0), (64, 64, 0, 0), (0, 0, 96, 0)):  # of a larger frame than the first
+        video.crop = crop
+        with pytest.raises(ValueError, match="all of a frame is cropped away"):
+            next(video.frames([0]))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What else is shown, and what is said
 
