@@ -409,7 +409,8 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="VIDEO … PROMPT", help="videos, then their prompt")
-    add("--model", help=f"a saved model or a run's folder [{MODELS}]")
+    add("--model", help=f"a saved model or a run's folder [{MODELS}, else without --pairs "
+        "the embedded toy's]")
     add("--pairs", help="a pair file of any known format to evaluate on instead")
     add("--label", help="with --pairs: the preference's column [TA, else Overall]")
     add("--root", help="with --pairs: the folder that its paths are relative to [its own]")
@@ -449,7 +450,7 @@ def main() -> None:
     if args.predictions and not args.model:
         return from_above("tools.predictions", "measure_alone")(args)
     ranks = Ranks.start() if args.pairs else ALONE  # of a few videos one process makes a ranking
-    args.model = args.model or default_model()
+    args.model = args.model or default_model(or_toy=not args.pairs)
     model = DeScore.load(args.model, reader=args.reader, layout=args.scoring_layout)
     model.processor.use_instruction(args.instruction)
     dimensions = model.processor.dimensions

@@ -45,7 +45,7 @@ def read_lines(path: Path) -> list[dict]:
 # What descore.json says, by type; anything else in it is kept as it is.
 KINDS = {"backbone": str, "backbone_sha256": str, "video": dict, "instruction": (str, type(None)),
          "dimensions": dict, "tags": list, "files": dict, "score_quantiles": list,
-         "scoring_layout": str, "scoring_video": dict, "args": dict}
+         "scoring_layout": str, "scoring_video": dict, "args": dict, "note": str}
 
 LAYOUTS = ("ours", "release")  # in which a model scores
 
@@ -109,13 +109,17 @@ def head_file(directory: Path) -> Path:
 
 LEFT_BEHIND = ("runs/rl", "runs/coldstart", "runs/demo/rl", "runs/demo/coldstart")
 MODELS = ", else ".join(LEFT_BEHIND)  # for the help of commands
+TOY = Path(__file__).resolve().parent.parent / "toy/trained"  # the embedded model (toy/train.py)
 
 
-def default_model() -> str:
-    """What the stages left behind: the model of stage 2, or else that of stage 1, or else the demo's."""
+def default_model(or_toy=False) -> str:
+    """What the stages left behind: the model of stage 2, or else that of stage 1, or else the demo's;
+    where there is none, `or_toy`, the embedded model. Raises DataError where that is not there either."""
     for run in LEFT_BEHIND:
         if Path(run, "model").is_dir():
             return run
+    if or_toy and TOY.is_dir():
+        return str(TOY)
     raise DataError("no model in runs/: run `torchrun coldstart.py` and `torchrun rl.py` "
                     "first, or pass --model")
 

@@ -434,8 +434,8 @@ def prepare(model: DeScore, args: RunArgs, ranks: Ranks) -> None:
     model.max_tokens = args.max_tokens
     if model.reference:
         model.reference.max_tokens = args.max_tokens
-    # What trains here is scored in our layout, and on a scale of its own.
-    for old in ("scoring_layout", "score_mean", "score_std", "score_quantiles", "best"):
+    # What trains here is scored in our layout, and on a scale of its own; a note was about what it was.
+    for old in ("scoring_layout", "score_mean", "score_std", "score_quantiles", "best", "note"):
         model.info.pop(old, None)
     if ranks.first:
         print(*summary(model), sep="\n")

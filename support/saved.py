@@ -99,6 +99,8 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
             model.query.data, model.head = model.query.data.to(device), model.head.to(device)
         else:
             model.to(device)
+    if "note" in info:  # what whoever reads its scores is to know
+        print(f"{directory}: {info['note']}", file=sys.stderr)
     return model.requires_grad_(False).eval()
 
 

@@ -16,15 +16,16 @@ PLACED = ("score", "score_std", "score_no_cot", "standardised", "overall_score",
 
 def describe(model, record: dict) -> dict:
     """What is known of one video that a model has judged, as infer.py --json prints it."""
+    note = {"note": model.info["note"]} if "note" in model.info else {}
     if "cot" not in record:
         return {"video": record["video"], "prompt": record["prompt"], "cot": None,
-                "score": record["score_no_cot"]}
+                "score": record["score_no_cot"], **note}
     form = model.processor.dimensions, model.processor.tags
     cot = parse_cot(record["cot"], *form) or {}
     return record | {"standardised": standardised(model, record["score"]),
                      "format_ok": follows_format(record["cot"], *form),
                      "sub_scores": cot.get("dimensional_scores"),
-                     "overall_score": cot.get("overall_score")}
+                     "overall_score": cot.get("overall_score"), **note}
 
 
 def further(record: dict) -> dict[str, float]:

@@ -49,6 +49,7 @@ PROTOCOL, TABLES, RATED = "tests/test_protocol.py", "tests/test_csv.py", "tests/
 COUNTED, SEEDS = "tests/test_counted.py", "tests/test_seeds.py"
 BEST, OTHERS = "tests/test_best.py", "tests/test_predictions.py"
 PLACES = "tests/test_places.py -k "
+TRAINED, WHOLE_WAY = "tests/test_trained.py", "tests/test_whole_way.py"
 EVALUATION, CORNERS = "tests/test_evaluation.py", "tests/test_corners.py"
 COLD_FLAG, RL_FLAG = "tests/test_flags.py -k coldstart and ", "tests/test_flags.py -k rl.py and "
 INFER_FLAG, PROBE_FLAG = "tests/test_flags.py -k infer.py and ", "tests/test_flags.py -k tools.probe and "
@@ -440,6 +441,8 @@ MUTANTS = [
     ("support/means.py", "(value, 1.0) if weight else (0.0, 0.0)", "(value, 1.0)", RUNS + " -k total"),
     ("support/run.py", '("scoring_layout", "score_mean", "score_std", "score_quantiles", "best")',
      '("scoring_layout",)', STAGES + " -k mergers"),
+    ("support/run.py", '("scoring_layout", "score_mean", "score_std", "score_quantiles", ',
+     '("scoring_layout", ', STAGES + " -k mergers"),
     ("support/batches.py", "count = min(count, len(items))", "count = len(items)", RUNS + " -k cut_into"),
     ("tools/filter.py", "implied = (a > b) - (a < b)", "implied = (a < b) - (a > b)", FORMATS),
     ("tools/formats.py", '"same": "tie"', '"same": "A"', FORMATS),
@@ -1375,7 +1378,8 @@ MUTANTS = [
     ("support/tables.py", '"format_ok": follows_format(record["cot"], *form)', '"format_ok": bool(cot)',
      EVALUATION + " -k said"),
     ("support/tables.py", 'cot.get("overall_score")', 'cot.get("overall_score", 0)', EVALUATION + " -k said"),
-    ("support/tables.py", '"score": record["score_no_cot"]}', '"score": 0.0}', EVALUATION + " -k said"),
+    ("support/tables.py", '"score": record["score_no_cot"], **note}', '"score": 0.0, **note}',
+     EVALUATION + " -k said"),
     ("support/run.py", "torch.linspace(0, 1, 101,", "torch.linspace(0, 1, 100,", EVALUATION + " -k scale"),
     ("support/run.py", "round(value, 4)", "round(value, 1)", EVALUATION + " -k scale"),
     ("support/run.py", "dtype=torch.double))\n    return",
@@ -1843,6 +1847,28 @@ MUTANTS = [
     ("infer.py", "            code |= others.code\n", "", OTHERS + " -k both_have"),
     ("infer.py", "if (args.out or args.predictions) and not args.pairs", "if args.out and not args.pairs",
      OTHERS + " -k go_with"),
+    # -- the embedded model, and the whole way
+    ("support/files.py", "if or_toy and TOY.is_dir():", "if TOY.is_dir():", TRAINED + " -k wants_a_model"),
+    ("support/files.py", "return str(TOY)", 'return "toy/trained"', TRAINED + " -k any_folder"),
+    ("support/files.py", "    for run in LEFT_BEHIND:\n", "    for run in () if or_toy else LEFT_BEHIND:\n",
+     TRAINED + " -k comes_before"),
+    ("infer.py", "or_toy=not args.pairs", "or_toy=True", TRAINED + " -k wants_a_model"),
+    ("infer.py", "or_toy=not args.pairs", "or_toy=False", TRAINED + " -k right_after"),
+    ("tools/memory.py", "model_dir or default_model(or_toy=True)", "model_dir or default_model()",
+     TRAINED + " -k any_folder"),
+    ("tools/serve.py", "args.model or default_model()", "args.model or default_model(or_toy=True)",
+     TRAINED + " -k wants_a_model"),
+    ("support/saved.py", 'if "note" in info:', "if False:", TRAINED + " -k right_after"),
+    ("support/tables.py", 'cot.get("overall_score"), **note}', 'cot.get("overall_score")}',
+     TRAINED + " -k right_after"),
+    ("support/tables.py", '"score": record["score_no_cot"], **note}', '"score": record["score_no_cot"]}',
+     TRAINED + " -k several"),
+    ("support/run.py", '"best", "note"):', '"best"):', TRAINED + " -k from_the_toy"),
+    ("README.md", "python infer.py toy/clip.mp4", "python infer.py toy/other.mp4", TRAINED + " -k readme"),
+    ("docs/training.md", " references.jsonl --scores", " references.jsonl", WHOLE_WAY + " -k page"),
+    ("docs/training.md", "    python -m tools.filter references.jsonl train_scores.jsonl\n", "",
+     WHOLE_WAY + " -k page"),
+    ("tools/filter.py", 'if verdict == "kept"]', "]", WHOLE_WAY + " -k gone"),
 ]
 
 

@@ -22,6 +22,7 @@ from data import DataError, Key, make_instruction, parse_cot
 from infer import Thinking, by_key, judge, one_record
 from model import DeScore
 from support import tables
+from support.files import default_model
 from tools import client
 
 
@@ -288,9 +289,10 @@ class Scorer:
     """A model that any number of threads may ask. While the videos of one are thought about those
     of others gather, and go through the model together next."""
 
-    def __init__(self, model_dir: str | Path, device=None, *, window=0.01, reader="av"):
-        """window: seconds to wait for others who ask at the same time; reader: of video files
-        (`data.read_video`)."""
+    def __init__(self, model_dir: str | Path | None = None, device=None, *, window=0.01, reader="av"):
+        """model_dir: a saved model or a run's folder; None for what infer.py would take. window: seconds
+        to wait for others who ask at the same time; reader: of video files (`data.read_video`)."""
+        model_dir = model_dir or default_model(or_toy=True)
         # Query and head are drawn before they are loaded; a trainer's noise is not to change by it.
         with LOADING, as_if_alone(), torch.random.fork_rng(devices=[]):
             self.model = DeScore.load(model_dir, device=device, reader=reader)
