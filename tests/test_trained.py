@@ -129,7 +129,7 @@ def test_the_readme_shows_what_its_command_prints():
 def test_it_claims_to_be_better_than_a_coin():
     low, high = CLAIMS["interval"]
     assert 0.5 < low < CLAIMS["accuracy"] < high
-    assert CLAIMS["decided"] <= CLAIMS["pairs"] == 250
+    assert 100 <= CLAIMS["decided"] <= CLAIMS["pairs"]
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_it_does_as_well_as_it_claims(tmp_path):
     run("toy/world.py", tmp_path, "--pairs", 0, "--test-pairs", CLAIMS["pairs"])
     python, *command = CLAIMS["measured_by"].split()
     assert python == "python"
-    done = run(*(word.replace("runs/toy", str(tmp_path)) for word in command))
+    done = run(*(word.replace("runs/toy/held.jsonl", str(tmp_path / "test_id.jsonl")) for word in command))
     found = json.loads(done.stdout)
     for name in ("pairs", "accuracy", "accuracy_no_cot", "accuracy_reading", "quality", "format_rate"):
         assert found[name] == pytest.approx(CLAIMS[name], abs=0.02), name

@@ -22,25 +22,33 @@ from support.tables import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "the toy judges: a tiny embedded model that knows the toy's world alone"
-SHOWN = 21  # the pair of test_id whose second video is the clip
-MEASURED_BY = "python infer.py --pairs runs/toy/test_id.jsonl --model toy/trained --max-new-tokens 140 --json"
+HELD_OUT = 120  # pairs of test_id on which it is measured: new clips of the generators that it knows
+SHOWN = 21  # the pair whose second video is the clip
+MEASURED_BY = "python infer.py --pairs runs/toy/held.jsonl --model toy/trained --max-new-tokens 140 --json"
 CLAIMED = ("pairs", "accuracy", "accuracy_no_cot", "accuracy_reading", "quality", "format_rate")
 
 
 def main() -> None:
     demo.main()
-    DeScore.load(ROOT / demo.OUT / "rl", device="cpu").save(TOY, note=NOTE)
+    keep(DeScore.load(ROOT / demo.OUT / "rl", device="cpu"))
 
-    # How well it does on the held-out pairs of the generators that it was trained on.
+
+def keep(model: DeScore) -> None:
+    """Make a model of the demo's runs the embedded one."""
+    model.save(TOY, note=NOTE)
+    lines = (ROOT / "runs/toy/test_id.jsonl").read_text().splitlines(keepends=True)[:HELD_OUT]
+    (ROOT / "runs/toy/held.jsonl").write_text("".join(lines))
     command = [sys.executable, *MEASURED_BY.split()[1:]]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
     found = json.loads(done.stdout)
+    # Its scale is that of these scores.
+    model.info.pop("score_quantiles", None)
+    model.save(TOY, score_mean=found["score_mean"], score_std=found["score_std"])
+
+    pairs = [json.loads(line) for line in lines]
     claims = {"measured_by": MEASURED_BY} | {name: found[name] for name in CLAIMED}
     claims["interval"] = found["intervals"]["accuracy"]
-    pairs = [json.loads(line) for line in (ROOT / "runs/toy/test_id.jsonl").read_text().splitlines()]
     claims["decided"] = sum(pair["preference"] != "tie" for pair in pairs)
-
-    # What it says of a clip.
     shown = pairs[SHOWN]
     shutil.copy(ROOT / "runs/toy" / shown["video_b"], ROOT / "toy/clip.mp4")
     model = DeScore.load(TOY, device="cpu")
