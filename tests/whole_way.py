@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import av
 import numpy as np
 from safetensors.torch import load_file
 
@@ -77,9 +78,9 @@ def make_pairs(folder: Path) -> list[dict]:
             pairs.append(pair)
             rows.append(f'{pair["video_a"]},{pair["video_b"]},"{pair["prompt"]}",same,B,{pair["preference"]}')
         (folder / f"{name}.csv").write_text("\n".join(rows) + "\n")
-    frames = world.render(clips[0], rng)
-    np.save(folder / "frames.npy", frames)
-    world.write_video(folder / "video.mp4", frames, fps=16)
+    world.write_video(folder / "video.mp4", world.render(clips[0], rng), fps=16)
+    with av.open(str(folder / "video.mp4")) as file:
+        np.save(folder / "frames.npy", [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
     return found["pairs"]
 
 
