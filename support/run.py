@@ -85,7 +85,7 @@ class Run:
         is at work in it."""
         self.args, self.stage, self.ranks = args, stage, ranks
         self.out = Path(args.out)
-        self.items = Pairs(Path(args.train))  # what it trains on
+        self.items: Pairs | None = None  # what it trains on
         self.tests_looked_at = False
         self.digests: dict[str, str] = {}  # of what the run depends on, by name
         self.scale: dict = {}  # of the scores of the test set measured last
@@ -561,7 +561,7 @@ class Skipped:
         if self.write:
             append(self.path, new)
         self.records += new
-        if len(self.records) / self.total > self.limit:
+        if self.records and len(self.records) / self.total > self.limit:
             raise DataError(
                 f"{len(self.records)} of {self.total} pairs have videos that cannot be read, "
                 f"more than --max-skipped {self.limit:g} allows; they are listed in "

@@ -14,7 +14,7 @@ from launch import run, run_ranks
 from safetensors.torch import load_file
 
 import coldstart
-from data import DataError
+from data import DataError, Pairs
 from model import DeScore
 from support.ranks import ALONE
 from support.run import Run, prepare
@@ -171,9 +171,9 @@ def test_a_scale_is_of_the_evaluation_that_was_made_last(tmp_path, monkeypatch):
         return found.pop(0)
 
     monkeypatch.setattr("support.run.evaluate", evaluate)
-    made.evaluate(1, None, {"a": []})
+    made.evaluate(1, None, {"a": Pairs(tmp_path)})
     assert made.scale == {"score_mean": 1.0, "score_std": 2.0, "score_quantiles": [1.0] * 101}
-    made.evaluate(2, None, {"a": []})
+    made.evaluate(2, None, {"a": Pairs(tmp_path)})
     assert made.scale == {}
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -50,6 +49,7 @@ from support import formats
 from support.batches import group_by_length, pack_by_budget, plan_step, prompt_lengths, read_ahead
 from support.ranks import Ranks
 from tools import annotate
+from tools.endpoint import Reply
 from tools.filter import consistent
 from tools.formats import write_pairs
 
@@ -287,10 +287,9 @@ def test_every_command_refuses_half_a_surrogate_pair_by_row(command, tmp_path, m
 
 
 def test_half_a_surrogate_pair_in_an_answer_can_be_written_down():
-    message = SimpleNamespace(message=SimpleNamespace(content=HALF))
-    completions = SimpleNamespace(create=lambda **asked: SimpleNamespace(choices=[message]))
+    completion = json.dumps({"choices": [{"message": {"content": HALF}}]})
     api = annotate.Api("https://HOST/v1", "NAME", SETTINGS)
-    api.client = SimpleNamespace(chat=SimpleNamespace(completions=completions))
+    api.endpoint.post = lambda content, settings: Reply(200, "", text=completion)
     api.content = lambda video, prompt: []
     assert api.ask("v.mp4", "a cat")["cot"] == "a ? cat"
 

@@ -162,7 +162,8 @@ def test_what_a_checkpoint_skipped_counts_while_the_pairs_are_the_same(tmp_path,
     before = {name: "before" if is_changed else "now"}
     was_missing = {"row": 9, "videos": ["is_here_now.mp4"], "error": "missing"}
     state = {"step": 1, "digests": before, "skipped": [was_missing, BAD]}
-    going.checkpoints = SimpleNamespace(attach=lambda *what: None, newest=lambda deciding: state)
+    newest = {"attach": lambda *what: None, "newest": lambda deciding: state}
+    going.checkpoints = SimpleNamespace(folder=tmp_path, **newest)
     assert going.resume(None, None) == 1
     assert [record["row"] for record in listed(tmp_path)] == ([6] if is_changed else [6, 3])
 

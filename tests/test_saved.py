@@ -464,7 +464,7 @@ def test_without_tools_a_release_is_one_clear_line_and_ours_judges(saved, keys, 
     done = run("infer.py", video, prompt, "--model", tmp_path / "ours", *short, root=tmp_path)
     assert math.isfinite(json.loads(done.stdout)["score"])
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(json.dumps({"prompt": prompt, "video_a": video, "video_b": video, "preference": "A"}))
+    pairs.write_text(json.dumps({"prompt": prompt, "video_a": video, "video_b": video, "preference": "tie"}))
     for what, *command in (
             ("in_its_layout is in tools/release.py", video, prompt, "--model", weights),
             ("in_its_layout is in tools/release.py", video, prompt, "--model", tmp_path / "ours",

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -355,8 +356,9 @@ def test_a_stage_trains_in_our_layout_whatever_the_models_own(world_dir, tmp_pat
 
 def test_a_last_test_set_of_which_nothing_can_be_read_does_not_end_a_run_in_vain(world_dir, tmp_path):
     pair = json.loads((world_dir / "test_id.jsonl").read_text().splitlines()[0])
-    (tmp_path / "no.mp4").write_bytes(b"not a video" * 100)
-    pair |= {"video_a": str(tmp_path / "no.mp4"), "video_b": str(tmp_path / "no.mp4")}
+    for side in ("video_a", "video_b"):
+        pair[side] = str(tmp_path / f"{side}.mp4")
+        Path(pair[side]).write_bytes(b"not a video" * 100)
     (tmp_path / "broken.jsonl").write_text(json.dumps(pair) + "\n")
     run("coldstart.py", "--model", ROOT / "toy/backbone", "--train", world_dir / "train_cots.jsonl",
         "--epochs", 1, "--out", tmp_path / "out", "--batch-size", 12, *QUICK, "--eval-before", "false",

@@ -340,7 +340,7 @@ def test_annotation_by_an_endpoint_is_each_videos_own(seer, pair_file, endpoint,
         return seer.cot((pictures[seen], prompt))
 
     endpoint.reply = staticmethod(reply)
-    endpoint.plan[:] = ["ok", "429", "ok", "empty", "ok", "500"]
+    endpoint.plan[:] = ["ok", "429", "ok", "500"]
     settings = seer.model.processor.settings
     code, _ = ran(annotate.main, path, tmp_path / "out.jsonl", "--scores", "--api", endpoint.url,
                   "--api-model", "judge-1", "--parallel", 4, "--fps", settings.fps, "--min-pixels",
