@@ -444,7 +444,8 @@ def test_json_has_null_for_what_has_no_base():
 def test_annotation_looks_as_it_is_told(source, own, monkeypatch):
     """The model's own frames and pixels, or the endpoint's, unless others are given."""
     own_words = ROOT / "presets/detailed.txt"
-    commands = {"model": ["--model", str(ROOT / "toy/backbone")], "api": ["--api", "http://HOST/v1", "--api-model", "m"]}
+    commands = {"model": ["--model", str(ROOT / "toy/backbone")],
+                "api": ["--api", "http://HOST/v1", "--api-model", "m"]}
     monkeypatch.setattr(annotating, "annotate", lambda *args, **options: seen.append(args) or 0)
     for extra, expected in (([], own), (["--fps", "1"], (1.0, *own[1:])),
                             (["--min-pixels", "1024", "--max-pixels", "2048"], (own[0], 1024, 2048)),
