@@ -25,7 +25,9 @@ differ in what it goes with, and in what is shown:
 import argparse
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import av
@@ -357,6 +359,17 @@ def rules(pair: dict) -> dict[str, float]:
             "signature": looks[0] - looks[1]}
 
 
+def make_pair(out: Path, split: str, seed: tuple[int, int, int]) -> str:
+    """Draw a pair and write its two videos. Returns its line. The last number of the seed is its place in
+    the split."""
+    rng = np.random.default_rng(seed)
+    pair, clips = draw_pair(split, rng)
+    for side, clip in zip("ab", clips):
+        pair[f"video_{side}"] = f"videos/{split}_{seed[-1]:05d}_{side}.mp4"
+        write_video(out / pair[f"video_{side}"], render(clip, rng))
+    return json.dumps({key: pair[key] for key in sorted(pair)}) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder to write to")
@@ -366,17 +379,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     (args.out / "videos").mkdir(parents=True, exist_ok=True)
-    for number, split in enumerate(SPLITS):
-        lines = []
-        for index in range(args.test_pairs if number else args.pairs):
-            rng = np.random.default_rng((args.seed, number, index))
-            pair, clips = draw_pair(split, rng)
-            for side, clip in zip("ab", clips):
-                pair[f"video_{side}"] = f"videos/{split}_{index:05d}_{side}.mp4"
-                write_video(args.out / pair[f"video_{side}"], render(clip, rng))
-            lines.append(json.dumps({key: pair[key] for key in sorted(pair)}) + "\n")
-        (args.out / f"{split}.jsonl").write_text("".join(lines))  # last, so that a file's videos are complete
-        print(f"{args.out / split}.jsonl: {len(lines)} pairs")
+    with ProcessPoolExecutor() as pool:
+        for number, split in enumerate(SPLITS):
+            count = args.test_pairs if number else args.pairs
+            seeds = [(args.seed, number, index) for index in range(count)]
+            lines = list(pool.map(partial(make_pair, args.out, split), seeds, chunksize=10))
+            # Last, so that a file's videos are complete.
+            (args.out / f"{split}.jsonl").write_text("".join(lines))
+            print(f"{args.out / split}.jsonl: {count} pairs")
 
 
 if __name__ == "__main__":
