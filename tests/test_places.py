@@ -517,7 +517,10 @@ def test_a_quantised_backbone_trains_by_an_adapter_alone(bits, dtype, quantised,
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.trainable().values())
     model.save(tmp_path / "m")
     again = DeScore.load(tmp_path / "m", dtype=dtype, device="cpu")
-    assert torch.equal(again.score(batch, [None, None]), model.eval().score(batch, [None, None]))
+    # bitsandbytes computes in the type that a layer has met first, and so rounds otherwise in bfloat16.
+    slack = 0.0 if dtype == torch.float32 else 0.05
+    expected = model.eval().score(batch, [None, None])
+    assert torch.allclose(again.score(batch, [None, None]), expected, rtol=0, atol=slack)
     with pytest.raises(DataError, match="quantised already, which leaves --quant nothing to do"):
         DeScore.load(quantised / str(bits), dtype=dtype, device="cpu", quant="4bit")
 
