@@ -76,7 +76,8 @@ OTHERS = [["infer.py", "--pairs", "pairs.jsonl"], ["-m", "tools.serve", "--port"
 @pytest.mark.parametrize("command", [OTHERS[0], *(pytest.param(words, marks=pytest.mark.slow)
                                                   for words in OTHERS[1:])], ids=" ".join)
 def test_what_judges_more_wants_a_model(command, clone):
-    videos = {"prompt": "a cat", "videos": ["toy/clip.mp4", "toy/clip.mp4"]}
+    videos = {"prompt": "a cat", "videos": ["toy/clip.mp4", "other.mp4"]}
+    shutil.copy(clone / "toy/clip.mp4", clone / "other.mp4")
     (clone / "videos.jsonl").write_text(json.dumps(videos) + "\n")  # which tools.pairs reads first
     done = subprocess.run([sys.executable, *command], cwd=clone, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
