@@ -59,6 +59,7 @@ class Thoughts(NamedTuple):
     scores: Tensor  # (B, n)
     scores_no_cot: Tensor | None = None  # (B,) right behind the prompt, if asked for
     parts: Tensor | None = None  # (B, n, K) what the head gives, of which the scores are made
+    sampler_gap: Tensor | None = None  # (B, n) how far at most from logps those of another sampler are
 
 
 class DeScore(nn.Module):

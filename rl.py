@@ -20,8 +20,8 @@ stage 1 left.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import chain
 from typing import Literal, NamedTuple
 
@@ -41,7 +41,7 @@ from data import (
     parse_cot,
     per_video,
 )
-from model import DeScore
+from model import DeScore, Thoughts
 from support.batches import chunks, draw_seed, plan_step, prompt_lengths
 from support.command import (
     Count,
@@ -60,7 +60,7 @@ from support.means import Means
 from support.optimize import adamw, all_reduce, clip
 from support.ranks import Ranks
 from support.run import MicroBatch, Run, check_said, due, finite, prepare, progress, read_tests, show
-from support.settings import RunArgs, load_function, parse_args, setting
+from support.settings import RunArgs, import_function, load_function, parse_args, setting
 from support.shard import gathered
 
 
@@ -77,6 +77,7 @@ class Args(RunArgs):
     group_size: Count = setting(8, "G: rollouts a video")
     temperature: Heat = setting(1.0, "of the sampling")
     top_p: TopP = setting(1.0, "of the sampling")
+    rollouts: str | None = setting(None, "FILE:FUNCTION that thinks in place of DeScore.think")
     w_format: Number = setting(0.1, "w_f")
     w_quality: Number = setting(0.7, "w_q")
     w_length: Number = setting(0.2, "w_l")
@@ -109,6 +110,8 @@ class Args(RunArgs):
     def __post_init__(self):
         super().__post_init__()
         length_reward(0, self.length_low, self.length_high, self.length_excess)
+        if self.rollouts:
+            thinker(self.rollouts)  # to be missed at once
 
 
 # ------------------------------
@@ -278,6 +281,7 @@ class Rollouts:
     truncated: Tensor  # (B, G) bool
     scores: Tensor  # (B, G)
     rewards: dict[str, Tensor]  # "reward", which is R, and its parts, each (B, G)
+    sampler_gap: Tensor | None  # (B, G), see `Thoughts`
     advantages: Tensor | None = None  # (B, G), which main makes of the rewards of all ranks
 
     def figures(self) -> dict[str, Tensor]:
@@ -286,8 +290,9 @@ class Rollouts:
         highest = R.amax(1, keepdim=True)
         lowest = R.amin(1, keepdim=True)
         lengths = self.mask.sum(-1)
+        gap = {} if self.sampler_gap is None else {"sampler_gap": self.sampler_gap}
         return {
-            **self.rewards, "cot_tokens": lengths, "truncated": self.truncated,
+            **self.rewards, **gap, "cot_tokens": lengths, "truncated": self.truncated,
             # −log π of what was sampled: an unbiased estimate of the entropy
             "entropy": -self.old_logps.sum(-1) / lengths,
             "advantage_spread": self.advantages.abs(),
@@ -307,14 +312,25 @@ class Rollouts:
         return records
 
 
+@cache
+def thinker(asked: str) -> Callable[..., Thoughts]:
+    """The function of one's own that thinks about a batch: called as `DeScore.think` is."""
+    return import_function(asked, asked)
+
+
 @torch.no_grad()
 def roll_out(args: Args, model: DeScore, rewards: dict, micro: MicroBatch, step: int) -> Rollouts:
     """Let the policy think about the videos of a micro-batch, and reward what it wrote."""
     encoded = model.encode(micro.batch)
     # What is drawn for a video depends on its place alone, not on ranks and micro-batches.
     seeds = [draw_seed(args.seed, step, *row) for row in micro.rows]
-    thoughts = model.think(
-        encoded, args.group_size, args.max_new_tokens, args.temperature, args.top_p, seeds)
+    think = model.think
+    batch = encoded
+    if args.rollouts:  # it may want to see the videos themselves
+        think = partial(thinker(args.rollouts), model)
+        batch = replace(encoded, patches=micro.batch.patches)
+    thoughts = think(
+        batch, args.group_size, args.max_new_tokens, args.temperature, args.top_p, seeds)
     tokens = thoughts.tokens
     mask = thoughts.mask
     truncated = model.truncated(thoughts)
@@ -340,7 +356,7 @@ def roll_out(args: Args, model: DeScore, rewards: dict, micro: MicroBatch, step:
         micro = micro._replace(batch=encoded.to("cpu"))
     return Rollouts(
         micro, tokens, mask, learnt, thoughts.logps, ref_logps, decided[:, None], texts, truncated,
-        thoughts.scores, {"reward": R, **parts})
+        thoughts.scores, {"reward": R, **parts}, thoughts.sampler_gap)
 
 
 def reward_all(

@@ -187,9 +187,10 @@ class Run:
             f"the model it began from ({args.model})": digests.of_model(model, args.model),
             "the instruction": digests.of_json(model.processor.instruction),
         }
-        for asked in getattr(args, "reward", []):
-            file = asked.rpartition(":")[0]
-            sums[f"the reward file {file}"] = digest(function_file(file))
+        asked = {"reward": getattr(args, "reward", []), "rollouts": [getattr(args, "rollouts", None)]}
+        for what, functions in asked.items():
+            for file in {function.rpartition(":")[0] for function in functions if function}:
+                sums[f"the {what} file {file}"] = digest(function_file(file))
         return sums | digests.of_code(ROOT)
 
     def check_digests(self, state: dict) -> None:

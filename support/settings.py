@@ -215,23 +215,9 @@ def load_function(asked: str, **offered) -> tuple[str, str, float | None, Callab
         file, name = where.rsplit(":", 1)
         if has_weight and not math.isfinite(weight := float(weight)):
             raise ValueError("a weight is a finite number")
-    path = function_file(file)
-    if not path.is_file() or path.suffix != ".py":
-        raise DataError(f"{asked}: {file} is no Python file")
-    # Whatever a file of the user's own may do while it runs.
-    with error_context(f"{asked}: {file} cannot be imported", Exception, SystemExit):
-        spec = importlib.util.spec_from_file_location(f"reward {path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where a dataclass looks while it is made
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            del sys.modules[spec.name]
-        function = getattr(module, name, None)
-        if callable(function):
-            named = list(inspect.signature(function).parameters)[3:]  # behind text, n_tokens, gold
-    if not callable(function):
-        raise DataError(f"{asked}: {file} has no function {name!r}")
+    function = import_function(where, asked)
+    with error_context(f"{asked}: {file} cannot be imported", Exception):
+        named = list(inspect.signature(function).parameters)[3:]  # behind text, n_tokens, gold
     wanted = {key: value for key, value in offered.items() if key in named}
 
     def explaining(*arguments) -> float:
@@ -239,3 +225,26 @@ def load_function(asked: str, **offered) -> tuple[str, str, float | None, Callab
             return float(function(*arguments, **wanted))
 
     return where, name, weight, explaining
+
+
+def import_function(where: str, asked: str) -> Callable:
+    """The function that stands at FILE:FUNCTION. Raises DataError, saying what was asked for, where
+    there is none or its file fails."""
+    with error_context(f"{asked}: not FILE:FUNCTION", ValueError):
+        file, name = where.rsplit(":", 1)
+    path = function_file(file)
+    if not path.is_file() or path.suffix != ".py":
+        raise DataError(f"{asked}: {file} is no Python file")
+    # Whatever a file of the user's own may do while it runs.
+    with error_context(f"{asked}: {file} cannot be imported", Exception, SystemExit):
+        spec = importlib.util.spec_from_file_location(f"function {path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where a dataclass looks while it is made
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules[spec.name]
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise DataError(f"{asked}: {file} has no function {name!r}")
+    return function

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import world
 
 from data import Batch, Processor, VideoSettings
+from tools.engine import write_preprocessors
 
 DESCRIBE = "<video>Describe the video.<prompt>"  # whose prompts are empty
 # A grown-up model gets data.INSTRUCTION.
@@ -354,6 +355,7 @@ def main() -> None:
                 os.replace(state_file.with_suffix(".tmp"), state_file)
     sight, reading = (what(model, tokenizer, args.seed) for what in (what_is_seen, what_is_read))
     model.to(torch.bfloat16).save_pretrained(args.out)
+    write_preprocessors(args.out, model.config.vision_config)
     recipe = {key: value for key, value in vars(args).items() if key != "out"}
     recipe |= {"seconds": round(time.time() - started), "seen": sight, "read": reading}
     settings = {"video": asdict(SETTINGS), "instruction": JUDGE, "dimensions": world.DIMENSIONS}
