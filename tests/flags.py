@@ -219,6 +219,7 @@ TABLE = {
         *pinned("dual-clip", "test_equations.py test_grpo_loss_by_other_means_and_clipped_twice"),
         *pinned("loss-mean", MEAN),
         *pinned("length-excess", EXCESS),
+        *pinned("rollouts", "test_engine.py test_rollouts_are_those_of_a_function_of_ones_own"),
         *pinned("reward", "test_hackable.py test_a_reward_of_ones_own_is_logged_and_weighs"),
         *pinned("bt-pairs", "test_steps.py test_all_rollouts_of_a_winner_meet_all_of_its_loser"),
     ],

@@ -29,6 +29,7 @@ WORLD, PARADIGMS = "tests/test_world.py", "tests/test_paradigms.py"
 REPORT, BROWSER, TOUR = "tests/test_report.py", "tests/test_browser.py", "tests/test_tour.py"
 MEMORY, SERVE, ADAPTERS = "tests/test_memory.py", "tests/test_serve.py", "tests/test_adapters.py"
 PRIVATE = "tests/test_private.py"
+ENGINE = "tests/test_engine.py"
 SERVER, CLIENT = "tests/test_server.py", "tests/test_client.py"
 ROUNDS = "tests/test_rounds.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
@@ -1866,6 +1867,36 @@ MUTANTS = [
     ("docs/training.md", "    python -m tools.filter references.jsonl train_scores.jsonl\n", "",
      WHOLE_WAY + " -k page"),
     ("tools/filter.py", 'if verdict == "kept"]', "]", WHOLE_WAY + " -k gone"),
+    # -- an engine thinks
+    ("tools/engine.py", "(0, 6, 5, 1, 3, 7, 2, 4, 8)", "(0, 6, 5, 1, 4, 7, 2, 3, 8)", ENGINE + " -k frames"),
+    ("tools/engine.py", "if theirs != prompt:", "if False:", ENGINE + " -k another_prompt"),
+    ("tools/engine.py", "draw_seed(seed, place)", "seed", ENGINE + " -k engines_and"),
+    ("tools/engine.py", "\"stop_token_ids\": [model.eos]", "\"stop_token_ids\": []",
+     ENGINE + " -k engines_and"),
+    ("tools/engine.py", "tokens, mask, temperature)", "tokens, mask, 1.0)", ENGINE + " -k engines_and"),
+    ("tools/engine.py", ".abs().amax(-1)", ".amax(-1)", ENGINE + " -k a_gap"),
+    ("tools/engine.py", "if tokens[-1:] != [model.eos] and", "if False and", ENGINE + " -k stops_early"),
+    ("tools/engine.py", "if not len(batch.patches):", "if False:", ENGINE + " -k cannot_have"),
+    ("tools/engine.py", "if dist.is_initialized() and", "if False and", ENGINE + " -k cannot_have"),
+    ("tools/engine.py", "if model.quant:", "if False:", ENGINE + " -k cannot_have"),
+    ("tools/engine.py", "if not name.startswith(OWN) and", "if False and", ENGINE + " -k cannot_have"),
+    ("tools/engine.py", "    check_sampling(temperature, top_p, 1.0)\n", "", ENGINE + " -k cannot_have"),
+    ("tools/engine.py", "stamps = stamps[-(len(frames) // t) :]", "stamps = stamps[: len(frames) // t]",
+     ENGINE + " -k around_the_video"),
+    ("tools/engine.py", "if not known or not all(", "if not known and all(", ENGINE + " -k of_the_moment"),
+    ("tools/engine.py", "if not known or not all(", "if True or all(", ENGINE + " -k of_the_moment"),
+    ("tools/engine.py", "LoRARequest(f\"adapter {self.adapters}\"", "LoRARequest(\"adapter\"",
+     ENGINE + " -k of_the_moment"),
+    ("tools/engine.py", "if size >= rank", "if size > 2 * rank", ENGINE + " -k of_the_moment"),
+    ("tools/engine.py", "anew = any(", "anew = False and any(", ENGINE + " -k earlier_stage"),
+    ("tools/engine.py", "if not isinstance(model.backbone, PeftModel):\n            return None",
+     "if False:\n            return None", ENGINE + " -k without_an_adapter"),
+    ("rl.py", "replace(encoded, patches=micro.batch.patches)", "encoded", ENGINE + " -k ones_own"),
+    ("rl.py", "partial(thinker(args.rollouts), model)", "model.think", ENGINE + " -k ones_own"),
+    ("rl.py", "thinker(self.rollouts)  # to be missed at once", "pass", ENGINE + " -k missed_before"),
+    ("rl.py", '{"sampler_gap": self.sampler_gap}', "{}", ENGINE + " -k ones_own"),
+    ("support/run.py", '"rollouts": [getattr(args, "rollouts", None)]', '"rollouts": []',
+     DIGESTS + " -k something_else"),
 ]
 
 

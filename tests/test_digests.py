@@ -90,6 +90,7 @@ def ours(world_dir, tmp_path_factory):
     # What it imports is among the run's code, but for files that decide nothing (`ONLY_WRITE`).
     reward = "import tools.trackers\n\ndef longer(text, n_tokens, gold):\n    return float(n_tokens)\n"
     (root / "mine.py").write_text(reward)
+    (root / "own.py").write_text("def think(model, *args):\n    return model.think(*args)\n")
     (root / "ask.txt").write_text("<video><prompt>\nThink, then judge.")
     for stage in ("coldstart", "rl"):
         run(*command(stage), root=root)
@@ -102,7 +103,7 @@ def command(stage, *more):
         return ["coldstart.py", "--model", "backbone", "--epochs", 1, "--head-lr", 0, "--lr", 1e-3,
                 "--instruction", "ask.txt", "--save-every", 1, *common]
     return ["rl.py", "--steps", 1, "--updates", 1, "--group-size", 2, "--reward", "mine.py:longer=0.1",
-            *common]
+            "--rollouts", "own.py:think", *common]
 
 
 PAIRS = "the training pairs (train.jsonl)"
@@ -119,6 +120,8 @@ CHANGES = {
                     "the instruction has changed since step 2"),
     "reward": ("rl", "mine.py", lambda path: edit(path, "float(n_tokens)", "-float(n_tokens)"),
                "the reward file mine.py has changed since step 1"),
+    "rollouts": ("rl", "own.py", lambda path: edit(path, "*args)\n", "*args)  # a remark\n"),
+                 "the rollouts file own.py has changed since step 1"),
     "stage 1": ("rl", "runs/coldstart/model/descore.json",
                 lambda path: edit(path, '"subject": 2', '"subject": 3'),
                 "the model it began from (runs/coldstart) has changed since step 1"),

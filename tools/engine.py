@@ -27,10 +27,11 @@ from support.command import PeftModel
 from support.files import local_folder
 from support.saved import adapter_weights
 
-# How the engine is started, in vLLM's words: as long as its memory allows, and on a GPU beside the trainer.
-OPTIONS = {"max_model_len": -1, "gpu_memory_utilization": 0.4, "enforce_eager": False}
+# How the engine is started, in vLLM's words: for rows as long as its memory allows, on a GPU beside the
+# trainer, and at once (compiled it starts later and writes faster).
+OPTIONS = {"max_model_len": -1, "gpu_memory_utilization": 0.4, "enforce_eager": True}
 # Of a process of its own, for the trainer's threads would not survive a fork.
-ENVIRONMENT = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn", "VLLM_NO_USAGE_STATS": "1",
+ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_NO_USAGE_STATS": "1",
                "VLLM_LOGGING_LEVEL": "ERROR"}
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # for which the engine has room for an adapter
 FPS = 10  # frames are told by tenths of a second, which is what a prompt says of them
