@@ -1891,6 +1891,7 @@ MUTANTS = [
     ("tools/engine.py", "anew = any(", "anew = False and any(", ENGINE + " -k earlier_stage"),
     ("tools/engine.py", "if not isinstance(model.backbone, PeftModel):\n            return None",
      "if False:\n            return None", ENGINE + " -k without_an_adapter"),
+    ("tools/engine.py", "do kill \"$pid\"", "do true", ENGINE + " -k ends_with_it"),
     ("rl.py", "replace(encoded, patches=micro.batch.patches)", "encoded", ENGINE + " -k ones_own"),
     ("rl.py", "partial(thinker(args.rollouts), model)", "model.think", ENGINE + " -k ones_own"),
     ("rl.py", "thinker(self.rollouts)  # to be missed at once", "pass", ENGINE + " -k missed_before"),

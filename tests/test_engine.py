@@ -5,6 +5,7 @@ DESCORE_ENGINE_PYTHON names the python of an environment that has vLLM (docs/sca
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -100,7 +101,7 @@ def test_a_gap_is_the_largest_of_its_rollout(vllm, policy, monkeypatch):
         found = answer(self, model, question, one)
         for step in found.outputs[0].logprobs[1:2]:
             for token in step.values():
-                token.logprob -= 0.25
+                token.logprob += 0.25
         return found
 
     monkeypatch.setattr(fake_vllm.LLM, "answer", off)
@@ -195,6 +196,14 @@ def test_without_vllm_it_is_said_where_it_is_told_how_to_get_it(policy, monkeypa
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(DataError, match=r"tools/engine\.py needs vLLM, see docs/scale\.md"):
         engine.think(policy, videos(policy.processor), 1, 3)
+
+
+def test_what_it_has_started_ends_with_it():
+    with subprocess.Popen(["sleep", "60"]) as started:
+        with engine.end_with_us([started.pid]) as watch:
+            assert started.poll() is None
+            watch.stdin.close()  # as when a process dies
+        assert started.wait(30) == -signal.SIGTERM
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ installed beside the project: docs/scale.md.
 """
 
 import json
+import multiprocessing
 import os
 import re
+import subprocess
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -184,16 +186,21 @@ class Engine:
         self.weights: dict[str, Tensor] = {}  # of the adapter that it has
         self.adapters = 0  # how many it has had
         options = dict(OPTIONS)
+        if model.device.type == "cpu":  # where a seed fails for a prompt that is read in pieces (vLLM 0.32.0)
+            options["enable_chunked_prefill"] = False
         if isinstance(model.backbone, PeftModel):
             rank = model.backbone.peft_config["default"].r
             room = min(size for size in RANKS if size >= rank)
             options |= {"enable_lora": True, "max_lora_rank": room}
         backbone = Path(self.folder.name, "backbone")
         write_backbone(model, backbone)
+        others = multiprocessing.active_children()
         self.llm = vllm.LLM(
             str(backbone), dtype=str(model.dtype).removeprefix("torch."),
             limit_mm_per_prompt={"video": 1, "image": 0}, skip_mm_profiling=True,
             logprobs_mode="processed_logprobs", generation_config="vllm", **options)
+        started = [child.pid for child in multiprocessing.active_children() if child not in others]
+        self.watch = end_with_us(started)
 
     def generate(self, model: DeScore, asked: list[dict], sampling: list[dict]) -> list[tuple]:
         """For each question the prompt ids that it became, the tokens written, and their logps."""
@@ -222,6 +229,12 @@ class Engine:
             model.save(folder)
         # The engine keeps what it has computed under an adapter's name.
         return self.LoRARequest(f"adapter {self.adapters}", self.adapters, str(folder))
+
+
+def end_with_us(pids: list[int]) -> subprocess.Popen:
+    """Let processes end when this one does, however it ends: a run that is killed leaves no engine."""
+    words = ["sh", "-c", 'cat; for pid; do kill "$pid"; done', "sh", *map(str, pids)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def write_backbone(model: DeScore, folder: Path) -> None:
