@@ -1189,7 +1189,7 @@ MUTANTS = [
      "mask_pairs(len(batch), args.mask_p, args.seed, 0)", SEEDS + " -k takes_its_pairs"),
     ("support/run.py", 'record.get("row") or [', "[", PROTOCOL + " -k by_its_row"),
     ("support/run.py", 'record.get("row") or [', 'record.get("row") or [record["error"], ',
-     COUNTED + " -k listed_once"),
+     PROTOCOL + " -k once_by_its_row"),
     ("support/run.py", '{"row": getattr(item, "row", None),', '{"row": None,', PROTOCOL + " -k a_run_counts"),
     ("support/run.py", "len(self.records) / self.total > self.limit",
      "len(self.records) > self.limit * self.total", PROTOCOL + " -k as_many"),

@@ -133,6 +133,10 @@ def test_a_bad_pair_counts_once_by_its_row(tmp_path):
     skipped.add([BAD, BAD | {"row": 4}, BAD | {"error": "a.mp4: no such file"}])
     skipped.add([BAD | {"error": "a.mp4: a prompt of 9 tokens, more than 5"}])
     assert listed(tmp_path) == skipped.records == [BAD, BAD | {"row": 4}]
+    unnumbered = BAD | {"row": None}  # an item of one's own is known by its videos and prompts
+    skipped.add([unnumbered, unnumbered | {"error": "another"}, unnumbered | {"prompts": ["q", "q"]}])
+    assert listed(tmp_path)[2:] == [unnumbered, unnumbered | {"prompts": ["q", "q"]}]
+    del skipped.records[2:]
     again = skipped_of(tmp_path)
     again.restore(skipped.records)
     again.add([BAD])
@@ -190,6 +194,7 @@ def test_a_run_counts_by_rows_and_says_what_contradicts_itself(world_dir, tmp_pa
             f"warning: {path}: 2 pairs are training pairs too, of {path}: row 2 and 3, 4 and 5"]
     for line in said:
         assert line in done.stderr.splitlines(), line
+    assert done.stderr.splitlines().count(said[0]) == 2  # of what is trained on, and of the test set
     assert "1 left out, a video preferred to itself: row 6" in done.stderr  # of the test set
     judged = run("infer.py", "--pairs", path, "--model", tmp_path / "out", "--cot", "off", check=False)
     assert said[0].removeprefix("warning: ") in judged.stderr.splitlines()
