@@ -1839,7 +1839,7 @@ MUTANTS = [
     ("tools/predictions.py", "found[0] if len(found) == 1 else None", "found[0] if found else None",
      OTHERS + " -k chosen"),
     ("tools/predictions.py", '"score" if "score" in records[0] else "score_no_cot"', '"score_no_cot"',
-     OTHERS + " -k both_have"),
+     OTHERS + " -k without_thinking"),
     ("tools/predictions.py", "margins = {ours: own_margins(self.pairs, judged)} | margins", "pass",
      OTHERS + " -k both_have"),
     ("infer.py", "            code |= others.code\n", "", OTHERS + " -k both_have"),
