@@ -42,8 +42,7 @@ from support.batches import (
 )
 from support.command import READER, Count, Positive, Temperature, Whole, run_command
 from support.files import LAYOUTS, MODELS, default_model
-from support.formats import read_pairs
-from support.protocol import findings
+from support.formats import findings, read_pairs
 from support.ranks import ALONE, Ranks
 from support.shard import gathered
 

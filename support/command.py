@@ -101,10 +101,9 @@ def run_command(main: Callable[[], None]) -> None:
     except (DataError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except RuntimeError as error:  # what torch says of both wherever the command is
-        if "DataLoader worker" in str(error):
-            raise SystemExit(f"error: {worker_error(error)}") from error
-        if not re.search("(out of|allocate) memory", str(error)):
+        is_worker = "DataLoader worker" in str(error)
+        if not is_worker and not re.search("(out of|allocate) memory", str(error)):
             raise
-        raise SystemExit(f"error: {DataError(error)}") from error
+        raise SystemExit(f"error: {worker_error(error) if is_worker else DataError(error)}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -86,12 +86,12 @@ def read_info(directory: Path) -> dict:
     return info
 
 
-def local_folder(source: str | Path) -> Path:
+def local_folder(source: str | Path, told: str = "") -> Path:
     """The directory that a directory or a hub id stands for: a hub id for its snapshot, a run's
     folder for the model that it ended with, and `actor` of the authors' stage 2 for what its
-    shards were merged to. Raises DataError where there is none."""
+    shards were merged to. Raises DataError, which begins with what is `told`, where there is none."""
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*rm_head.pth"]
-    reason = f"{source}: no such directory, and no hub id that can be loaded"
+    reason = f"{told}{source}: no such directory, and no hub id that can be loaded"
     with error_context(reason, OSError, ValueError):
         directory = Path(source)
         if not directory.is_dir():

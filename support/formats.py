@@ -32,6 +32,13 @@ def read_pairs(path: str | Path, label: str | None = None, root: str | Path | No
     return collect(path, asked, Path(root) if root else None, dimensions)
 
 
+def findings(pairs: Pairs, train: Pairs | None = None) -> list[str]:
+    """What contradicts the protocol, as tools/protocol.py finds it; nothing where that is not there."""
+    with suppress(NotHere):
+        return from_above("tools.protocol", "findings")(pairs, train)
+    return []
+
+
 def with_prompt(record: dict, column: str, where: str) -> dict:
     """The record with its `column` as the prompt. A problem is a whole instruction, and is never
     put inside another."""

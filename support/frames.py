@@ -114,7 +114,7 @@ def container_crop(container, stream) -> tuple[int, ...]:
         av.logging.set_level(level)
     _, _, described = described.partition(f"Stream #0:{stream.index}")
     own, _, _ = described.partition("Stream #0:")
-    found = re.search(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", own)
+    found = re.search(r"^ +Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", own, re.MULTILINE)  # no title says it
     return tuple(map(int, found.groups())) if found else (0, 0, 0, 0)
 
 

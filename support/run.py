@@ -52,8 +52,7 @@ from support.files import (
     sync,
     write_whole,
 )
-from support.formats import read_pairs
-from support.protocol import findings
+from support.formats import findings, read_pairs
 from support.ranks import Ranks
 from support.settings import FREE, FREE_IN, ROOT, RunArgs, function_file
 from support.shard import shard
@@ -338,7 +337,7 @@ class Run:
         sign = -1 if LOWER.search(name) else 1
         if math.isnan(value) or sign * value <= sign * before:
             return
-        test = name.partition("/")[0]
+        test, _, _ = name.partition("/")
         best = {"step": step, "figure": name, "value": value, "test": test}
         info = dict(model.info)
         self.save_model(model, "best", best=best, **self.scale)

@@ -1,5 +1,5 @@
 """A model on the disk: descore.json, descore.safetensors (query and head), a PEFT adapter or full
-weights, and the tokenizer (README, "A saved model"). Functions of a DeScore, `model`."""
+weights, and the tokenizer (docs/data.md, "A saved model"). Functions of a DeScore, `model`."""
 
 import json
 import os
@@ -66,11 +66,7 @@ def load(cls, source: str | Path, dtype: torch.dtype | None, device: torch.devic
         if is_adapter and (directory.resolve() / backbone).is_dir():  # ".." goes by where links lead
             backbone = os.path.normpath(directory.resolve() / backbone)
         elif is_adapter:
-            try:
-                local_folder(backbone)
-            except DataError as error:
-                raise DataError(f"{directory / 'descore.json'}: its backbone is not to be had ({error}); "
-                                'put the path or hub id that it has now there as "backbone"') from error
+            local_folder(backbone, f"{directory / 'descore.json'}: \"backbone\" is to say where it is now: ")
         with error_context(f"{directory}: video settings that make no sense", TypeError):
             settings = VideoSettings(**info.pop("video", {}) | (video or {}))
             replace(settings, **info.get("scoring_video", {}))
@@ -136,14 +132,14 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: st
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if config.model_type != "qwen3_vl":
             raise ValueError(f"it is a {config.model_type}")
+        layers = max(config.text_config.num_hidden_layers, config.vision_config.depth)
+        if layers > MOST_LAYERS:
+            raise ValueError(f"its config.json speaks of {layers} layers")
         if hasattr(config, "quantization_config"):
             if quant:
                 raise ValueError("it is quantised already, which leaves --quant nothing to do")
             options["device_map"] = {"": device}
-        layers = max(config.text_config.num_hidden_layers, config.vision_config.depth)
-        if layers > MOST_LAYERS:
-            raise ValueError(f"its config.json speaks of {layers} layers")
-        if not hasattr(config, "quantization_config"):
+        else:
             for path in sorted(directory.glob("model*.safetensors")):
                 tensor_names(path)
         try:

@@ -213,6 +213,17 @@ def test_a_refused_video_is_left_out_and_asked_about_again_alone(serve, desk, ca
     assert all("1b.mp4" in text for text in server.asked[-2:])
 
 
+def test_answers_stay_where_a_video_is_missing(serve, desk):
+    server = serve(lambda text, body: completion())
+    (desk.folder / "1b.mp4").unlink()
+    code, said = desk(server.url)
+    assert code == 1 and desk.kept() == [0, 2, 3] and "1 left out, a video is missing" in said
+    (desk.folder / "1b.mp4").write_bytes(b"1b.mp4")
+    code, _ = desk(server.url)
+    assert code == 0 and desk.kept() == [0, 1, 2, 3] and not desk.written.exists()
+    assert sorted(server.asked[6:]) == ["1a.mp4", "1b.mp4"]
+
+
 @pytest.mark.parametrize("status", [401, 404])
 def test_what_no_question_mends_ends_the_command_and_answers_stay(serve, desk, status):
     def answer(text, body):

@@ -197,7 +197,7 @@ def test_what_is_wrong_is_named_counted_and_left_out(folder, measured):
     # The same of a row a pair: one is missing, one is no number, one is said twice, once turned round.
     lines = rows_of_pairs(SCORES)
     lines = [*lines[1:], (lines[2][1], lines[2][0], "q", 1, 2), ("a", "b", "p", 1, 2)]
-    lines[3] = (*lines[3][:4], "")
+    lines[3] = (*lines[3][:4], "NA")
     (folder / "pairs.csv").write_text(as_csv(["video_a", "video_b", "prompt", "score_a", "score_b"], lines))
     found, err, code = measured(folder / "pairs.csv")
     assert found["predictions"][str(folder / "pairs.csv")] | counts | {"left_out": 3, "other_rows": 1} == (

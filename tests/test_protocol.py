@@ -11,11 +11,11 @@ from launch import run
 
 from data import DataError, Pairs
 from support.formats import read_pairs
-from support.protocol import findings
 from support.ranks import ALONE
 from support.run import Run, Skipped
 from support.settings import RunArgs
 from tools import check, convert
+from tools.protocol import findings
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@
 Each (video, prompt) is asked about once; with --together both videos of a pair are, in one question,
 and OUT has sub-scores and overall scores (scores_a, overall_a, …) and no CoTs. Answers
 are appended to OUT.cots as they come, and the same command goes on behind them. Pairs are left out, and
-said, of which a video cannot be read, is refused by the endpoint, or is answered by nothing of use. OUT.cots
-then stays, so that the same command asks for these alone. --api speaks OpenAI's chat completions, as most
-servers do (tools/endpoint.py).
+said, of which a video is missing, cannot be read, is refused by the endpoint, or is answered by nothing of
+use. OUT.cots then stays, so that the same command asks for these alone. --api speaks OpenAI's chat
+completions, as most servers do (tools/endpoint.py).
 """
 
 import argparse
@@ -110,7 +110,7 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
     finally:
         tables.list_unreadable(judged)
     kept = []
-    left_out: Counter = Counter()
+    left_out: Counter = Counter(MISSING for row in pairs.left_out if row["reason"] == "missing")
     for pair in pairs:
         records = [judged[key] for key in questions(pair, together)]
         why = why_not(records, fault)
@@ -141,6 +141,7 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
     return 0
 
 
+MISSING = "a video is missing"
 UNREADABLE = "a video cannot be read"
 REFUSED = "the endpoint has no answer"
 USELESS = "an answer is of no use"
@@ -228,7 +229,7 @@ class Api:
     in a row of videos, DataError says so; as it does where the endpoint refuses all, or has no room
     for an hour."""
 
-    url: str
+    url: str = field(repr=False)  # it may hold a password
     model: str
     settings: VideoSettings
     key: str | None = field(default=None, repr=False)

@@ -22,7 +22,7 @@ from data import DataError, Processor, VideoSettings, error_context, read_video
 from support.command import READER, Count, Positive, run_command
 from support.formats import read_pairs
 from support.frames import ERRORS, opened
-from support.protocol import findings
+from tools.protocol import findings
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "toy/backbone"
 

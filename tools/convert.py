@@ -10,8 +10,8 @@ from pathlib import Path
 
 from support.command import Count, Whole, run_command
 from support.formats import read_pairs
-from support.protocol import findings
 from tools.formats import check_out, write_pairs
+from tools.protocol import findings
 from tools.rated import rated_pairs
 
 

@@ -8,6 +8,7 @@ import ast
 import csv
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ RESULTS = {side.lower(): label for side, label in SIDES.items()}
 RESULTS |= {"video 1 is better": "A", "video 2 is better": "B"}
 LABELS = ("TA", "Overall")  # text alignment is what this method judges
 SEPARATORS = ",;\t"
+NO_NUMBER = ("", "na", "n/a", "none", "null")  # in small letters
 
 
 def csv_records(text: str, path: Path, label: str | None) -> Iterator[tuple[int, dict]]:
@@ -191,6 +193,17 @@ def pick(labels: dict, value: str, where: str) -> str | None:
         known = ", ".join(labels)
         raise DataError(f"{where}: the label is {value!r}, not one of {known}")
     return labels[value]
+
+
+def finite_number(value) -> float | None:
+    """The number in a cell, or in JSON; None where there is none, or it is not finite. ValueError, TypeError
+    or OverflowError for anything else."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in NO_NUMBER):
+        return None
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is none")
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def two_videos(text: str, where: str) -> tuple[str, str]:

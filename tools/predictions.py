@@ -28,7 +28,7 @@ from data import DataError, Pair, Pairs, error_context, json_records, no_duplica
 from infer import ACCURACIES
 from support import tables
 from support.formats import read_pairs
-from tools.formats import csv_table
+from tools.formats import csv_table, finite_number
 
 # How columns are called, in small letters, the likeliest first.
 VIDEO = ("video", "path", "video_path", "video_file", "file", "file_path", "filename", "file_name",
@@ -37,7 +37,6 @@ SCORE = ("score", "reward", "video_results", "final_score", "overall_score", "ov
          "rating", "value", "score_no_cot")
 PROMPT = ("prompt", "text_prompt", "caption")
 SIDES = (("a", "b"), ("1", "2"), ("left", "right"))
-NOTHING = ("", "n/a", "none", "null")  # no number, in small letters
 SHOWN = 3  # how many of what is wrong are named
 
 Key = tuple[str, str]  # a video's absolute path, and its prompt with single spaces
@@ -410,7 +409,7 @@ class Columns:
         found = []
         for name in self.by_name.values():
             try:
-                values = [as_number(row.get(name)) for _, row in rows]
+                values = [finite_number(row.get(name)) for _, row in rows]
             except (ValueError, TypeError, OverflowError):
                 continue
             if any(value is not None for value in values):
@@ -426,17 +425,7 @@ class Columns:
         scores = []
         for name in self.score_columns:
             with error_context(f"{where}: {name} is no number", ValueError, TypeError, OverflowError):
-                scores.append(as_number(row.get(name)))
+                scores.append(finite_number(row.get(name)))
         if None in scores:
             return None
         return tuple(scores) if self.paired else scores[0]
-
-
-def as_number(value) -> float | None:
-    """A finite number, None for one that is not, or is not there. ValueError and the like for a text."""
-    if value is None or (isinstance(value, str) and value.strip().lower() in NOTHING):
-        return None
-    if isinstance(value, bool):
-        raise TypeError(f"{value} is none")
-    number = float(value)
-    return number if math.isfinite(number) else None

@@ -10,10 +10,8 @@ from itertools import combinations
 from pathlib import Path
 from random import Random
 
-from data import DataError, Pair, Pairs, checked, is_number, json_records, read_text
-from tools.formats import csv_table
-
-NO_SCORE = {"", "nan", "na", "n/a", "none", "null"}  # what stands in a cell for none
+from data import DataError, Pair, Pairs, checked, error_context, json_records, read_text
+from tools.formats import csv_table, finite_number
 
 
 @dataclass
@@ -105,13 +103,8 @@ def text_of(record: dict, name: str, where: str) -> str:
 def score_of(record: dict, name: str, where: str) -> Fraction | None:
     """A score, or None where there is none. DataError for what is no number."""
     value = record.get(name)
-    if value is None or (isinstance(value, str) and value.strip().lower() in NO_SCORE):
-        return None
-    try:
-        number = float(value) if isinstance(value, str) or is_number(value) else None
-    except (ValueError, OverflowError):
-        number = None
-    if number is None:
-        raise DataError(f"{where}: {name} is {str(value)[:80]!r}, not a number")
+    wrong = f"{where}: {name} is {str(value)[:80]!r}, not a number"
+    with error_context(wrong, ValueError, TypeError, OverflowError):
+        number = finite_number(value)
     # As it is written: 0.1 is a tenth.
-    return Fraction(repr(number)) if math.isfinite(number) else None
+    return None if number is None else Fraction(repr(number))

@@ -37,5 +37,6 @@ def findings(pairs: Pairs, train: Pairs | None = None) -> list[str]:
     for what, abouts in found.items():
         named = [" and ".join(rows[about]) for about in abouts[:5]]
         more = ", …" if len(abouts) > 5 else ""
-        lines.append(f"{pairs.path}: {len(abouts)} pairs {what}: row {', '.join(named)}{more}")
-    return [line for line, abouts in zip(lines, found.values()) if abouts]
+        if abouts:
+            lines.append(f"{pairs.path}: {len(abouts)} pairs {what}: row {', '.join(named)}{more}")
+    return lines
