@@ -838,6 +838,8 @@ def make_pair(record: dict, where: str, root: Path, dimensions=DIMENSIONS) -> Pa
     for key in ("cot_a", "cot_b", "model_a", "model_b", "problem"):
         if not isinstance(record.get(key), (str, type(None))):
             raise DataError(f"{where}: {key} is not a text")
+        if not (known[key] or "").strip():
+            known[key] = None  # an empty cell of a table
     for key, value in known.items():
         if isinstance(value, str):
             checked(value, f"{where}: {key}")

@@ -459,7 +459,7 @@ def main() -> None:
         column = "problem" if args.instruction == "problem" else "prompt"
         pairs = read_pairs(args.pairs, args.label, args.root, dimensions, column)
         keys = keys_of(pairs)
-        ranks.agree(vars(args), args.pairs, keys)
+        ranks.agree(vars(args), args.pairs, keys, model)
         if ranks.first:
             print(pairs.summary(), *findings(pairs), sep="\n", file=sys.stderr)
         if args.predictions:  # what is wrong with them is said before anything is judged

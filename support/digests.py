@@ -83,7 +83,8 @@ def remembered(path: Path) -> str:
     status = path.stat()
     if status.st_size < REMEMBERED_FROM:
         return digest(path)
-    about = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    about = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns,
+             "ctime_ns": status.st_ctime_ns}  # which nobody can set
     with contextlib.suppress(*NOTHING_KEPT):
         entry = json.loads(entry_of(about["path"]).read_text(encoding="utf-8"))
         if about.items() <= entry.items():

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from data import DataError, Key, error_context
+from support.digests import of_json, of_model
 from support.files import digest
 
 # What torchrun tells a process. Some of it may be left over from somebody else's.
@@ -102,15 +103,18 @@ class Ranks:
             raise answer
         return answer
 
-    def agree(self, settings: dict, file: str | Path, keys: list[Key]) -> None:
-        """Raises DataError on all ranks, naming what differs, unless all have the same settings, and
-        see the same file and the same videos, by name and size."""
+    def agree(self, settings: dict, file: str | Path, keys: list[Key], model=None) -> None:
+        """Raises DataError on all ranks, naming what differs, unless all have the same settings, see
+        the same file and the same videos, by name and size, and have loaded the same model, if any."""
         if self.world == 1:
             return
         sizes = [os.path.getsize(video) if os.path.isfile(video) else None for video, _ in keys]
         videos = json.dumps([keys, sizes]).encode()
         asked = {f"--{name.replace('_', '-')}": repr(value) for name, value in settings.items()}
         asked |= {str(file): digest(Path(file)), "the videos": hashlib.sha256(videos).hexdigest()}
+        if model is not None:
+            asked[f"the model {model.name}"] = of_model(model, model.name)
+            asked["the instruction"] = of_json(model.processor.instruction)
         first, *others = self.gather([asked])
         for rank, other in enumerate(others, 1):
             differing = [name for name, value in first.items() if other.get(name) != value]

@@ -150,7 +150,10 @@ class Run:
         are restored in place, such as ema={name: average}."""
         args, first = self.args, self.ranks.first
         self.checkpoints.attach(model, optimizer, more)
-        self.digests = self.ranks.ask_first(lambda: self.make_digests(model))
+        self.digests = self.make_digests(model)
+        for rank, other in enumerate(self.ranks.gather([self.digests])):
+            if names := digests.changed(self.digests, other):
+                raise DataError(f"ranks {self.ranks.rank} and {rank} have not the same: {', '.join(names)}")
         state = {}
         if args.resume != "false":
             state = self.checkpoints.newest(self.deciding) or {}
@@ -483,10 +486,10 @@ def cut(path: Path, size: int) -> None:
     bytes."""
     with path.open("a+b") as file:
         file.seek(0)
-        content = file.read(size)
-        if len(content) < size:
+        whole = file.read(size).rfind(b"\n") + 1
+        if whole < size:  # it was so long when a line had just been written
             print(f"warning: {path}: some of its last lines are lost", file=sys.stderr)
-        file.truncate(content.rfind(b"\n") + 1)
+        file.truncate(whole)
 
 
 def finite(record: dict) -> dict:

@@ -50,6 +50,7 @@ STRICT = {
 # Read as it is meant, where it is an annotation.
 FORGIVEN = {
     "comma at the end": cot(JSON[:-1] + ",}"),
+    "escapes": cot(JSON.replace("subject", r"\u0073ubject").replace("2", r'"2\n"')[:-1] + ",}"),
     "comma within": cot(JSON.replace('"style": 0}', '"style": 0,\n}')),
     "another fence": cot(f"```JSON\n{JSON}\n```"), "json5": cot(f"```json5\n{JSON}\n```"),
     "text beside the fence": cot(f"Here you are:\n```json\n{JSON}\n```\nIt's done."),

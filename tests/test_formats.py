@@ -129,6 +129,36 @@ def test_labels_of_an_answer(folder, answer, preference):
     assert [pair.preference for pair in read_pairs(path)] == [preference]
 
 
+@pytest.mark.parametrize(("result", "found"), [
+    ("video 1 is slightly better", None), ("Video A is better", None), ("video_2", None),
+    ("A is better", None),
+    ("Video 1 is much better than Video 2", None), ("1", None), ("the second wins", None),
+    ("Video 2  is\nbetter.", "B"), ("Neither video is better", "tie"), ("No clear winner", "tie"),
+    ("Video 1 is as good as the other, a draw", "tie"), ("both are good", "tie"),
+    ("video 1 ~ video 2", "tie")])
+def test_what_may_name_a_winner_is_no_tie(folder, result, found):
+    answer = json.dumps({"gsb_result": result})
+    path = write_csv(folder / "2.csv", ["videos", "prompt", "answer"], ["['a.mp4', 'b.mp4']", "x", answer])
+    if found:
+        assert [pair.preference for pair in read_pairs(path)] == [found]
+        return
+    with pytest.raises(DataError, match=r"2\.csv, row 2: the gsb_result '.*' seems to name a winner"):
+        read_pairs(path)
+
+
+def test_what_a_table_has_where_there_is_nothing_is_nothing(folder):
+    row = {"prompt": "x", "video_a": "a.mp4", "video_b": "b.mp4", "preference": "A"}
+    nulls = dict.fromkeys(SCORES)
+    path = folder / "table.jsonl"
+    path.write_text("".join(json.dumps(row | more) + "\n" for more in (
+        {"cot_a": "", "cot_b": " \n", "scores_a": nulls, "scores_b": nulls},
+        {"cot_a": " <think>", "scores_a": nulls | {"subject": 2}})))
+    nothing, something = read_pairs(path)
+    assert nothing.said("cot") == nothing.said("scores") == [None, None]
+    assert something.cot_a == " <think>"
+    assert something.scores_a == dict.fromkeys(SCORES, "N/A") | {"subject": 2}
+
+
 def test_a_problem_never_stands_inside_another_instruction(folder):
     columns, row = ["videos", "problem", "answer"], ["['a.mp4', 'b.mp4']", "Judge: x", "A"]
     path = write_csv(folder / "2.csv", columns, row)

@@ -1,6 +1,8 @@
 """Ranks that were asked different things do not work together, and none waits in silence."""
 
+import json
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -8,10 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TOY_VIDEO
 from launch import Started, run
+from safetensors.torch import load_file, save_file
 from test_adapters import save_scorer
 
 from data import DataError
+from model import DeScore
 from support import ranks
+from support.files import digest
 from support.ranks import Ranks
 
 
@@ -30,6 +35,17 @@ def port():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_scorer(tmp_path_factory.mktemp("scorer") / "model")
+
+
+def change(folder, factor=1.0):
+    """Let the query and head of a saved model be others, as if it had been saved so, wherever it lies."""
+    path = folder / "descore.safetensors"
+    weights = load_file(path)
+    save_file({name: factor * tensor for name, tensor in weights.items()}, path)
+    info = json.loads((folder / "descore.json").read_text())
+    info["files"][path.name] = digest(path)
+    info["backbone"] = str(ROOT / "toy/backbone")
+    (folder / "descore.json").write_text(json.dumps(info))
 
 
 def test_a_few_videos_need_no_ranks_whatever_the_environment_says(folder, world_dir, port):
@@ -79,13 +95,43 @@ COMMANDS = {
 def test_ranks_that_were_asked_different_things_end(name, folder, world_dir, port, tmp_path):
     command = [str(world_dir / part) if part.endswith("jsonl") else part for part in COMMANDS[name]]
     command = [str(tmp_path / part) if part == "OUT" else part for part in command]
-    started = [Started(*command, seed, "--model", folder, env=environment(rank, port))
+    roots = [ROOT, ROOT]
+    differ = ""
+    if name == "infer.py":  # with another model under its name, as on another machine
+        command[0] = ROOT / name
+        roots = [tmp_path / "0", tmp_path / "1"]
+        for root in roots:
+            shutil.copytree(folder, root / "m")
+        change(roots[0] / "m")
+        change(roots[1] / "m", -1.0)
+        folder = "m"
+        differ = ", the model m differ"
+    started = [Started(*command, seed, "--model", folder, env=environment(rank, port), root=roots[rank])
                for rank, seed in enumerate((0, 1))]
     for process in started:
         done = process.wait()
         assert done.returncode == 1
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert errors[-1].startswith("error: rank 1 is asked about something else than rank 0: --seed")
+        assert errors[-1].endswith(differ)
+
+
+@pytest.mark.slow
+def test_ranks_that_begin_from_other_models_do_not_train(folder, world_dir, port, tmp_path):
+    started = []
+    for rank, factor in enumerate((1.0, -1.0)):
+        root = tmp_path / str(rank)
+        shutil.copytree(folder, root / "m")
+        change(root / "m", factor)
+        started.append(Started(
+            ROOT / "coldstart.py", "--train", world_dir / "train_cots.jsonl", "--out", tmp_path / "run",
+            *TOY_VIDEO, "--lora-rank", 4, "--model", "m", "--no-eval-before", "--workers", 0,
+            env=environment(rank, port), root=root))
+    for rank, process in enumerate(started):
+        done = process.wait()
+        said = f"error: ranks {rank} and {1 - rank} have not the same: the model it began from (m)"
+        assert done.returncode == 1 and said in done.stderr.splitlines()
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 class Two(Ranks):
@@ -123,6 +169,25 @@ def test_ranks_that_see_other_files_are_named(tmp_path):
     Path(keys[1][0]).write_bytes(b"")
     video.write_bytes(b"short")
     assert differing() == "the videos differ"
+
+
+def test_ranks_that_have_another_model_are_named(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("one")
+    ranks = Two(0, 2)
+    model = DeScore.load(save_scorer(tmp_path / "m"), device="cpu")
+    Two.other = {}
+    with pytest.raises(DataError):
+        ranks.agree({}, file, [], model)
+    Two.other = Two.seen
+    ranks.agree({}, file, [], model)  # the same
+    model.processor.set_instruction("<video><prompt>")
+    with pytest.raises(DataError, match="rank 0: the instruction differ$"):
+        ranks.agree({}, file, [], model)
+    change(tmp_path / "m", -1.0)
+    other = DeScore.load(tmp_path / "m", device="cpu")
+    with pytest.raises(DataError, match=f"rank 0: the model {tmp_path / 'm'} differ$"):
+        ranks.agree({}, file, [], other)
 
 
 def test_a_rank_says_for_whom_it_waits(folder, world_dir, port, tmp_path):

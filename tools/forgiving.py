@@ -14,6 +14,7 @@ Nothing is guessed. What is cut off, says a thing twice, leaves one out, or hold
 differ, is not read.
 """
 
+import json
 import re
 from contextlib import suppress
 
@@ -200,6 +201,8 @@ def read_value(text: str, at: int, depth: int = 0) -> tuple[object, int]:
 def read_token(text: str, at: int) -> tuple[str | float | None, int]:
     """The text, number, null or other word that begins here, and where it ends. Unclear if none does."""
     if quoted := QUOTED.match(text, at):
+        with suppress(ValueError):  # it is JSON itself
+            return json.loads(quoted[0], strict=False), quoted.end()
         return re.sub(r"\\(.)", r"\1", quoted[quoted.lastindex]), quoted.end()
     if word := WORD.match(text, at):
         value = float(word[0]) if NUMBER.fullmatch(word[0]) else word[0]
@@ -251,8 +254,12 @@ def forgiven(record: dict, dimensions: dict[str, int]) -> dict:
     as it is."""
     plain = {}
     for key in ("scores_a", "scores_b"):
+        scores = record.get(key)
+        if isinstance(scores, dict) and scores and all(value is None for value in scores.values()):
+            plain[key] = None  # what Parquet makes of a row that has none, where others have some
+            continue
         with suppress(Unclear):
-            plain[key] = plain_scores(record.get(key), dimensions)
+            plain[key] = plain_scores(scores, dimensions)
     for key in ("overall_a", "overall_b"):
         with suppress(Unclear):
             plain[key] = plain_overall(record.get(key))

@@ -229,15 +229,26 @@ def read_answer(text: str, where: str) -> dict:
             result = answer["gsb_result"]
             if not isinstance(result, str):
                 raise TypeError("not a text")
-    result = result.strip().rstrip(".").lower()
+    result = " ".join(result.lower().split()).rstrip(".")
     if not answer and result not in RESULTS and not result.startswith("video"):
         raise DataError(f"{where}: the answer has no gsb_result: {text[:80]!r}")
+    if decides(result):
+        raise DataError(f"{where}: the gsb_result {result[:80]!r} seems to name a winner, and is none of "
+                        f"{', '.join(RESULTS)}")
     # The release has many words for a tie: whatever names no winner.
     found = {"preference": RESULTS.get(result, "tie")}
     for key, name in (("scores_a", "video_1_scores"), ("scores_b", "video_2_scores")):
         if name in answer:
             found[key] = answer[name]
     return found
+
+
+def decides(result: str) -> bool:
+    """Whether an unknown result is about one video alone, or says that one is better: "video 1 wins"."""
+    if result in RESULTS or re.search(r"\b(tied?|draw|same|equal\w*|similar\w*|neither|no|none)\b", result):
+        return False
+    about = set(re.findall(r"[12]|\b[ab]\b", result))
+    return len(about) == 1 or re.search("better|worse|prefer|win", result) is not None
 
 
 def check_out(out: Path, pairs: Path) -> None:

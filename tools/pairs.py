@@ -213,7 +213,7 @@ def main() -> None:
     for group in groups:
         keys += group.keys()
     keys = list(dict.fromkeys(keys))
-    ranks.agree(vars(args), args.videos, keys)
+    ranks.agree(vars(args), args.videos, keys, model)
     if ranks.first:
         print(f"{args.videos}: {len(groups)} prompts, {len(keys)} videos", file=sys.stderr)
     judged = judge_all(model, keys, args.thinking, args, ranks)

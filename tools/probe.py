@@ -398,7 +398,7 @@ def main() -> None:
     dimensions, generator = model.processor.dimensions, random.Random(args.seed)
     column = "problem" if args.instruction == "problem" else "prompt"
     pairs = read_pairs(args.pairs, args.label, args.root, dimensions, column)
-    ranks.agree(vars(args), args.pairs, keys_of(pairs))
+    ranks.agree(vars(args), args.pairs, keys_of(pairs), model)
     if ranks.first:
         print(pairs.summary(), file=sys.stderr)
     if args.limit and args.limit < len(pairs):
