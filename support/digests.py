@@ -26,6 +26,7 @@ ONLY_WRITE = {
     "tools/trackers.py",  # passes figures on to TensorBoard or Weights & Biases
     "tools/client.py",  # asks a served model; a run serves none
     "tools/journal.py",  # keeps judgements of infer.py and tools.annotate; a run keeps none
+    "tools/protocol.py",  # says what contradicts itself in a pair file, and changes nothing
     "tools/memory.py",  # holds videos of whoever trains a generator; a run reads files
 }
 # What no entry, half of one, a folder that nobody may write to, or no home at all make of looking up.

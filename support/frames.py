@@ -109,9 +109,11 @@ def container_crop(container, stream) -> tuple[int, ...]:
     so (MP4's clap, Matroska's PixelCrop). Only FFmpeg's description of the file tells."""
     with LOGGING:
         level = av.logging.get_level()
-        av.logging.set_level(av.logging.INFO)
-        described = container.dumps_format()
-        av.logging.set_level(level)
+        try:
+            av.logging.set_level(av.logging.INFO)
+            described = container.dumps_format()
+        finally:
+            av.logging.set_level(level)
     _, _, described = described.partition(f"Stream #0:{stream.index}")
     own, _, _ = described.partition("Stream #0:")
     found = re.search(r"^ +Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", own, re.MULTILINE)  # no title says it

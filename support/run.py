@@ -280,12 +280,12 @@ class Run:
         """Measure a model on the test sets, and log it. What it thinks about a set's first videos, the
         same each time, goes to held_out.jsonl."""
         args = self.args
-        if self.ranks.first and not self.tests_looked_at:
-            self.tests_looked_at = True
-            for pairs in tests.values():
-                left_out = [pairs.summary()] if pairs.left_out else []
-                found = left_out + findings(pairs, self.items)
-                sys.stderr.writelines(f"warning: {finding}\n" for finding in found)
+        for pairs in tests.values() if not self.tests_looked_at else ():
+            self.ranks.agree({}, pairs.path, keys_of(pairs))
+            left_out = [pairs.summary()] if pairs.left_out else []
+            found = left_out + findings(pairs, self.items) if self.ranks.first else []
+            sys.stderr.writelines(f"warning: {finding}\n" for finding in found)
+        self.tests_looked_at = True
         judged: dict[str, dict] = {}
         thinking = Thinking(args.max_new_tokens, args.eval_temperature, think_tokens=args.think_tokens)
         figures = evaluate(model, tests, self.ranks, thinking, args.workers, judged)

@@ -1242,6 +1242,11 @@ MUTANTS = [
     ("tools/formats.py", 'if len(columns) < 2 and path.suffix', 'if len(columns) < 2 or path.suffix',
      TABLES + " -k one_column"),
     # -- videos that were rated one by one
+    ("tools/rated.py", "while number >= count - 1 - first:", "while number > count - 1 - first:",
+     RATED + " -k numbers_of_pairs"),
+    ("support/run.py", "self.ranks.agree({}, pairs.path, keys_of(pairs))", "pass",
+     PROTOCOL + " -k ranks_agree"),
+    ("tools/annotate.py", "if faults_of(judged, odd):", "if False:", JUDGING + " -k asks_for_it"),
     ("tools/rated.py", "a.mean() > b.mean()", "a.mean() < b.mean()", RATED),
     ("tools/rated.py", "Fraction(repr(number))", "number", RATED + " -k equal"),
     ("tools/rated.py", "rated.scores += found", "rated.scores[:] = found", RATED + " -k twice"),

@@ -363,6 +363,7 @@ def test_annotation_leaves_an_unreadable_video_out_and_asks_for_it_alone(world_d
     done = run(*command, check=False)
     assert done.returncode == 1 and f"left out: {video}: not a video" in done.stderr
     assert "3 pairs, 7 videos annotated; 1 left out, a video cannot be read" in done.stdout
+    assert "among the CoTs: 7 cut off" in done.stdout
     before = written.read_bytes()
     assert len(read_pairs(out)) == 3 and before.count(b"\n") == 1 + 7
     shutil.copy(absolute(world_dir)[1]["video_b"], video)

@@ -172,6 +172,18 @@ def test_what_a_checkpoint_skipped_counts_while_the_pairs_are_the_same(tmp_path,
     assert [record["row"] for record in listed(tmp_path)] == ([6] if is_changed else [6, 3])
 
 
+def test_ranks_agree_on_each_test_set_before_the_first_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
+    monkeypatch.setattr("support.run.evaluate", lambda *about: {})
+    going = Run(RunArgs(out=str(tmp_path), train="x"), "rl", ALONE)
+    asked = []
+    going.ranks = SimpleNamespace(first=False, agree=lambda *about: asked.append(about))
+    tests = {name: Pairs(tmp_path / name) for name in ("a", "b")}
+    for step in (1, 2):
+        going.evaluate(step, None, tests)
+    assert asked == [({}, tmp_path / "a", []), ({}, tmp_path / "b", [])]
+
+
 def test_a_run_counts_by_rows_and_says_what_contradicts_itself(world_dir, tmp_path):
     """A bad pair stands in two rows and is met in two epochs; the test set is the training file."""
     (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)

@@ -11,7 +11,7 @@ import pytest
 from data import DataError
 from support.formats import read_pairs
 from tools import convert
-from tools.rated import rated_pairs
+from tools.rated import rated_pairs, two_of
 
 
 @pytest.fixture
@@ -36,6 +36,10 @@ def ran(monkeypatch, capsys, *words):
     monkeypatch.setattr("sys.argv", ["convert", *map(str, words)])
     convert.main()
     return capsys.readouterr().out
+
+
+def test_the_numbers_of_pairs_are_those_of_all_pairs_in_order():
+    assert [two_of(number, 5) for number in range(10)] == list(combinations(range(5), 2))
 
 
 RATED = [{"text": prompt, "file": f"{number}.mp4", "look": look, "fit": fit}

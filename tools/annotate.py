@@ -133,6 +133,11 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
     bare = sum(not has_thought(record["cot"], tags) for record in judged.values() if "cot" in record)
     if strict and bare and not together:
         print(f"answers without a thought, which stage 1 needs: {bare}")
+    if not strict:  # what a model here writes is taken as it is
+        odd = partial(what_is_wrong, scores=False, dimensions=dimensions, tags=tags, together=together,
+                      strict=True)
+        if faults_of(judged, odd):
+            print(f"among the CoTs: {faults_of(judged, odd)}")
     if not left_out:
         written.unlink()
     elif strict or set(left_out) != {USELESS}:

@@ -5,7 +5,7 @@ What an endpoint does with a question, and what becomes of it:
     an answer                              a CoT, with the thought that stands beside it put back
     HTTP 429                               all wait, as long as it says, and ask again
     HTTP 408, 409, 425, 5xx, no answer     asked again, `retries` times, with longer and longer pauses
-    HTTP 400 that names a setting          asked without it, or by its other name; if answered, always
+    HTTP 400 or 422 that names a setting   asked without it, or by its other name; if answered, always
     HTTP 400, 403, 413, 415, 422, 451      `Refused`: this question alone has no answer
     a refusal, a filter, nothing           `Refused`
     anything else, such as HTTP 401        DataError: no question has
@@ -40,6 +40,7 @@ except ImportError:  # only --api needs it
     httpx2 = None
 
 REFUSED = (400, 403, 413, 415, 422, 451)
+MISUSED = (400, 422)  # of these, by a setting too
 AGAIN = (408, 409, 425)  # and all from 500
 PATIENCE = 3600.0  # seconds without room (HTTP 429) for anybody, after which the command stops
 LARGEST = 1 << 26  # bytes of an answer
@@ -123,7 +124,7 @@ class Endpoint:
                     return answer | {"cot": self.scrubbed(answer["cot"])}
                 problem = f"an answer that is no chat completion ({problem})"
             elif reply.status in REFUSED:
-                settings = without_refused(settings, reply.text)
+                settings = without_refused(settings, reply.text) if reply.status in MISUSED else None
                 if settings is None:
                     raise Refused(problem)
                 continue

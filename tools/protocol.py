@@ -2,14 +2,17 @@
 pairs that were trained on."""
 
 import os
+from functools import cache
 
 from data import Item, Key, Pair, Pairs
+
+real_path = cache(os.path.realpath)  # a file system far away is asked once
 
 
 def spelt_once(item: Item) -> list[Key]:
     """The (video, prompt) keys of an item, however they are spelt: links are followed, white space
     counts once."""
-    return [(os.path.realpath(video), " ".join(prompt.split())) for video, prompt in item.videos()]
+    return [(real_path(video), " ".join(prompt.split())) for video, prompt in item.videos()]
 
 
 def findings(pairs: Pairs, train: Pairs | None = None) -> list[str]:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import combinations
 from pathlib import Path
 from random import Random
 
@@ -53,10 +52,10 @@ def rated_pairs(path: Path, root: Path | None = None, prompt: str = "prompt", vi
             rated.scores += found
     rng = Random(seed)
     for videos in by_prompt.values():
-        chosen = draw(math.comb(len(videos), 2), per_prompt, rng)
-        for number, (a, b) in enumerate(combinations(videos.values(), 2)):
-            if number in chosen:
-                pairs.append(compare(a, b))
+        rated = list(videos.values())
+        for number in sorted(draw(math.comb(len(rated), 2), per_prompt, rng)):
+            first, second = two_of(number, len(rated))
+            pairs.append(compare(rated[first], rated[second]))
     if total is not None:
         pairs[:] = [pairs[number] for number in sorted(draw(len(pairs), total, rng))]
     if not pairs:
@@ -67,6 +66,15 @@ def rated_pairs(path: Path, root: Path | None = None, prompt: str = "prompt", vi
 def draw(count: int, most: int, rng: Random) -> set[int]:
     """The numbers below `count`, or so many of them."""
     return set(rng.sample(range(count), min(count, most)))
+
+
+def two_of(number: int, count: int) -> tuple[int, int]:
+    """Which two of `count` things the pair of this number is: (0, 1), (0, 2), …, (1, 2), …"""
+    first = 0
+    while number >= count - 1 - first:
+        number -= count - 1 - first
+        first += 1
+    return first, first + 1 + number
 
 
 def compare(a: Rated, b: Rated) -> Pair:
