@@ -1571,6 +1571,7 @@ MUTANTS = [
      "return found, {}", ADAPTERS + " -k genrl"),
     ("tools/adapters.py", "dtype=torch.float32, device=device), {}", "dtype=torch.float32), {}",
      ADAPTERS + " -k genrl"),
+    ("tools/adapters.py", "else float(unusable))", "else unusable)", ADAPTERS + " -k settings_say"),
     ("tools/adapters.py", "self.failed += len(video_paths)", "self.failed += 1", ADAPTERS + " -k itself"),
     ("tools/adapters.py", "so far: {error}\", file=sys.stderr", "so far\", file=sys.stderr",
      ADAPTERS + " -k itself"),
