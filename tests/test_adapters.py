@@ -23,6 +23,7 @@ from data import DataError
 from infer import Scorer, reward
 from tools import adapters
 from tools.adapters import FlowFactory, UniRL, VideoAlign, VideoXFun, compute_score_descore, flow_grpo
+from tools.client import unusable
 
 PROMPTS = ["a red circle moves left", "a blue cross"]
 
@@ -275,6 +276,17 @@ def test_verl_omni_gives_clips_of_two_layouts_and_says_what_an_unusable_one_is_w
     with pytest.raises(ValueError, match="not from 0 to 1"):
         ask(noisy[1])
     assert ask(noisy[1], unusable=-2.0)["score"] == -2.0
+
+
+def test_what_verl_omnis_settings_say_of_an_unusable_video_is_a_number():
+    """They may have it as a text, and a reward that is one fails far from here."""
+    noisy = torch.full((4, 3, 8, 8), 2.0)
+    ask = partial(compute_score_descore, "any", noisy, "p", fps=8,
+                  score=lambda *_, **how: [unusable("noise")])
+    found = asyncio.run(ask(unusable="-2"))["score"]
+    assert type(found) is float and found == -2
+    with pytest.raises(ValueError, match="'none'"):
+        asyncio.run(ask(unusable="none"))
 
 
 def test_verl_omni_asks_the_server_that_is_named(monkeypatch):

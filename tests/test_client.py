@@ -1,9 +1,11 @@
 """What the client sends, and what it does with servers that are busy, away, slow, or none of ours."""
 
+import copy
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
@@ -245,6 +247,40 @@ def test_a_client_goes_on_in_a_process_that_was_forked():
         assert os.waitpid(started, 0)[1] == 0
         found, drawn = asking.get()
         assert found == 2 and drawn != draw()
+
+
+def test_a_client_may_be_copied_and_sent_to_another_process():
+    with stub(named([], "a")) as url:
+        score = Client([url], timeout=30, parallel=2, attempts=3)
+        score(CLIP, "1", fps=4)
+        for other in (copy.deepcopy(score), pickle.loads(pickle.dumps(score))):
+            assert other(CLIP, "2", fps=4)[0]["score"] == 2
+            assert (other.urls, other.timeout, other.parallel, other.attempts) == ([url], 30, 2, 3)
+
+
+def test_another_model_may_be_served_at_an_address():
+    """One that looks at other frames refuses what was chosen for the first, but that alone."""
+    looks = dict(LOOKS)
+
+    def answer(body):
+        return [records(RECORD) if body["sampling"] == looks else http(b"chosen by another", 422)]
+
+    with stub(answer, looks) as url:
+        score = Client(url)
+        assert score(CLIP, "p", fps=4) == [RECORD]
+        looks["fps"] = 4.0
+        with pytest.raises(RuntimeError, match="chosen by another"):
+            score(CLIP, "p", fps=4)
+        assert score(CLIP, "p", fps=4) == [RECORD]
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e12])
+def test_who_waits_for_ever_waits(timeout, monkeypatch):
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    with stub(lambda body: [records(RECORD)]) as url:
+        assert Client(url, timeout=timeout)(CLIP, "p", fps=4) == [RECORD]
+    assert not failed
 
 
 def test_those_frames_are_sent_that_the_model_looks_at():

@@ -106,3 +106,18 @@ def test_a_video_at_which_the_model_fails_fails_alone(capsys):
         assert found[1]["error"] == "the model failed; the server's output says why"
         assert capsys.readouterr().err == "error: MemoryError: too large\n"
     assert score.rounds == [["a", "bad", "c"], ["a"], ["bad"], ["c"], ["bad"]]
+
+
+def test_what_could_not_be_read_is_looked_at_again_and_what_was_no_judgement_is_known():
+    asked = []
+    away = unusable("no such file")
+    cut_off = {**unusable("it did not end"), "cot": "a", "truncated": True}
+
+    def score(videos, prompts):
+        asked.append(videos)
+        return [{"away": away, "long": cut_off}[video] for video in videos]
+
+    rounds = Rounds(score, 9, 9)
+    for _ in range(2):
+        assert [job.result(9) for job in rounds.ask(keys("away", "long"))] == [away, cut_off]
+    assert asked == [["away", "long"], ["away"]]

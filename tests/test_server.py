@@ -7,8 +7,11 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -303,6 +306,27 @@ def test_slow_senders_shut_nobody_out(monkeypatch):
         assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
         for client in (*slow, silent, half, waiting):
             client.close()
+
+
+# Opens 300 connections, says nothing, and asks by another.
+CROWD = """import resource, socket, sys, urllib.request as web
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+url = sys.argv[1]
+port = int(url.rpartition(":")[2])
+crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
+assert web.urlopen(url + "/health", timeout=9).status == 200"""
+
+
+def test_where_few_files_may_be_open_nobody_is_shut_out(caplog):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with in_process(Slow()) as url:
+            subprocess.run([sys.executable, "-c", CROWD, url], check=True, timeout=60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not caplog.records  # of too many open files
 
 
 def test_who_does_not_read_shuts_nobody_out(monkeypatch):

@@ -43,7 +43,7 @@ def rewards(score, videos, prompts, unusable: float | None = None,
     for place, record in enumerate(records):
         if record["error"] is not None and unusable is None:
             raise ValueError(f"video {place}: {record['error']}")
-        found.append(as_reward(record) if record["error"] is None else unusable)
+        found.append(as_reward(record) if record["error"] is None else float(unusable))
     return found, records
 
 

@@ -25,6 +25,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from numbers import Real
 from urllib.parse import urlsplit
 
@@ -199,6 +200,11 @@ class Client:
         self.dice = random.SystemRandom()
         self.sampling = ()  # unknown; None: the server takes all frames
 
+    def __reduce__(self):
+        """Copied, or sent to another process, it begins anew."""
+        how = {"timeout": self.timeout, "parallel": self.parallel, "attempts": self.attempts}
+        return partial(type(self), self.urls, **how), ()
+
     def __call__(self, videos, prompts, *, fps=None, layout: str | None = None) -> list[dict]:
         """A record a video, in their order: score, standardised, cot, sub_scores and error, of a
         video that cannot be scored why not, with the score NaN.
@@ -242,7 +248,11 @@ class Client:
             body["seconds"] = [[place / fps for place in places]]
             body["sampling"] = dict(zip(LOOKS, self.sampling))
         body["video"] = [[base64.b64encode(png(grey_levels(frame))).decode() for frame in video]]
-        return self.fetch("/compute", body, the_record)
+        try:
+            return self.fetch("/compute", body, the_record)
+        except RuntimeError:
+            self.sampling = ()  # another model may be served there by now
+            raise
 
     def fetch(self, path: str, body: dict | None, read):
         """What `read` finds in the answer of the first server that gives one. Raises RuntimeError if
@@ -288,7 +298,8 @@ class Client:
         link.sock.settimeout(None)
         is_late = threading.Event()
         # However slowly an answer trickles in, at the end it is cut off.
-        guard = threading.Timer(end - time.monotonic(), cut_off, (link.sock, is_late))
+        left = min(end - time.monotonic(), threading.TIMEOUT_MAX)
+        guard = threading.Timer(left, cut_off, (link.sock, is_late))
         guard.daemon = True
         guard.start()
         try:

@@ -3,6 +3,7 @@ page of another site."""
 
 import asyncio
 import os
+import resource
 import shutil
 import time
 from contextlib import suppress
@@ -41,6 +42,11 @@ def check_sender(request: Request, hosts: set[str]) -> None:
         raise HTTPException(403, f"the Origin {origin[:100]!r} is another site")
 
 
+def open_files() -> int:
+    """How many files a process may have open; each connection is one."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 class Connection(H11Protocol):
     """It is closed where no head of a request comes; and where there are too many, the oldest makes
     room, of those whose request has not come to `waits`: they are silent, or send, or do not read."""
@@ -51,7 +57,7 @@ class Connection(H11Protocol):
         self.before = None  # what it asked when it was last looked at
         self.loop.call_later(HEAD_SECONDS, self.look)
         alive = [one for one in self.connections if not one.transport.is_closing()]
-        if len(alive) > CONNECTIONS:
+        if len(alive) > min(CONNECTIONS, open_files() // 2):
             others = [one for one in alive if not (one.scope and one.scope["state"].get("waits"))]
             min(others, key=lambda one: one.since).transport.abort()
 
@@ -75,7 +81,9 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, folder: Path):
         super().__init__(uvicorn.Config(app, http=Connection, ws="none", log_level="error",
-                                        access_log=False, lifespan="off"))
+                                        access_log=False, lifespan="off",
+                                        # so many are let in before those too many are closed
+                                        backlog=min(open_files() // 16, 128)))
         self.folder = folder
 
     def handle_exit(self, sig, frame) -> None:

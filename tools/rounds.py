@@ -27,10 +27,10 @@ class Rounds:
     """Asks `score` about videos, as `infer.Scorer` is asked, in rounds of at most `size`.
 
     In a round each caller has a turn for one video, then each for another. Who asks what is under
-    way waits for the same answer, and the last `kept` answers are known by what was asked: digests
-    of the video's content and its prompt. What nobody waits for is not begun. Where `score` fails,
-    the videos of the round are asked about one by one, and those at which it fails alone have an
-    error."""
+    way waits for the same answer, and the last `kept` answers about videos that could be read are
+    known by what was asked: digests of the video's content and its prompt. What nobody waits for is
+    not begun. Where `score` fails, the videos of the round are asked about one by one, and those at
+    which it fails alone have an error."""
 
     def __init__(self, score: Callable[[list, list[str]], list[dict]], size: int, kept: int,
                  window: float = 0.0):
@@ -114,7 +114,8 @@ class Rounds:
         with self.changed:
             for job, record in zip(jobs, records):
                 del self.jobs[job.digest]
-                if not failure:
+                # A file that could not be read, or a model that failed, may do when it is asked again.
+                if record["error"] is None or record["cot"] is not None:
                     self.found[job.digest] = record
             while len(self.found) > self.kept:
                 self.found.popitem(last=False)
