@@ -3,8 +3,8 @@ page of another site."""
 
 import asyncio
 import os
-import resource
 import shutil
+import sys
 import time
 from contextlib import suppress
 from ipaddress import ip_address
@@ -15,6 +15,11 @@ import h11
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 HEAD_SECONDS = 10  # in which the head of a request has to come
 CONNECTIONS = 512  # beyond which the oldest that is not waiting for an answer is closed
@@ -44,7 +49,10 @@ def check_sender(request: Request, hosts: set[str]) -> None:
 
 def open_files() -> int:
     """How many files a process may have open; each connection is one."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if resource is None:
+        return sys.maxsize
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if most == resource.RLIM_INFINITY else most
 
 
 class Connection(H11Protocol):
