@@ -34,7 +34,8 @@ def clone(tmp_path_factory):
 
 
 def files_of(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in path.parts}
+    files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def as_claimed(record):
