@@ -51,6 +51,7 @@ def step(out):
     return record
 
 
+@pytest.mark.slow
 def test_the_pair_loss_is_one_function_for_both_stages(changed):
     runs, _ = changed(*HINGE)
     one, two = step(runs / "coldstart"), step(runs / "rl")
@@ -58,6 +59,7 @@ def test_the_pair_loss_is_one_function_for_both_stages(changed):
     assert one["loss"] == pytest.approx(2 - one["margin"], abs=1e-5) and two["bt_loss"] > 1
 
 
+@pytest.mark.slow
 def test_the_advantages_are_one_function(changed):
     runs, _ = changed(*RANKS)
     kept = [json.loads(line) for line in (runs / "rl/rollouts.jsonl").read_text().splitlines()]

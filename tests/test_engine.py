@@ -233,6 +233,7 @@ def stage2(world_dir, out, rollouts):
             "--eval-before", "false", "--no-gradient-checkpointing", *TOY_VIDEO]
 
 
+@pytest.mark.slow
 def test_rollouts_are_those_of_a_function_of_ones_own(world_dir, tmp_path):
     """What the engine asked of each rollout batch, and how far it was from the trainer, which is logged."""
     (tmp_path / "own.py").write_text(OWN.format(notes=str(tmp_path / "notes.json")))

@@ -94,7 +94,8 @@ def copy_with(dimensions, root):
     (root / "toy/backbone/descore.json").write_text(json.dumps(saved))
 
 
-@pytest.mark.parametrize("dimensions", [SIX, pytest.param(THREE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dimensions", [SIX, THREE])
 def test_both_stages_train_on_dimensions_of_ones_own(dimensions, world_dir, tmp_path):
     root = tmp_path
     copy_with(dimensions, root)

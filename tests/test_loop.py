@@ -87,6 +87,7 @@ def test_a_break_ends_a_run_with_its_model_saved_and_evaluated(world_dir, tmp_pa
     assert (tmp_path / "out/model/descore.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_another_optimiser_is_one_line(world_dir, tmp_path):
     script = edited("coldstart", tmp_path, (
         "adamw(groups, args.weight_decay, args.optim)", "torch.optim.SGD(groups, momentum=0.9)"))
@@ -107,7 +108,8 @@ FILTERED = ("group_advantages(R, args.advantage_std)",
             "torch.where(R.std(1, keepdim=True) >= R.std(1).median(), R - R.mean(1, keepdim=True), 0.0)")
 
 
-@pytest.mark.parametrize("change", [GLOBAL, pytest.param(FILTERED, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [GLOBAL, FILTERED])
 def test_advantages_over_the_whole_batch_are_those_of_one_process(change, world_dir, tmp_path):
     """Three pairs over two ranks: a spare is in no mean."""
     script = edited("rl", tmp_path, change, before="import recited\n\nrecited.install()\n\n\n")

@@ -336,6 +336,7 @@ def decided(world_dir, path, count):
     return lines
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table(world_dir, scorer, tmp_path):
     path = tmp_path / "pairs.jsonl"
     decided(world_dir, path, 2)

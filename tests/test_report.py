@@ -445,6 +445,7 @@ rl.main()
 """
 
 
+@pytest.mark.slow
 def test_a_run_warns_of_it_and_goes_on(world_dir, tmp_path):
     """Of what only the first update of a step may show: later ones move the policy themselves."""
     (tmp_path / "moved.py").write_text(MOVED)

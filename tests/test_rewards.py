@@ -298,6 +298,7 @@ def test_a_run_says_where_no_rollout_keeps_the_format(world_dir, tmp_path):
     assert "keeps the format" in one.stderr  # of as many steps as there are
 
 
+@pytest.mark.slow
 def test_both_stages_ask_with_another_instruction_and_save_it(world_dir, tmp_path):
     text = "<video>It was made from: <prompt>\nThink, then judge."
     (tmp_path / "mine.txt").write_text(text)

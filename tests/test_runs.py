@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(stage, world_dir, whole, tmp
     assert_same(whole(stage, *LORA), tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_after_the_step(number, world_dir, whole, tmp_path):
     arguments = command("coldstart", world_dir, tmp_path, *LORA)
     process = Started(*arguments)
@@ -223,7 +223,8 @@ def test_what_cannot_be_a_runs_folder_is_not_said_to_be_in_use(name, tmp_path, m
 
 
 @pytest.mark.parametrize(("stage", "processes", "extra"), [
-    ("coldstart", 3, LORA), ("rl", 3, LORA), pytest.param("coldstart", 3, FULL, marks=pytest.mark.slow),
+    ("rl", 3, LORA), pytest.param("coldstart", 3, LORA, marks=pytest.mark.slow),
+    pytest.param("coldstart", 3, FULL, marks=pytest.mark.slow),
     pytest.param("rl", 3, FULL, marks=pytest.mark.slow)])
 def test_processes_train_like_one(stage, processes, extra, world_dir, whole, tmp_path):
     """With three, ranks hold unequal numbers of pairs: 4 a step in stage 1."""

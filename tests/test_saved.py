@@ -436,6 +436,7 @@ def test_a_model_scores_in_the_layout_that_it_is_loaded_in(keys, tmp_path):
     assert scores_of(mine, keys) == [-score for score in found["release"]]
 
 
+@pytest.mark.slow
 def test_in_the_releases_layout_each_thought_has_a_score_of_its_own(keys, tmp_path):
     model = load(make_release(tmp_path, 2)[0])
     batch = model.processor.collate([model.processor(*key) for key in keys[:2]])

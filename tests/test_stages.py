@@ -216,6 +216,7 @@ def write(path, pairs):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_its_last_evaluation_has_its_model(world_dir, stage1, tmp_path):
     """And goes on, though the test set has moved, one of its videos is broken, and its log is shorter."""
     out, test = tmp_path / "run", ("--test", world_dir / "test_id.jsonl")
@@ -280,7 +281,7 @@ def one_broken(world_dir, tmp_path):
     return tmp_path / "pairs.jsonl"
 
 
-@pytest.mark.parametrize("script", ["coldstart.py", "rl.py"])
+@pytest.mark.parametrize("script", ["coldstart.py", pytest.param("rl.py", marks=pytest.mark.slow)])
 def test_a_broken_clip_drops_its_pair_up_to_a_limit(script, one_broken, tmp_path):
     command = [script, "--backbone", "toy/backbone", "--train", one_broken, "--out", tmp_path / "out",
                "--batch-size", 6, "--max-tokens", 1500, "--max-new-tokens", 8, *QUICK]

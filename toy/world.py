@@ -25,7 +25,7 @@ differ in what it goes with, and in what is shown:
 import argparse
 import json
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -379,11 +379,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     (args.out / "videos").mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:
         for number, split in enumerate(SPLITS):
             count = args.test_pairs if number else args.pairs
             seeds = [(args.seed, number, index) for index in range(count)]
-            lines = list(pool.map(partial(make_pair, args.out, split), seeds, chunksize=10))
+            lines = list(pool.map(partial(make_pair, args.out, split), seeds))
             # Last, so that a file's videos are complete.
             (args.out / f"{split}.jsonl").write_text("".join(lines))
             print(f"{args.out / split}.jsonl: {count} pairs")
