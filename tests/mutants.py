@@ -1214,7 +1214,7 @@ MUTANTS = [
     ("data.py", "os.path.samefile(pair.video_a, pair.video_b)", "pair.video_a == pair.video_b",
      PROTOCOL + " -k itself"),
     ("data.py", "elif pair.human and os.path", "elif os.path", PROTOCOL + " -k itself"),
-    ("tools/protocol.py", "(os.path.realpath(video), ", "(video, ", PROTOCOL + " -k two_labels"),
+    ("tools/protocol.py", "(real_path(video), ", "(video, ", PROTOCOL + " -k two_labels"),
     ("tools/protocol.py", '" ".join(prompt.split())', "prompt", PROTOCOL + " -k two_labels"),
     ("tools/protocol.py", "add(better)", "add(pair.preference)", PROTOCOL + " -k two_labels"),
     ("tools/protocol.py", "> 1 == len(labels[about])", "> 1", PROTOCOL + " -k two_labels"),
