@@ -562,6 +562,7 @@ def test_the_longer_instructions_ask_for_what_is_read():
 # Annotation by a model here, and the filter
 
 
+@pytest.mark.slow
 def test_annotate_writes_one_cot_a_video_and_goes_on_where_it_was_killed(world_dir, tmp_path):
     pairs = world_dir / "train.jsonl"
     command = ["-m", "tools.annotate", pairs, tmp_path / "whole.jsonl", "--model", "toy/backbone",

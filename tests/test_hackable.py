@@ -224,6 +224,7 @@ rl.main()
 """
 
 
+@pytest.mark.slow
 def test_stage_2_trains_on_what_transformers_own_generate_wrote(world_dir, tmp_path):
     (tmp_path / "generate.py").write_text(GENERATE)
     done = run(tmp_path / "generate.py", *arguments(world_dir, tmp_path / "out", "--think-tokens", 1))
@@ -547,6 +548,7 @@ def test_what_is_wrong_with_a_preset_is_said_in_one_line(content, message, world
     assert "error: " in done.stderr and message in done.stderr
 
 
+@pytest.mark.slow
 def test_the_rollouts_of_the_first_videos_are_written_down(world_dir, tmp_path):
     run("rl.py", *arguments(world_dir, tmp_path / "out", "--steps", 2, "--keep-rollouts", 3, "--updates", 2))
     kept = check_rollouts(tmp_path / "out", {"format": 0.1, "quality": 0.7, "length": 0.2})

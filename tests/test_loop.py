@@ -50,6 +50,7 @@ EMA = [
 ]
 
 
+@pytest.mark.slow
 def test_an_average_of_the_weights_is_kept_over_a_kill_evaluated_and_saved(world_dir, tmp_path):
     script = edited("coldstart", tmp_path, *EMA)
     run(script, *stage1(world_dir, tmp_path / "whole", "--keep", 9))

@@ -406,6 +406,7 @@ def test_what_the_authors_code_writes_scores_as_their_code_does(stage, keys, tmp
         load(tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_a_model_scores_in_the_layout_that_it_is_loaded_in(keys, tmp_path):
     weights, *_ = make_release(tmp_path, 2)
     own, ours = load(weights), load(weights, layout="ours")

@@ -321,7 +321,7 @@ assert web.urlopen(url + "/health", timeout=9).status == 200"""
 def test_where_few_files_may_be_open_nobody_is_shut_out(caplog):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     here = len(os.listdir("/proc/self/fd"))  # which other tests may have opened
-    resource.setrlimit(resource.RLIMIT_NOFILE, (here + 200, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * here + 200, hard))
     try:
         with in_process(Slow()) as url:
             subprocess.run([sys.executable, "-c", CROWD, url], check=True, timeout=60)
