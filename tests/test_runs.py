@@ -100,7 +100,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("stage", ["coldstart", "rl"])
+@pytest.mark.parametrize("stage", [pytest.param("coldstart", marks=pytest.mark.slow), "rl"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(stage, world_dir, whole, tmp_path):
     arguments = command(stage, world_dir, tmp_path, *LORA, "--save-every", 1, "--keep", 1)
     rng = random.Random(0)

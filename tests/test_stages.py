@@ -296,6 +296,7 @@ def test_a_broken_clip_drops_its_pair_up_to_a_limit(script, one_broken, tmp_path
     assert (tmp_path / "out/model/descore.json").is_file()
 
 
+@pytest.mark.slow
 def test_evaluation_is_resumed_reported_and_the_same(world_dir, stage2, tmp_path):
     command = ["infer.py", "--pairs", world_dir / "test_id.jsonl", "--model", stage2, "--out",
                tmp_path / "p.jsonl", "--max-new-tokens", 160, "--max-tokens", 600, "--json"]
