@@ -192,7 +192,7 @@ def whole(files, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("stage", ["coldstart", pytest.param("rl", marks=pytest.mark.slow), "recited"])
+@pytest.mark.parametrize("stage", ["coldstart", pytest.param("rl", marks=pytest.mark.slow), RECITED])
 def test_each_evaluation_is_of_its_step_and_the_last_gives_the_scale(stage, files, whole):
     out, printed = whole(stage)
     records = [record for record in lines_of(out / "metrics.jsonl") if "first/accuracy" in record]

@@ -320,7 +320,7 @@ def test_the_flags_of_stage_2_reach_what_they_are_for(world_dir, tmp_path):
         assert found == pytest.approx([reward - statistics.fmean(rewards) for reward in rewards], abs=1e-5)
 
 
-@pytest.mark.parametrize("loss_mean", ["cot", "constant"])
+@pytest.mark.parametrize("loss_mean", ["cot", pytest.param("constant", marks=pytest.mark.slow)])
 def test_what_the_loss_is_a_mean_of_is_counted_over_the_whole_update(loss_mean, world_dir, tmp_path):
     seen = watched(world_dir, tmp_path, "--loss-mean", loss_mean, "--beta", 0, "--max-new-tokens", 80)
     cots = 2 * 2 * 4  # pairs, videos, rollouts

@@ -250,22 +250,22 @@ def test_letting_finished_rollouts_go_changes_nothing(model, keys, drawn_by_numb
         return rows, hidden
 
     def think(which):
-        return model.think(make_batch(model, [keys[b] for b in which]), 12, 160, temperature=2.0,
+        return model.think(make_batch(model, [keys[b] for b in which]), 8, 130, temperature=2.0,
                            seeds=[5 + b for b in which])
 
     monkeypatch.setattr("model.drop_finished", watched)
-    together = think([0, 1, 2])
-    assert sizes[0] == 36 and len(set(sizes)) > 2  # they left by and by
+    together = think([0, 1])
+    assert sizes[0] == 16 and len(set(sizes)) > 2  # they left by and by
     lengths = together.mask.sum(-1)
     assert lengths.min() < 40 and lengths.max() > 100
-    alone = [think([b]) for b in range(3)]
+    alone = [think([b]) for b in range(2)]
     monkeypatch.setattr("model.drop_finished", lambda cache, rows, hidden, live: (rows, hidden))
-    all_stay = think([0, 1, 2])
-    for b in range(3):
+    all_stay = think([0, 1])
+    for b in range(2):
         for other in (alone[b], type(together)(*(x[b:b + 1] for x in all_stay[:4]))):
             C = int(lengths[b].max())
             assert torch.equal(other.mask[0].sum(-1), lengths[b])
-            for g in range(12):
+            for g in range(8):
                 here = slice(int(lengths[b, g]))
                 assert torch.equal(together.tokens[b, g, here], other.tokens[0, g, here])
             torch.testing.assert_close(together.logps[b, :, :C], other.logps[0, :, :C], **EXACT)
@@ -442,6 +442,7 @@ def test_a_model_that_an_earlier_version_saved_scores_the_same():
     assert model.processor.dimensions == DIMENSIONS
 
 
+@pytest.mark.slow
 def test_importing_the_code_changes_no_global_state():
     code = """
 import importlib, logging, pathlib, signal, sys, warnings

@@ -57,9 +57,8 @@ def vignette(model, asked, chosen, think, seed):
 
 
 @pytest.mark.parametrize(("method", "what"), [
-    ("GRPO", "quality"), pytest.param("DPO", "vignette", marks=pytest.mark.slow),
-    pytest.param("GRPO", "vignette", marks=pytest.mark.slow),
-    pytest.param("DPO", "quality", marks=pytest.mark.slow)])
+    ("GRPO", "quality"), ("DPO", "vignette"), ("GRPO", "vignette"), ("DPO", "quality")])
+@pytest.mark.slow
 def test_it_becomes_what_is_rewarded(method, what, monkeypatch):
     monkeypatch.setattr(post_train, "score", {"quality": quality, "vignette": vignette}[what])
     records = list(post_train.train(method, None, True, 0, 40))

@@ -287,9 +287,11 @@ def test_sub_scores_are_falsified_in_answer_and_thought():
 # With a model
 
 
-@pytest.mark.parametrize("fps", [None, 6.3])  # of which the frames divided by it, times it, is less
-@pytest.mark.parametrize("layout", [
-    "ours", pytest.param("release", marks=pytest.mark.slow), "release at a size"])
+@pytest.mark.parametrize(("layout", "fps"), [
+    ("ours", 6.3),  # of which the frames divided by it, times it, is less
+    ("release at a size", None),
+    *[pytest.param(*each, marks=pytest.mark.slow) for each in (
+        ("ours", None), ("release", None), ("release", 6.3), ("release at a size", 6.3))]])
 def test_the_score_as_it_is_is_that_of_judge(model, keys, layout, fps):
     """In either layout; read again behind its own CoT it is the same."""
     in_layout(model, layout.split()[0])

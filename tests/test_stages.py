@@ -250,7 +250,8 @@ def test_a_run_killed_at_its_last_evaluation_has_its_model(world_dir, stage1, tm
 LORA, SHARDED = ("--lora-rank", 4), ("--lora-rank", 0, "--shard", "full")
 
 
-@pytest.mark.parametrize(("stage", "extra"), [("coldstart", LORA), ("rl", LORA), ("rl", SHARDED)])
+@pytest.mark.parametrize(("stage", "extra"), [
+    ("coldstart", LORA), pytest.param("rl", LORA, marks=pytest.mark.slow), ("rl", SHARDED)])
 def test_a_step_in_which_nothing_can_be_read_moves_nothing(stage, extra, world_dir, tmp_path):
     """With two ranks, of which one has no pair at all."""
     (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
