@@ -308,23 +308,28 @@ def test_slow_senders_shut_nobody_out(monkeypatch):
             client.close()
 
 
-# Opens 300 connections, says nothing, and asks by another.
-CROWD = """import resource, socket, sys, urllib.request as web
+# Opens as many connections as told, says nothing, and asks by another.
+CROWD = """import resource, socket, sys, time, urllib.request as web
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-url = sys.argv[1]
+url, count = sys.argv[1], int(sys.argv[2])
 port = int(url.rpartition(":")[2])
-crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
+crowd = []
+for _ in range(count):  # no faster than they are let in
+    crowd.append(socket.create_connection(("127.0.0.1", port)))
+    time.sleep(0.005)
 assert web.urlopen(url + "/health", timeout=9).status == 200"""
 
 
-def test_where_few_files_may_be_open_nobody_is_shut_out(caplog):
+def test_where_few_files_may_be_open_nobody_is_shut_out(monkeypatch, caplog):
+    monkeypatch.setattr(gate, "HEAD_SECONDS", 60)  # nobody goes by himself
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     here = len(os.listdir("/proc/self/fd"))  # which other tests may have opened
-    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * here + 200, hard))
+    most = 2 * here + 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     try:
         with in_process(Slow()) as url:
-            subprocess.run([sys.executable, "-c", CROWD, url], check=True, timeout=60)
+            subprocess.run([sys.executable, "-c", CROWD, url, str(most)], check=True, timeout=60)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert not caplog.records  # of too many open files
