@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from multiprocessing.reduction import ForkingPickler
+from traceback import clear_frames
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,9 @@ def done_ahead(work: Callable, items: list, workers: int) -> Iterator:
     except Exception as error:
         if loader is None:
             HALF_MADE.append(error)
+        else:  # the other workers end with it, and not at exit, when torch would speak of them
+            clear_frames(error.__traceback__)
+            del loader
         raise worker_error(error) from error
 
 

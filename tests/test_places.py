@@ -4,6 +4,7 @@ readers of the output, models that have moved."""
 import ast
 import ctypes
 import errno
+import gc
 import io
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 import traceback
 from argparse import ArgumentTypeError
 from functools import partial
@@ -150,17 +152,22 @@ def test_workers_that_cannot_be_started_are_one_line(started):
         alive.append(process)
         start(process)
 
-    def main():
+    def body():
+        complaints = []
+        sys.unraisablehook = complaints.append
         BaseProcess.start = refuse
-        try:
+        with pytest.raises(DataError) as caught:
             all_of(a_video, 2)
-        finally:
-            for process in alive:
-                process.kill()
+        said = str(caught.value)
+        del caught
+        gc.collect()
+        for process in alive:
+            process.kill()
+        return said, len(complaints)
 
-    code, said = printed(main)
-    assert "Resource temporarily unavailable" in code and "--workers 0" in code
-    assert said == b""  # torch has nothing to add
+    _, (said, complaints) = in_a_fork(body)
+    assert "Resource temporarily unavailable" in said and "--workers 0" in said
+    assert complaints == 0  # of torch
 
 
 def test_a_worker_that_dies_while_something_else_is_done_is_one_line():
@@ -188,7 +195,20 @@ def test_memory_that_is_not_there_is_one_line(kind):
 
 
 def dies_second(item):
-    return is_killed(item) if item else item
+    if item:
+        time.sleep(0.5)  # the first has been taken, and something else is done
+        is_killed(item)
+    return item
+
+
+def test_workers_are_gone_when_one_has_failed():
+    def body():
+        with pytest.raises(DataError):
+            all_of(lacks_a_package, 2)
+        gc.collect()
+        return len(multiprocessing.active_children())
+
+    assert in_a_fork(body) == ("done", 0)
 
 
 @pytest.mark.slow
