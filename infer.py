@@ -40,7 +40,7 @@ from support.batches import (
     read_ahead,
     split_unreadable,
 )
-from support.command import READER, Count, Positive, Temperature, Whole, run_command
+from support.command import READER, Count, Positive, Temperature, Whole, add_think_at, run_command
 from support.files import LAYOUTS, MODELS, default_model
 from support.formats import findings, read_pairs
 from support.ranks import ALONE, Ranks
@@ -168,6 +168,8 @@ def record_thoughts(
     """What a record has of video i's n CoTs, of which some were `truncated`: the score, and the
     first CoT. With `unfit`, of those that count alone, and how many these are, `usable`; an error
     where there are none."""
+    if thoughts.errors and thoughts.errors[i]:
+        return {"error": thoughts.errors[i]}
     cots = [model.processor.decode(tokens[mask])
             for tokens, mask in zip(thoughts.tokens[i], thoughts.mask[i])]
     counted = list(range(len(cots)))
@@ -422,6 +424,7 @@ def parse_args() -> argparse.Namespace:
     add("--scoring-layout", choices=LAYOUTS, help="release: as the authors score "
         "[the model's own]")
     add_thinking(parser, think_tokens={"also": ["--max-tokens"]})
+    add_think_at(parser)
     add("--workers", type=Whole, default=0, help="processes that decode videos ahead")
     add("--reader", **READER)
     add("--json", action="store_true", help="print JSON instead of text")
@@ -452,6 +455,8 @@ def main() -> None:
     args.model = args.model or default_model(or_toy=not args.pairs)
     model = DeScore.load(args.model, reader=args.reader, layout=args.scoring_layout)
     model.processor.use_instruction(args.instruction)
+    if args.think_at or args.think_at_model:
+        from_above("tools.think_at", "think_at")(model, args)
     dimensions = model.processor.dimensions
     pairs = None
     others = None

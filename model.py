@@ -60,6 +60,7 @@ class Thoughts(NamedTuple):
     scores_no_cot: Tensor | None = None  # (B,) right behind the prompt, if asked for
     parts: Tensor | None = None  # (B, n, K) what the head gives, of which the scores are made
     sampler_gap: Tensor | None = None  # (B, n) how far at most from logps those of another sampler are
+    errors: list[str | None] | None = None  # (B) why there are none, of another thinker
 
 
 class DeScore(nn.Module):

@@ -24,8 +24,8 @@ try:
 finally:
     remarks.setLevel(level)
 
-__all__ = ["READER", "LoraConfig", "PeftModel", "get_peft_model", "get_peft_model_state_dict",
-           "number", "run_command"]
+__all__ = ["READER", "LoraConfig", "PeftModel", "add_think_at", "get_peft_model",
+           "get_peft_model_state_dict", "number", "run_command"]
 
 
 def number(kind: type, words: str, fits: Callable[[float], bool]) -> type:
@@ -62,6 +62,14 @@ TopP = number(float, f"a number from {LEAST_TOP_P} to 1", lambda x: LEAST_TOP_P 
 # The flag of whatever opens video files.
 READER = {"choices": READERS, "default": "av", "help": "decord: it decodes the files of which it shows "
           "the same frames, and does not notice a damaged frame"}
+
+
+def add_think_at(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of an endpoint that thinks (tools/think_at.py) to a command."""
+    add = parser.add_argument
+    add("--think-at", metavar="URL", help="an OpenAI-compatible endpoint thinks, up to /v1; the model scores")
+    add("--think-at-model", help="the model's name there")
+    add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key, if any")
 
 
 class Outlet(io.FileIO):

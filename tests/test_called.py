@@ -24,8 +24,8 @@ from data import VideoSettings, read_pairs, read_video
 from support.batches import THINK_TOKENS
 from tools import annotate
 from tools import serve as serving
-from tools.annotate import data_url
 from tools.client import unusable
+from tools.shown import data_url
 from tools.together import b_comes_first
 
 

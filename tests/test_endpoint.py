@@ -121,10 +121,10 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch, capsys):
-    def content(self, videos, prompt):
-        return [{"type": "text", "text": " ".join(Path(video).name for video in videos.values())}]
+    def question(self, videos, prompt):
+        return [{"type": "text", "text": " ".join(Path(video).name for video in videos.values())}], {}
 
-    monkeypatch.setattr(annotate.Api, "content", content)
+    monkeypatch.setattr(annotate.Api, "question", question)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     made = Desk(tmp_path, monkeypatch, capsys)
     made.pairs(4)
@@ -308,8 +308,8 @@ def test_a_full_disk_ends_it_and_what_was_written_is_gone_on_behind(serve, desk)
     code, _ = desk(server.url, "--parallel", 1)
     assert "no space" in str(code) and not desk.out.exists()
     desk.monkeypatch.undo()
-    desk.monkeypatch.setattr(annotate.Api, "content",
-                             lambda self, videos, prompt: [{"type": "text", "text": videos["<video>"]}])
+    desk.monkeypatch.setattr(annotate.Api, "question",
+                             lambda self, videos, prompt: ([{"type": "text", "text": videos["<video>"]}], {}))
     assert desk(server.url)[0] == 0 and sum(text[0] == "/" for text in server.asked) == 8 - 3
 
 

@@ -31,9 +31,10 @@ from support.formats import read_pairs
 from tools import annotate
 from tools import endpoint as endpoints
 from tools import filter as filter_command
-from tools.annotate import Api, data_url
+from tools.annotate import Api
 from tools.filter import consistent
 from tools.formats import write_pairs
+from tools.shown import data_url
 from tools.together import b_comes_first, check_question, read_both
 
 SETTINGS = VideoSettings(min_pixels=4096, max_pixels=4096)

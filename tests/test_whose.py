@@ -38,7 +38,7 @@ from support import tables
 from support.formats import read_pairs
 from tools import annotate, convert, pairs, probe
 from tools import filter as filtering
-from tools.annotate import data_url
+from tools.shown import data_url
 
 PROMPTS = ["A red circle.", "A blue cross at sea.", "A fox runs."]
 GENERATORS = ["aurora", "basalt", "cinder"]

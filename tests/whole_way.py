@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import world
 
 from data import VideoSettings, overall_score, read_video
-from tools.annotate import data_url
+from tools.shown import data_url
 
 PAGE = "docs/training.md"
 QUICK = {"batch_size": 2, "min_pixels": 4096, "max_pixels": 4096, "lora_rank": 4, "max_new_tokens": 140,

@@ -13,8 +13,6 @@ completions, as most servers do (tools/endpoint.py).
 """
 
 import argparse
-import base64
-import io
 import os
 import re
 import sys
@@ -25,7 +23,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import infer
@@ -54,12 +51,8 @@ from tools.completion import Refused, has_thought
 from tools.endpoint import Endpoint, Failed, check_key, one_line, shown
 from tools.forgiving import read_annotation
 from tools.formats import check_out, write_pairs
+from tools.shown import Image, clip, pictures, why_no_clips
 from tools.together import PLACES, QUESTION, b_comes_first, check_question, read_both
-
-try:
-    from PIL import Image
-except ImportError:  # only --api needs it
-    Image = None
 
 
 def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_by: dict,
@@ -227,7 +220,7 @@ def take_scores(pair: Pair, record: dict, dimensions: dict, tags: tuple[str, str
 @dataclass
 class Api:
     """Asks an OpenAI-compatible chat endpoint for CoTs (tools/endpoint.py), showing it the sampled
-    frames as images.
+    frames as pictures or, with `clips`, where it takes them, as a clip (tools/shown.py).
 
     A video that is refused, or for which all attempts fail, gets an error, as one that cannot be read
     does. When these are more than max_skipped of all, and more than a `FEW`, or as many attempts fail
@@ -246,6 +239,7 @@ class Api:
     instruction: str = INSTRUCTION
     reader: str = "av"  # of video files
     max_skipped: float = field(default=0.01, kw_only=True)
+    clips: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
         check_reader(self.reader)
@@ -255,6 +249,10 @@ class Api:
             raise DataError("--parallel must be 1 or more, --retries 0 or more")
         self.endpoint = Endpoint(self.url, self.model, self.key, self.max_new_tokens, self.temperature,
                                  self.timeout, self.retries)
+        why_not = why_no_clips(self.endpoint) if self.clips else None
+        if why_not:
+            print(f"{self.endpoint.shown}: gets pictures, not clips: {why_not}", file=sys.stderr)
+            self.clips = False
 
     def __call__(self, keys: list[Key], done: dict) -> Iterator[dict]:
         """A record with the key and the cot for each key that is not done, as they are answered; with
@@ -271,27 +269,40 @@ class Api:
         """The answer, as cot, to the instruction with videos in their places; error if one of them
         cannot be read, or the endpoint has none, which is then `refused`."""
         try:
-            content = self.content(videos, prompt)
+            question = self.question(videos, prompt)
         except DataError as error:
             return {"error": str(error)}
+        return self.answer_to(question, " and ".join(videos.values()))
+
+    def answer_to(self, question: tuple[list[dict], dict], name: str) -> dict:
+        """The answer to a question about videos of this name."""
         try:
-            return self.endpoint.ask(content)
+            return self.endpoint.ask(*question)
         except Refused as error:
-            said = self.endpoint.clean(str(error))
-            reason = f"{' and '.join(videos.values())}: {self.endpoint.shown}: {said}"
+            reason = f"{name}: {self.endpoint.shown}: {self.endpoint.clean(str(error))}"
             return {"error": reason, "refused": True, "failed": isinstance(error, Failed)}
 
-    def content(self, videos: dict[str, str], prompt: str) -> list[dict]:
-        """The instruction, with each sampled frame behind its second in the places of the videos."""
+    def texts(self, prompt: str) -> list[str]:
+        """What a message says, cut at the places of videos, which stand at the odd ones."""
+        texts = re.split("(<video(?:_[12])?>)", self.instruction)
+        return [text if place % 2 else text.replace("<prompt>", prompt) for place, text in enumerate(texts)]
+
+    def question(self, videos: dict[str, str], prompt: str) -> tuple[list[dict], dict]:
+        """The parts of a message, the instruction with what shows the videos in their places, and what
+        goes beside it."""
         parts = []
-        for text in re.split("(<video(?:_[12])?>)", self.instruction):
-            if text in videos:
-                for frame, second in zip(*read_video(videos[text], self.settings, self.reader)):
-                    parts.append({"type": "text", "text": f"<{second:.1f} seconds>"})
-                    parts.append({"type": "image_url", "image_url": {"url": data_url(frame)}})
+        beside = {}
+        for place, text in enumerate(self.texts(prompt)):
+            if place % 2 and text in videos:
+                frames, seconds = read_video(videos[text], self.settings, self.reader)
+                if self.clips:
+                    shown, beside = clip(frames, seconds, self.settings.temporal_patch_size)
+                else:
+                    shown = pictures(frames, seconds)
+                parts += shown
             elif text:
-                parts.append({"type": "text", "text": text.replace("<prompt>", prompt)})
-        return parts
+                parts.append({"type": "text", "text": text})
+        return parts, beside
 
 
 @dataclass
@@ -309,13 +320,6 @@ class PairApi(Api):
         return record | self.answer(dict(zip(PLACES, shown)), prompt)
 
 
-def data_url(frame: torch.Tensor) -> str:
-    """A frame (3, H, W) uint8 as a PNG, which loses nothing, in a URL."""
-    file = io.BytesIO()
-    Image.fromarray(frame.permute(1, 2, 0).numpy()).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -325,6 +329,8 @@ def main() -> None:
     add("--api", metavar="URL", help="an OpenAI-compatible endpoint instead, up to /v1")
     add("--api-model", help="the model's name there")
     add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key, if any")
+    add("--api-clips", action="store_true", help="with --api: show a Qwen3-VL behind vLLM clips, with the "
+        "times of their frames, not pictures (docs/scale.md)")
     add("--parallel", type=Count, default=Api.parallel, help="requests under way at a time")
     add("--timeout", type=Positive, default=Api.timeout, help="seconds a request may take")
     add("--retries", type=Whole, default=Api.retries, help="attempts after the first")
@@ -351,6 +357,8 @@ def main() -> None:
         raise DataError("--together is for --api alone: a model of ours thinks about one video")
     if args.together and not args.scores:
         raise DataError("--together needs --scores: it gives reference sub-scores, and no CoTs")
+    if args.api_clips and (args.together or args.model):
+        raise DataError("--api-clips is for --api, and not for --together: a question has one clip")
     instruction = read_text(args.instruction) if args.instruction else None
     given = {name: getattr(args, name) for name in ("fps", "min_pixels", "max_pixels")}
     video = {name: value for name, value in given.items() if value is not None}
@@ -369,7 +377,8 @@ def main() -> None:
         else:
             instruction = INSTRUCTION if instruction is None else instruction
             check_instruction(instruction)
-            write = Api(*how, instruction, args.reader, **bound)
+            write = Api(*how, instruction, args.reader, **bound, clips=args.api_clips)
+        args.api_clips = write.clips
         dimensions, tags = DIMENSIONS, TAGS
         made_by = journal.deciding(vars(args)) | {
             "api": shown(args.api), "instruction": instruction, "video": asdict(settings)}

@@ -18,9 +18,11 @@ class Refused(Exception):
 
 
 def read_completion(text: str) -> dict:
-    """The CoT of a chat completion, and whether it is truncated. Raises Refused if it holds no
-    answer, and an error of some other kind if it is no chat completion."""
-    choices = json.loads(text)["choices"]
+    """The CoT of a chat completion, whether it is truncated and, where it says so, prompt_tokens, how many
+    tokens its prompt had, and prompt_ids, which. Raises Refused if it holds no answer, and an error of
+    some other kind if it is no chat completion."""
+    body = json.loads(text)
+    choices = body["choices"]
     # A choice is known by its index, wherever it stands.
     first = min(range(len(choices)), key=lambda place: index_of(choices[place], place))
     message = choices[first]["message"]
@@ -38,7 +40,19 @@ def read_completion(text: str) -> dict:
     if not said.strip() and not truncated:
         raise Refused("refused: an empty answer")
     # JSON can hold half of a surrogate pair, which no file of text can.
-    return {"cot": joined(thought, said).encode(errors="replace").decode(), "truncated": truncated}
+    cot = joined(thought, said).encode(errors="replace").decode()
+    return {"cot": cot, "truncated": truncated} | prompt_of(body)
+
+
+def prompt_of(body: dict) -> dict:
+    """What a completion says of the prompt that it is to."""
+    found = {}
+    count = (body.get("usage") or {}).get("prompt_tokens")
+    if isinstance(count, int):
+        found["prompt_tokens"] = count
+    if isinstance(body.get("prompt_token_ids"), list):
+        found["prompt_ids"] = body["prompt_token_ids"]
+    return found
 
 
 def index_of(choice: dict, place: int) -> int:

@@ -101,15 +101,22 @@ class Endpoint:
         self.room_at = 0.0  # before which nobody asks, of time.monotonic()
         self.full_since: float | None = None  # from when it has had room for nobody
 
-    def ask(self, content: list[dict]) -> dict:
-        """The answer to a message: its cot, and whether it is truncated. Raises Refused where
-        this message has none, DataError where none has, Stopped after `stop`."""
+    def limit(self, max_tokens: int, temperature: float) -> None:
+        """Ask for CoTs of another length, at another temperature, from now on."""
+        values = {"max_tokens": max_tokens, "max_completion_tokens": max_tokens, "temperature": temperature}
+        with self.lock:
+            self.settings = {name: values[name] for name in self.settings}
+
+    def ask(self, content: list[dict], beside: dict | None = None) -> dict:
+        """The answer to a message: its cot, and whether it is truncated (`read_completion`). What is
+        `beside` the message goes before the settings. Raises Refused where this message has none,
+        DataError where none has, Stopped after `stop`."""
         settings = usual = self.settings
         failures = 0
         turned_away = 0
         while True:
             self.wait_for_room()
-            reply = self.post(content, settings)
+            reply = self.post(content, settings | (beside or {}))
             problem = reply.problem
             if reply.status == 429:
                 turned_away += 1

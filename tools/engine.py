@@ -28,6 +28,7 @@ from support.batches import draw_seed
 from support.command import PeftModel
 from support.files import local_folder
 from support.saved import adapter_weights
+from tools.shown import timing
 
 # How the engine is started, in vLLM's words: for rows as long as its memory allows, on a GPU beside the
 # trainer, and at once (compiled it starts later and writes faster).
@@ -36,7 +37,6 @@ OPTIONS = {"max_model_len": -1, "gpu_memory_utilization": 0.4, "enforce_eager": 
 ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_NO_USAGE_STATS": "1",
                "VLLM_LOGGING_LEVEL": "ERROR"}
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # for which the engine has room for an adapter
-FPS = 10  # frames are told by tenths of a second, which is what a prompt says of them
 
 
 def think(
@@ -147,13 +147,7 @@ def engine_prompt(processor: Processor, prompt: list[int], frames: Tensor) -> di
     stamps = stamps[-(len(frames) // t) :]  # what else reads so stands before the video, and is text
     first = len(processor.encode(f"<{stamps[0]} seconds>"))
     ids = [*prompt[: start - first], processor.video_id, *prompt[behind:]]
-    indices = []
-    for stamp in stamps:
-        indices += [round(float(stamp) * FPS)] * t
-    total = indices[-1] + 1
-    about = {"fps": float(FPS), "frames_indices": indices, "total_num_frames": total,
-             "duration": total / FPS, "video_backend": "none", "do_sample_frames": False,
-             "height": frames.shape[2], "width": frames.shape[3]}
+    about = timing(stamps, t) | {"video_backend": "none", "height": frames.shape[2], "width": frames.shape[3]}
     pictures = frames.permute(0, 2, 3, 1).numpy()
     return {"prompt_token_ids": ids, "multi_modal_data": {"video": [(pictures, about)]},
             "mm_processor_kwargs": {"do_resize": False, "do_sample_frames": False}}

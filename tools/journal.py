@@ -23,10 +23,10 @@ NEEDED = {"on": ["video", "prompt", "cot", "truncated", "score", "score_no_cot"]
           "together": ["videos", "prompt", "first", "cot"]}
 ODD = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ over the golden ratio; its bits are well mixed
 # The settings of infer and annotate that decide a record, beside the model's weights.
-DECIDING = ("api", "api_model", "cot", "samples", "temperature", "seed", "max_new_tokens",
-            "repetition_penalty", "together")
+DECIDING = ("api", "api_model", "api_clips", "think_at_model", "cot", "samples", "temperature", "seed",
+            "max_new_tokens", "repetition_penalty", "together")
 # Of these, what changes nothing is not written: files from before there was such a setting go on.
-NEUTRAL = {"repetition_penalty": 1.0, "together": False}
+NEUTRAL = {"api_clips": False, "think_at_model": None, "repetition_penalty": 1.0, "together": False}
 
 
 class Journal:

@@ -38,12 +38,13 @@ from typing import Any, NamedTuple
 
 from data import DataError, VideoSettings, checked, error_context
 from infer import Scorer, add_thinking, read_thinking
-from support.command import READER, Count, NotNegative, Number, Positive, Whole, run_command
+from support.command import READER, Count, NotNegative, Number, Positive, Whole, add_think_at, run_command
 from support.files import MODELS, default_model
 from support.tables import as_json, further
 from tools.client import LOOKS, as_reward, paired, unusable
 from tools.memory import LONGEST_ANSWER, Clip, longest_answer
 from tools.rounds import Rounds
+from tools.think_at import think_at
 
 try:
     from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -466,6 +467,7 @@ def parse_args() -> argparse.Namespace:
     add_thinking(parser, repetition_penalty=None, max_new_tokens={
         "default": None, "help": "longest CoT [what the model was trained to write, at most "
         f"{LONGEST_ANSWER:,}]"})
+    add_think_at(parser)
     add("--accept-any", action="store_true", help="score behind CoTs that were cut off or have no "
         "readable answer too")
     add("--unusable", type=Number, help="reward of /compute for a video that cannot be scored [null]")
@@ -496,6 +498,8 @@ def main() -> None:
     scorer = Scorer(model, args.device, window=0.0, reader=args.reader)
     if args.max_new_tokens is None:
         args.max_new_tokens = longest_answer(scorer.model)
+    if args.think_at or args.think_at_model:
+        think_at(scorer.model, args)
     score = partial(scorer, think=args.cot == "on", thinking=read_thinking(args),
                     accept_any=args.accept_any)
     settings = scorer.model.processor.settings

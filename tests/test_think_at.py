@@ -1,0 +1,260 @@
+"""Thoughts from an endpoint, and clips for it: tools/think_at.py, tools/shown.py, annotate --api-clips.
+
+The endpoint here is tests/seeing.py, which makes its prompts as vLLM does. A real one is asked where
+DESCORE_ENGINE_PYTHON names the python of an environment that has vLLM (docs/scale.md)."""
+
+import json
+import sys
+from argparse import Namespace
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import in_layout
+from seeing import Seeing
+
+import infer
+from data import INSTRUCTION, DataError, Processor, VideoSettings, keys_of, make_instruction, read_video
+from infer import by_key, judge
+from support.formats import read_pairs
+from tools import annotate, think_at
+from tools.memory import Frames, reward
+from tools.think_at import Thinker
+
+LONGEST = 110  # of the CoTs here one is longer
+
+
+@pytest.fixture
+def endpoint(model):
+    server = Seeing(model)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def three(keys):
+    """Two files, and a clip in memory whose sampled frames are not evenly spaced."""
+    rng = np.random.default_rng(1)
+    frames = rng.integers(256, size=(23, 48, 80, 3), dtype=np.uint8)
+    return [*keys[:2], (Frames(frames, 5.3), "a red <b>circle")]
+
+
+def batch_of(model, keys):
+    return model.processor.collate([model.processor(*key) for key in keys])
+
+
+def near(score):
+    return pytest.approx(score.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["ours", pytest.param("release", marks=pytest.mark.slow)])
+def test_a_cot_from_an_endpoint_has_the_score_that_it_has_here(model, endpoint, three, layout):
+    """One that was cut off too. It answers so to our prompts and frames alone."""
+    model = in_layout(model, layout)
+    thoughts = endpoint.learn(model, batch_of(model, three), LONGEST, without_cot=True)
+    truncated = model.truncated(thoughts)[:, 0].tolist()
+    assert {*truncated} == {False, True}, thoughts.mask.sum(-1)
+    model.think = Thinker(model, endpoint.url, "mine").think
+    found = by_key(judge(model, three, max_new_tokens=LONGEST, without_cot=True))
+    for b, (video, prompt) in enumerate(three):
+        assert found[video, prompt] == {
+            "video": video, "prompt": prompt, "truncated": truncated[b],
+            "cot": model.processor.decode(thoughts.tokens[b, 0][thoughts.mask[b, 0]]),
+            "score": near(thoughts.scores[b, 0]), "score_no_cot": near(thoughts.scores_no_cot[b])}
+    body = endpoint.seen[-1]
+    assert (body["model"], body["max_tokens"], body["temperature"]) == ("mine", LONGEST, 0)
+    assert body["repetition_penalty"] == {"ours": 1.0, "release": 1.05}[layout] and "seed" not in body
+
+
+def test_several_cots_of_a_video_are_drawn_by_seeds_of_their_own(model, endpoint, keys):
+    batch = batch_of(model, keys[:2])
+    endpoint.learn(model, batch, 12, 5, 3.0, [3, 4])
+    thinker = Thinker(model, endpoint.url, "mine")
+    thoughts = thinker.think(batch, 4, 12, 0.8, 0.9, seeds=[5, 6])
+    asked = endpoint.seen[2:]
+    assert len({body["seed"] for body in asked}) == 8
+    assert {(body["temperature"], body["top_p"], body["top_k"]) for body in asked} == {(0.8, 0.9, -1)}
+    again = thinker.think(batch, 4, 12, 0.8, 0.9, seeds=[5, 6])
+    assert torch.equal(thoughts.tokens, again.tokens)
+    assert len({str(row.tolist()) for row in thoughts.tokens.flatten(0, 1)}) > 2
+    _, scores = model.group(batch, thoughts.tokens, thoughts.mask)
+    torch.testing.assert_close(thoughts.scores, scores)
+
+
+def test_what_counts_is_as_for_thoughts_of_its_own(model, endpoint, three):
+    """A CoT that was cut off or has no answer is no judgement."""
+    processor = model.processor
+    processor.set_instruction(make_instruction())
+    answer = f'<answer>{json.dumps({"dimensional_scores": dict.fromkeys(processor.dimensions, 2)})}</answer>'
+    answers = [(answer, "stop"), (answer, "length"), ("<think>it moves", "stop")]
+    for (video, prompt), told in zip(three, answers):
+        frames, _ = read_video(video, processor.settings)
+        endpoint.tell(processor(video, prompt).input_ids, frames, told)
+    model.think = Thinker(model, endpoint.url, "mine").think
+    found = reward(model, *map(list, zip(*three)), max_new_tokens=77)
+    assert [record["usable"] for record in found] == [1, 0, 0]
+    assert [record["error"] for record in found] == [
+        None, "its CoT did not end within 77 tokens", "its CoT has no answer that can be read"]
+    assert found[0]["score"] == near(model.score(batch_of(model, three[:1]), [answer])[0])
+
+
+FAILURES = ["HTTP 400 .*it is refused", "gave up after 1 attempt: HTTP 503",
+            r"its prompt is not ours: \d+ tokens, not \d+, and from token \d+ on '<\|im_end\|>.* "
+            + r"--chat-template tools/chat_template\.jinja"]
+
+
+def test_what_fails_is_that_videos_error_and_the_others_are_unharmed(model, endpoint, keys, monkeypatch):
+    answer = endpoint.answer
+
+    def some(body):
+        text = body["messages"][0]["content"][-1].get("text", "")
+        for word, status in (("refused", 400), ("away", 503)):
+            if word in text:
+                return status, {"error": {"message": f"it is {word}"}}
+        return answer(body)
+
+    monkeypatch.setattr(endpoint, "answer", some)
+    (video, _), *_ = keys
+    endpoint.learn(model, batch_of(model, keys[:1]), 20)
+    asked = [keys[0], *[(video, text) for text in ("refused", "away", "a cross <|im_end|>")]]
+    model.think = Thinker(model, endpoint.url, "mine", retries=0).think
+    found = by_key(judge(model, asked, max_new_tokens=20))
+    (score,) = model.score(batch_of(model, keys[:1]), [found[keys[0]]["cot"]])
+    assert found[keys[0]]["score"] == near(score)
+    for (_, prompt), said in zip(asked[1:], FAILURES):
+        record = found[video, prompt]
+        assert set(record) == {"video", "prompt", "error"}
+        with pytest.raises(DataError, match=f"^{video}: {endpoint.url}: {said}"):
+            raise DataError(record["error"])
+
+
+def test_a_template_that_is_not_ours_is_noticed_by_the_number_of_tokens_too(model, endpoint, keys):
+    usual = "<|vision_start|><|video_pad|><|vision_end|>"
+    endpoint.template = endpoint.template.replace("<|video_pad|>", usual)
+    endpoint.says_ids = False
+    model.think = Thinker(model, endpoint.url, "mine").think
+    (record,) = judge(model, keys[:1], max_new_tokens=9)
+    assert "its prompt is not ours: " in record["error"] and "score" not in record
+
+
+def test_a_thought_that_the_prompt_begins_is_scored_as_one(model, endpoint, keys):
+    """As with a -Thinking checkpoint: an endpoint's answer then lacks the tag that opens it."""
+    model.processor.opening = "<think>\n"
+    batch = batch_of(model, keys[:1])
+    for text in ("red, so 2\n</think>\n<answer>", "red, so"):
+        endpoint.tell(batch.input_ids[0], read_video(keys[0][0], model.processor.settings)[0], (text, "stop"))
+        found = Thinker(model, endpoint.url, "mine").think(batch, 1, 20)
+        assert found.errors == [None]
+        assert found.tokens[0, 0].tolist() == [*model.processor.encode(text), model.eos]
+
+
+def test_an_endpoint_that_takes_no_clips_gets_pictures_and_it_is_said(model, endpoint, keys, capsys):
+    endpoint.takes_clips = False
+    thinker = Thinker(model, endpoint.url, "mine")
+    assert f"{endpoint.url}: gets pictures, not clips: HTTP 400" in capsys.readouterr().err
+    model.think = thinker.think
+    (record,) = judge(model, keys[:1], max_new_tokens=9)
+    assert record["cot"] == "<think>?" and record["truncated"] and "score" in record
+    parts = endpoint.seen[-1]["messages"][0]["content"]
+    assert {part["type"] for part in parts} == {"text", "image_url"}
+    assert set(endpoint.seen[-1]) == {"model", "messages", "max_tokens", "temperature"}
+
+
+def test_one_whose_prompt_has_no_times_gets_pictures_too(model, endpoint, monkeypatch, capsys):
+    answer = endpoint.answer
+
+    def timeless(body):
+        status, found = answer(body)
+        return status, found | {"usage": {"prompt_tokens": 30}}
+
+    monkeypatch.setattr(endpoint, "answer", timeless)
+    assert not Thinker(model, endpoint.url, "mine").clips
+    assert "the times of a clip's frames are not in its prompt" in capsys.readouterr().err
+    endpoint.shutdown()
+    endpoint.server_close()
+    with pytest.raises(DataError, match=f"^{endpoint.url}: gave up after 1 attempt: no answer"):
+        Thinker(model, endpoint.url, "mine", retries=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+@pytest.fixture
+def call(monkeypatch, model):
+    """Call infer.py or annotate; returns its exit code."""
+    monkeypatch.setattr(infer.DeScore, "load", classmethod(lambda cls, *args, **more: model))
+
+    def called(module, *words):
+        vars(model).pop("think", None)
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            module.main()
+        return end.value.code
+
+    return called
+
+
+def test_judgements_say_who_thought(model, endpoint, call, world_dir, tmp_path, monkeypatch):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text((world_dir / "test_id.jsonl").read_text().splitlines()[0] + "\n")
+    out = tmp_path / "judged.jsonl"
+    monkeypatch.setenv("KEY", "secret")
+    words = ["--pairs", pairs, "--root", world_dir, "--model", "x", "--max-new-tokens", 2, "--out"]
+    away = ["--think-at", endpoint.url, "--think-at-model", "mine", "--api-key-env", "KEY"]
+    assert call(infer, *words, out, *away) == 0 and endpoint.keys == "Bearer secret"
+    assert call(infer, *words, tmp_path / "own.jsonl") == 0
+    theirs, ours = ([json.loads(line) for line in path.read_text().splitlines()]
+                    for path in (out, tmp_path / "own.jsonl"))
+    assert theirs[0]["made_by"] == ours[0]["made_by"] | {"think_at_model": "mine", "api_clips": True}
+    assert [record["cot"] for record in theirs[1:]] == ["<think>?"] * (len(ours) - 1)
+    asked = len(endpoint.seen)
+    assert call(infer, *words, out, *away) == 0 and len(endpoint.seen) == asked + 2  # of no video
+    for more, names in (([], "think_at_model, api_clips"), ([*away, "--think-at-model", "other"],
+                                                            "think_at_model")):
+        monkeypatch.setattr(sys, "argv", ["infer", *map(str, words), str(out), *more])
+        with pytest.raises(DataError, match=f"made otherwise than this command would, by {names}"):
+            infer.main()
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"think_at": None}, "--think-at URL and --think-at-model NAME go together"),
+    ({"think_at_model": None}, "--think-at URL and --think-at-model NAME go together"),
+    ({"cot": "off"}, "--think-at: with --cot off nothing is thought")])
+def test_flags_that_do_not_go_together_are_refused(given, message):
+    usual = {"think_at": "http://x/v1", "think_at_model": "m", "cot": "on", "api_key_env": "KEY"}
+    with pytest.raises(DataError, match=message):
+        think_at.think_at(None, Namespace(**usual | given))
+
+
+def test_annotate_shows_clips_where_it_is_told_to(model, endpoint, call, world_dir, tmp_path, capsys):
+    """The prompts are those of a Qwen3-VL here with the same instruction, and OUT.cots knows it."""
+    pairs = world_dir / "test_id.jsonl"
+    flags = ["--api", endpoint.url, "--api-model", "m", "--min-pixels", 4096, "--max-pixels", 4096]
+    settings = VideoSettings(min_pixels=4096, max_pixels=4096)
+    here = Processor(endpoint.tokenizer, replace(settings, patch_size=8), INSTRUCTION)
+    keys = list(dict.fromkeys(keys_of(read_pairs(pairs))))
+    for number, (video, prompt) in enumerate(keys):
+        frames, seconds = read_video(video, settings)
+        ids = here.sample(frames, seconds, prompt).input_ids
+        scores = dict.fromkeys(here.dimensions, 2)
+        answer = json.dumps({"dimensional_scores": scores})
+        finish = "stop" if number else "length"
+        endpoint.tell(ids, frames, (f"<think>{number}</think><answer>{answer}</answer>", finish))
+    written = tmp_path / "out.jsonl.cots"
+    assert call(annotate, pairs, tmp_path / "out.jsonl", *flags, "--api-clips") == 1  # one is cut off
+    head, *records = map(json.loads, written.read_text().splitlines())
+    assert head["made_by"]["api_clips"] is True
+    found = {(record["video"], record["prompt"]): record["cot"] for record in records}
+    assert all(f"<think>{number}</think>" in found[key] for number, key in enumerate(keys))
+    with pytest.raises(DataError, match="made otherwise than this command would, by api_clips"):
+        call(annotate, pairs, tmp_path / "out.jsonl", *flags)
+    with pytest.raises(DataError, match="--api-clips is for --api, and not for --together"):
+        call(annotate, pairs, tmp_path / "b.jsonl", *flags, "--api-clips", "--scores", "--together")
+    endpoint.takes_clips = False
+    with pytest.raises(DataError, match="no pair has CoTs of use"):
+        call(annotate, pairs, tmp_path / "c.jsonl", *flags, "--api-clips")
+    assert "gets pictures, not clips" in capsys.readouterr().err
+    assert "api_clips" not in (tmp_path / "c.jsonl.cots").read_text()

@@ -1,0 +1,155 @@
+"""An endpoint thinks in place of `DeScore.think`; the scores stay the model's own.
+
+    python infer.py --think-at http://HOST:8000/v1 --think-at-model NAME video.mp4 "a red circle moves left"
+
+An OpenAI-compatible endpoint, such as a vLLM server with the model's backbone and adapter (docs/scale.md),
+writes the CoTs. Each goes through one forward of the model here (`DeScore.score`). The endpoint is shown
+clips, so that its prompt has our token ids; one that says its prompt ids is held to them. An endpoint that
+takes no clips gets pictures, which is said. A video that has no answer is an error, and has no score.
+"""
+
+import os
+from argparse import Namespace
+from types import SimpleNamespace
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from data import Batch, DataError
+from model import DeScore, Thoughts, check_sampling
+from support.batches import draw_seed
+from tools.annotate import Api
+from tools.asking import ask_all
+from tools.endpoint import check_key
+
+# Of questions under way at a time, seconds that each may take, and attempts after the first.
+PARALLEL = 64
+TIMEOUT = 600.0
+RETRIES = 5
+
+
+def think_at(model: DeScore, args: Namespace) -> None:
+    """Let the endpoint that the flags of a command name think for a model from now on."""
+    if not (args.think_at and args.think_at_model):
+        raise DataError("--think-at URL and --think-at-model NAME go together")
+    if args.cot == "off":
+        raise DataError("--think-at: with --cot off nothing is thought")
+    key = os.environ.get(args.api_key_env)
+    check_key(key, args.api_key_env)
+    thinker = Thinker(model, args.think_at, args.think_at_model, key)
+    args.api_clips = thinker.clips  # which decides what is thought (tools/journal.py)
+    model.think = thinker.think
+
+
+class Thinker(Api):
+    """Asks an endpoint about the videos of a batch, which has to say its sources. Raises as `Api` does."""
+
+    def __init__(self, model: DeScore, url: str, name: str, key: str | None = None, retries: int = RETRIES,
+                 clips: bool = True):
+        """name: the model's at the endpoint; key: sent as a bearer token."""
+        self.scorer = model
+        processor = model.processor
+        super().__init__(url, name, processor.settings, key, parallel=PARALLEL, timeout=TIMEOUT,
+                         retries=retries, reader=processor.reader, clips=clips)
+
+    def texts(self, prompt: str) -> list[str]:
+        before, after = self.scorer.processor.around_video(prompt)
+        return [before, "<video>", after]
+
+    @torch.no_grad()
+    def think(
+            self, batch: Batch, n: int = 1, max_new_tokens: int = 4096,
+            temperature: float = 1.0, top_p: float = 1.0,
+            seeds: list[int] | None = None, without_cot: bool = False,
+            repetition_penalty: float | None = None) -> Thoughts:
+        """As `DeScore.think`, with `errors` for videos that have no answer. Log-probabilities are not
+        known, and 0. `seeds` decide what is drawn, by the endpoint's own generator."""
+        model = self.scorer
+        if repetition_penalty is None:
+            repetition_penalty = model.own_penalty(temperature)
+        check_sampling(temperature, top_p, repetition_penalty)
+        if batch.sources is None:
+            raise DataError("an endpoint is shown the videos: the batch does not say which they are")
+        if seeds is None:
+            seeds = torch.randint(2**62, (len(batch),)).tolist()
+        self.endpoint.limit(max_new_tokens, temperature)
+        how = {"top_p": top_p, "top_k": -1, "repetition_penalty": repetition_penalty}
+        answers = self.answers(batch, n, how, seeds if temperature else [None] * len(batch))
+
+        errors = []
+        rows = []
+        for of_video in answers:
+            errors.append(next((answer["error"] for answer in of_video if "error" in answer), None))
+            for answer in of_video:
+                end = [] if answer.get("truncated") else [model.eos]
+                ids = model.processor.encode_cot(answer.get("cot"))
+                rows.append(torch.tensor(ids + end, dtype=torch.long))
+        shape = (len(batch), n, -1)
+        ones = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=model.eos).view(shape).to(model.device)
+        mask = pad_sequence(ones, batch_first=True).view(shape).to(model.device)
+
+        was_training = model.training
+        model.eval()
+        watched = model.watch(batch)
+        parts = []
+        for nth in range(n):
+            cots = [of_video[nth].get("cot") for of_video in answers]
+            parts.append(model.score_parts(watched, cots))
+        parts = torch.stack(parts, 1)  # (B, n, K)
+        scores_no_cot = model.score(watched, [None] * len(batch)) if without_cot else None
+        model.train(was_training)
+        logps = torch.zeros(mask.shape, device=model.device)
+        return Thoughts(tokens, mask, logps, model.overall(parts), scores_no_cot, parts, errors=errors)
+
+    def answers(self, batch: Batch, n: int, how: dict,
+                seeds: list[int | None]) -> list[list[dict]]:
+        """The n answers about each of a batch's videos: cot and truncated, or error."""
+        asked = []
+        found = []
+        for b, (video, prompt) in enumerate(batch.sources):
+            found.append([{}] * n)
+            try:
+                question = self.question({"<video>": video}, prompt)
+            except DataError as error:  # it could be read a moment ago
+                found[b] = [{"error": str(error)}] * n
+                continue
+            for place in range(n):
+                drawn = {} if seeds[b] is None else {"seed": draw_seed(seeds[b], place)}
+                asked.append((b, place, self.with_beside(question, how | drawn)))
+
+        def ask(b: int, place: int, question: tuple) -> dict:
+            answer = self.answer_to(question, batch.sources[b][0])
+            wrong = self.wrong_prompt(answer, batch.input_ids[b][batch.mask[b]].tolist())
+            if wrong:
+                answer = {"error": f"{batch.sources[b][0]}: {self.endpoint.shown}: {wrong}"}
+            return answer | {"b": b, "place": place}
+
+        no_bound = SimpleNamespace(past=lambda answer: None)
+        for answer in ask_all(ask, asked, self.parallel, self.endpoint.stop, no_bound, self.timeout):
+            found[answer["b"]][answer["place"]] = answer
+        return found
+
+    def with_beside(self, question: tuple[list[dict], dict], how: dict) -> tuple[list[dict], dict]:
+        """A question, for one that takes clips, as vLLM does, with all that decides the answer."""
+        parts, beside = question
+        if not self.clips:
+            return question
+        opening = self.scorer.processor.opening
+        return parts, beside | how | {"return_token_ids": True, "chat_template_kwargs": {"opening": opening}}
+
+    def wrong_prompt(self, answer: dict, ours: list[int]) -> str | None:
+        """What is wrong with the prompt that an answer is to, as far as the endpoint says which it was."""
+        count = answer.get("prompt_tokens", len(ours))
+        theirs = answer.get("prompt_ids")
+        if not self.clips or theirs == ours or (theirs is None and count == len(ours)):
+            return None
+        place = ""
+        if theirs is not None:
+            same = [a == b for a, b in zip(theirs, ours)]
+            first = same.index(False) if False in same else len(same)
+            decode = self.scorer.processor.tokenizer.decode
+            place = f", and from token {first} on {decode(theirs[first : first + 5])!r}, " \
+                    f"not {decode(ours[first : first + 5])!r}"
+        return (f"its prompt is not ours: {count} tokens, not {len(ours)}{place}; it is to be served with "
+                "--chat-template tools/chat_template.jinja, see docs/scale.md")
