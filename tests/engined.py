@@ -45,7 +45,7 @@ def main():
     model.set_trainable(model.backbone.peft_config["default"].r)
     keys = list(dict.fromkeys(keys_of(read_pairs(pairs))))[: int(count)]
     batch = model.processor.collate([model.processor(*key) for key in keys])
-    found = {"saved": compared(model, batch)}
+    found = {"anew": any("merger" in name for name in model.changed), "saved": compared(model, batch)}
     with torch.no_grad():
         for name, parameter in model.trainable().items():
             if ".lora_" in name:

@@ -238,6 +238,7 @@ TABLE = {
         Row("--samples 2", "infer", "two CoTs a video", look.told("n", 2)),
         Row("--repetition-penalty 1.3", "infer-penalty", "it is told to the model", look.penalty),
         Row("--max-tokens 100000", "infer-penalty", "all at a time", look.videos_together(2)),
+        *pinned("think-at think-at-model api-key-env", "test_think_at.py test_judgements_say_who_thought"),
         *pinned("predictions", "test_predictions.py test_a_file_of_any_shape_has_the_figures_of_its_scores"),
         *pinned("scoring-layout", "test_saved.py test_a_model_scores_in_the_layout_that_it_is_loaded_in"),
         *pinned("repetition-penalty",
@@ -251,6 +252,7 @@ TABLE = {
         Row("--max-pixels 2500", "annotate-pixels", "64 x 64 becomes 48 x 48", look.grids((4, 6, 6))),
         *pinned("api api-model api-key-env parallel scores together seed temperature max-new-tokens",
                 "test_called.py test_an_endpoint_is_asked_as_the_flags_say"),
+        *pinned("api-clips", "test_think_at.py test_annotate_shows_clips_where_it_is_told_to"),
         *pinned("timeout retries", PATIENCE),
         *pinned("max-skipped", "test_endpoint.py test_refusals_and_failures_have_a_bound"),
     ],
@@ -298,7 +300,7 @@ TABLE = {
     ],
     "-m tools.serve": [
         *pinned("model device host fps reader cot samples max-new-tokens temperature seed think-tokens "
-                "unusable window accept-any round kept allow-host",
+                "unusable window accept-any round kept allow-host think-at think-at-model api-key-env",
                 "test_called.py test_a_server_is_what_its_flags_say"),
         *pinned("port", "test_serve.py test_two_do_not_share_a_port"),
         *pinned("videos", "test_serve.py test_files_are_opened_below_one_folder_alone"),

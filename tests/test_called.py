@@ -181,12 +181,16 @@ def served(call, monkeypatch):
     return start
 
 
-def test_a_server_is_what_its_flags_say(served):
+def test_a_server_is_what_its_flags_say(served, monkeypatch):
+    away = noting(monkeypatch, serving, "think_at")
     found = served(
         "--model", "m", "--device", "cuda:1", "--host", "127.0.0.2", "--fps", 5, "--reader", "decord",
         "--unusable", -2.5, "--window", 0.3, "--samples", 2, "--max-new-tokens", 7, "--temperature", 0.8,
         "--seed", 4, "--think-tokens", 99, "--cot", "off", "--accept-any", "--round", 3, "--kept", 5,
-        "--allow-host", "Node-7", "--allow-host", "proxy")
+        "--allow-host", "Node-7", "--allow-host", "proxy", "--think-at", "http://x/v1",
+        "--think-at-model", "far", "--api-key-env", "KEY")
+    (((_, args), _),) = away
+    assert (args.think_at, args.think_at_model, args.api_key_env) == ("http://x/v1", "far", "KEY")
     assert found.made == (("m", "cuda:1"), {"window": 0.0, "reader": "decord"})
     assert found.address == "127.0.0.2" and {"node-7", "proxy", "127.0.0.2"} <= found.hosts
     assert [clip.seconds[3] for clip in found.clips] == [0.6, 0.6] and found.rewards == [1.0, -2.5]
@@ -198,6 +202,7 @@ def test_a_server_is_what_its_flags_say(served):
     assert (rounds.size, rounds.kept, rounds.window) == (3, 5, 0.3)
 
     found = served("--model", "m", "--fps", 5)
+    assert len(away) == 1
     assert found.made == (("m", None), {"window": 0.0, "reader": "av"}) and found.address == "127.0.0.1"
     assert found.hosts == {"127.0.0.1", "::1", "localhost"} and found.rewards == [1.0, None]
     thinking = found.options["thinking"]

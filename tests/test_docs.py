@@ -29,7 +29,7 @@ DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", *DOCS]
 BESIDE = ["presets/README.md", "bench/README.md", "experiments/RESULTS.md"]  # what they show takes long
 STAGES = {"coldstart.py": coldstart, "rl.py": rl}
-PROGRAMS = ("python", ".venv/bin/python", "torchrun", "make", "pip")
+PROGRAMS = ("python", ".venv/bin/python", "torchrun", "make", "pip", "vllm")
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -105,6 +105,8 @@ def test_a_command_has_a_file_and_its_flags(page, command, monkeypatch, capsys, 
     if program == "pip":
         assert words[:2] == ["install", "-r"] and (ROOT / words[2]).is_file()
         return
+    if program == "vllm":  # tests/test_think_at.py starts it so
+        return
     if program == "torchrun":
         asked = get_args_parser().parse_args(words)
         words = ["-m"] * asked.module + [asked.training_script, *asked.training_script_args]
@@ -152,6 +154,7 @@ PARSED = {
     "make": "it is what runs this test, or takes minutes",
     "pip": "it needs a network",
     "torchrun": "it needs as many GPUs",
+    "vllm": "it is another project's; tests/test_think_at.py starts it",
     "python coldstart.py": "it renders clips and trains on them; tests/test_stages.py runs it on few",
     "python rl.py": "it trains; tests/test_stages.py runs it on few pairs",
     "python -m tools.annotate": "it needs a hub or an endpoint; tests/test_formats.py has both",
@@ -159,6 +162,7 @@ PARSED = {
     "python tests/kill.py": "it takes many minutes",
     "python toy/train.py": "it takes many minutes; tests/test_trained.py measures what it left",
     "python experiments/claims.py": "it takes hours",
+    "python infer.py --think-at": "it needs an endpoint; tests/test_think_at.py has one",
     "python infer.py --pairs release-test.csv": "tests/test_formats.py runs it",
     ".venv/bin/python": "it is what runs this test",
 }

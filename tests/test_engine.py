@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import fake_vllm
 import pytest
@@ -203,7 +204,25 @@ def test_what_it_has_started_ends_with_it():
         with engine.end_with_us([started.pid]) as watch:
             assert started.poll() is None
             watch.stdin.close()  # as when a process dies
-        assert started.wait(30) == -signal.SIGTERM
+        assert started.wait(30) == -signal.SIGKILL
+
+
+def test_what_it_starts_hears_no_signal_that_is_for_the_run():
+    """Nobody else loses any, and one that comes meanwhile is not lost."""
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        with engine.signals_are_ours(), subprocess.Popen(["sleep", "60"]) as started:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                started.send_signal(number)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            assert started.poll() is None and not heard
+            started.kill()
+        assert heard == [signal.SIGINT]
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGINT, signal.SIGTERM}
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -263,20 +282,63 @@ def test_a_function_that_is_not_there_is_missed_before_anything_else(given, mess
 # A real engine
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not PYTHON, reason="DESCORE_ENGINE_PYTHON names no python that has vLLM")
-def test_a_real_engine_thinks_as_we_do(world_dir, tmp_path):
+ABSENT = "DESCORE_ENGINE_PYTHON names no python that has vLLM"
+REAL = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason=ABSENT)]
+
+
+@pytest.mark.parametrize("mergers", [pytest.param(False, marks=REAL), pytest.param(True, marks=REAL)])
+def test_a_real_engine_thinks_as_we_do(mergers, world_dir, tmp_path):
+    """Also where an earlier stage trained the mergers, with which its backbone is written anew."""
     torch.manual_seed(0)
     model = DeScore.load(ROOT / "toy/backbone", device="cpu")
-    model.set_trainable(16)
+    model.set_trainable(16, train_merger=mergers)
     move(model)
+    if mergers:
+        move(model, "merger")
     model.save(tmp_path / "model")
     command = [PYTHON, ROOT / "tests/engined.py", tmp_path / "model", world_dir / "test_id.jsonl", "4"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     found = json.loads(done.stdout.splitlines()[-1])
+    assert found["anew"] == mergers
     for name in ("saved", "moved"):
         greedy = found[name]
         assert greedy["equal"] == greedy["cots"] == 4, greedy
         assert greedy["sampler_gap"] < 1e-4 and greedy["logps"] < 1e-5 and greedy["scores"] < 1e-3
     assert found["drawn"]["by the same seeds"] and not found["drawn"]["by others"]
     assert found["drawn"]["twins"] < 4 and found["drawn"]["adapters"] == 2
+
+
+def in_group(group):
+    """The processes of a process group."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True)
+    rows = [row.split(maxsplit=2) for row in listed.stdout.splitlines()]
+    return [row for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
+
+
+@pytest.mark.parametrize("both", [pytest.param((signal.SIGINT, signal.SIGTERM), marks=REAL)])
+def test_a_run_that_is_told_to_stop_ends_as_one_without_an_engine(both, world_dir, tmp_path):
+    """Ctrl-C in a terminal, and SIGTERM to all processes, while the engine works; then it goes on."""
+    words = [*stage2(world_dir, tmp_path / "out", "tools/engine.py:think"), "--steps", 20]
+    words[words.index("--max-new-tokens") + 1] = 140
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    metrics = tmp_path / "out/metrics.jsonl"
+    steps = 0
+    for number in both:
+        with (tmp_path / "said").open("w") as said:
+            run = subprocess.Popen([PYTHON, *map(str, words)], cwd=ROOT, env=env, stdout=said, stderr=said,
+                                   start_new_session=True)
+        while not metrics.exists() or metrics.read_text().count("\n") <= steps:
+            assert run.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.1)
+        time.sleep(0.3)  # into the next rollouts
+        os.killpg(run.pid, number)
+        assert run.wait(300) == 0
+        text = (tmp_path / "said").read_text()
+        now = metrics.read_text().count("\n")
+        assert f"stopped after step {now} of 20; the same command goes on" in text and "Traceback" not in text
+        assert now > steps and (tmp_path / f"out/checkpoints/step-{now}").is_dir()
+        end = time.monotonic() + 60
+        while in_group(run.pid):
+            assert time.monotonic() < end, in_group(run.pid)
+            time.sleep(0.1)
+        steps = now

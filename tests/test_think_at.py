@@ -4,24 +4,34 @@ The endpoint here is tests/seeing.py, which makes its prompts as vLLM does. A re
 DESCORE_ENGINE_PYTHON names the python of an environment that has vLLM (docs/scale.md)."""
 
 import json
+import os
+import re
+import shlex
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import in_layout
+from conftest import ROOT, in_layout
 from seeing import Seeing
 
 import infer
 from data import INSTRUCTION, DataError, Processor, VideoSettings, keys_of, make_instruction, read_video
 from infer import by_key, judge
+from model import DeScore
 from support.formats import read_pairs
 from tools import annotate, think_at
 from tools.memory import Frames, reward
 from tools.think_at import Thinker
 
+PYTHON = os.environ.get("DESCORE_ENGINE_PYTHON")
 LONGEST = 110  # of the CoTs here one is longer
 
 
@@ -258,3 +268,80 @@ def test_annotate_shows_clips_where_it_is_told_to(model, endpoint, call, world_d
         call(annotate, pairs, tmp_path / "c.jsonl", *flags, "--api-clips")
     assert "gets pictures, not clips" in capsys.readouterr().err
     assert "api_clips" not in (tmp_path / "c.jsonl.cots").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A real server
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A saved model with an adapter that does something."""
+    torch.manual_seed(0)
+    found = DeScore.load(ROOT / "toy/backbone", device="cpu")
+    found.set_trainable(16)
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(0.02 * torch.randn(parameter.shape))
+    folder = tmp_path_factory.mktemp("adapted") / "model"
+    found.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(adapted, tmp_path_factory):
+    """vLLM's own server with the backbone and the adapter, as docs/scale.md starts one."""
+    page = (ROOT / "docs/scale.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^    vllm serve (.*)$", page, re.MULTILINE)
+    words = line.replace("Qwen/Qwen3-VL-8B-Instruct", f"{ROOT}/toy/backbone")
+    words = shlex.split(words.replace("runs/rl/model", str(adapted)))
+    words[words.index("--max-lora-rank") + 1] = "16"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["-m", "vllm.entrypoints.openai.api_server", "--model", *words, "--port", str(port), "--dtype",
+             "float32", "--enforce-eager", "--skip-mm-profiling", "--no-enable-chunked-prefill"]
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    log = tmp_path_factory.mktemp("server") / "said"
+    with log.open("w") as said:
+        process = subprocess.Popen([PYTHON, *words], cwd=ROOT, env=env, stdout=said, stderr=said)
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+                break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON, reason="DESCORE_ENGINE_PYTHON names no python that has vLLM")
+def test_a_real_server_thinks_as_we_do(server, adapted, three):
+    """A prompt that were not ours would be an error."""
+    model = DeScore.load(adapted, device="cpu")
+    ours = by_key(judge(model, three, max_new_tokens=LONGEST, without_cot=True))
+    thinker = Thinker(model, server, "descore")
+    assert thinker.clips
+    model.think = thinker.think
+    theirs = by_key(judge(model, three, max_new_tokens=LONGEST, without_cot=True))
+    assert {record["truncated"] for record in ours.values()} == {False, True}
+    for key, record in ours.items():
+        assert theirs[key]["cot"] == record["cot"] and theirs[key]["truncated"] == record["truncated"]
+        for name in ("score", "score_no_cot"):
+            assert theirs[key][name] == pytest.approx(record[name], abs=1e-4)
+    several = thinker.think(batch_of(model, three), 2, 30, 1.0, seeds=[1, 2, 3])
+    again = thinker.think(batch_of(model, three), 2, 30, 1.0, seeds=[1, 2, 3])
+    assert several.errors == [None] * 3 and torch.equal(several.tokens, again.tokens)
+    # What annotate asks, with its own instruction.
+    settings = VideoSettings(min_pixels=4096, max_pixels=4096)
+    api = annotate.Api(server, "descore", settings, max_new_tokens=5, clips=True)
+    here = Processor(model.processor.tokenizer, replace(settings, patch_size=8), INSTRUCTION)
+    for video, prompt in three:
+        parts, beside = api.question({"<video>": video}, prompt)
+        answer = api.endpoint.ask(parts, beside | {"return_token_ids": True})
+        frames, seconds = read_video(video, settings)
+        assert answer["prompt_ids"] == here.sample(frames, seconds, prompt).input_ids.tolist()

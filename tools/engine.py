@@ -12,8 +12,12 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -189,10 +193,11 @@ class Engine:
         backbone = Path(self.folder.name, "backbone")
         write_backbone(model, backbone)
         others = multiprocessing.active_children()
-        self.llm = vllm.LLM(
-            str(backbone), dtype=str(model.dtype).removeprefix("torch."),
-            limit_mm_per_prompt={"video": 1, "image": 0}, skip_mm_profiling=True,
-            logprobs_mode="processed_logprobs", generation_config="vllm", **options)
+        with signals_are_ours():
+            self.llm = vllm.LLM(
+                str(backbone), dtype=str(model.dtype).removeprefix("torch."),
+                limit_mm_per_prompt={"video": 1, "image": 0}, skip_mm_profiling=True,
+                logprobs_mode="processed_logprobs", generation_config="vllm", **options)
         started = [child.pid for child in multiprocessing.active_children() if child not in others]
         self.watch = end_with_us(started)
 
@@ -225,9 +230,21 @@ class Engine:
         return self.LoRARequest(f"adapter {self.adapters}", self.adapters, str(folder))
 
 
+@contextmanager
+def signals_are_ours() -> Iterator[None]:
+    """Processes that are started within hear neither Ctrl-C, which goes to all in a terminal, nor
+    SIGTERM: a run that is told to stop finishes its step first, and that with them."""
+    resource_tracker.ensure_running()  # started within, it would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def end_with_us(pids: list[int]) -> subprocess.Popen:
     """Let processes end when this one does, however it ends: a run that is killed leaves no engine."""
-    words = ["sh", "-c", 'cat; for pid; do kill "$pid"; done', "sh", *map(str, pids)]
+    words = ["sh", "-c", 'cat; for pid; do kill -s KILL "$pid"; done', "sh", *map(str, pids)]
     return subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
