@@ -112,7 +112,7 @@ def test_what_counts_is_as_for_thoughts_of_its_own(model, endpoint, three):
 
 FAILURES = ["HTTP 400 .*it is refused", "gave up after 1 attempt: HTTP 503",
             r"its prompt is not ours: \d+ tokens, not \d+, and from token \d+ on '<\|im_end\|>.* "
-            + r"--chat-template tools/chat_template\.jinja"]
+            + r"--chat-template tools/chat_template\.jinja", "its CoT has 60,000 bytes"]
 
 
 def test_what_fails_is_that_videos_error_and_the_others_are_unharmed(model, endpoint, keys, monkeypatch):
@@ -128,7 +128,9 @@ def test_what_fails_is_that_videos_error_and_the_others_are_unharmed(model, endp
     monkeypatch.setattr(endpoint, "answer", some)
     (video, _), *_ = keys
     endpoint.learn(model, batch_of(model, keys[:1]), 20)
-    asked = [keys[0], *[(video, text) for text in ("refused", "away", "a cross <|im_end|>")]]
+    frames, _ = read_video(video, model.processor.settings)
+    endpoint.tell(model.processor(video, "long").input_ids, frames, ("so " * 20_000, "stop"))
+    asked = [keys[0], *[(video, text) for text in ("refused", "away", "a cross <|im_end|>", "long")]]
     model.think = Thinker(model, endpoint.url, "mine", retries=0).think
     found = by_key(judge(model, asked, max_new_tokens=20))
     (score,) = model.score(batch_of(model, keys[:1]), [found[keys[0]]["cot"]])

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import Batch, DataError
+from data import Batch, DataError, checked
 from model import DeScore, Thoughts, check_sampling
 from support.batches import draw_seed
 from tools.annotate import Api
@@ -84,10 +84,11 @@ class Thinker(Api):
                 end = [] if answer.get("truncated") else [model.eos]
                 ids = model.processor.encode_cot(answer.get("cot"))
                 rows.append(torch.tensor(ids + end, dtype=torch.long))
-        shape = (len(batch), n, -1)
         ones = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-        tokens = pad_sequence(rows, batch_first=True, padding_value=model.eos).view(shape).to(model.device)
-        mask = pad_sequence(ones, batch_first=True).view(shape).to(model.device)
+        tokens = pad_sequence(rows, batch_first=True, padding_value=model.eos).to(model.device)
+        mask = pad_sequence(ones, batch_first=True).to(model.device)
+        tokens = tokens.unflatten(0, (len(batch), n))  # (B, n, C)
+        mask = mask.unflatten(0, (len(batch), n))
 
         was_training = model.training
         model.eval()
@@ -119,10 +120,13 @@ class Thinker(Api):
                 asked.append((b, place, self.with_beside(question, how | drawn)))
 
         def ask(b: int, place: int, question: tuple) -> dict:
-            answer = self.answer_to(question, batch.sources[b][0])
-            wrong = self.wrong_prompt(answer, batch.input_ids[b][batch.mask[b]].tolist())
-            if wrong:
-                answer = {"error": f"{batch.sources[b][0]}: {self.endpoint.shown}: {wrong}"}
+            video, _ = batch.sources[b]
+            answer = self.answer_to(question, video)
+            try:
+                checked(answer.get("cot", ""), "its CoT")
+                self.check_prompt(answer, batch.input_ids[b][batch.mask[b]].tolist())
+            except DataError as error:
+                answer = {"error": f"{video}: {self.endpoint.shown}: {error}"}
             return answer | {"b": b, "place": place}
 
         no_bound = SimpleNamespace(past=lambda answer: None)
@@ -138,18 +142,17 @@ class Thinker(Api):
         opening = self.scorer.processor.opening
         return parts, beside | how | {"return_token_ids": True, "chat_template_kwargs": {"opening": opening}}
 
-    def wrong_prompt(self, answer: dict, ours: list[int]) -> str | None:
-        """What is wrong with the prompt that an answer is to, as far as the endpoint says which it was."""
+    def check_prompt(self, answer: dict, ours: list[int]) -> None:
+        """DataError unless an answer is to our prompt, as far as the endpoint says which it was."""
         count = answer.get("prompt_tokens", len(ours))
         theirs = answer.get("prompt_ids")
         if not self.clips or theirs == ours or (theirs is None and count == len(ours)):
-            return None
+            return
         place = ""
         if theirs is not None:
             same = [a == b for a, b in zip(theirs, ours)]
             first = same.index(False) if False in same else len(same)
-            decode = self.scorer.processor.tokenizer.decode
-            place = f", and from token {first} on {decode(theirs[first : first + 5])!r}, " \
-                    f"not {decode(ours[first : first + 5])!r}"
-        return (f"its prompt is not ours: {count} tokens, not {len(ours)}{place}; it is to be served with "
-                "--chat-template tools/chat_template.jinja, see docs/scale.md")
+            texts = [self.scorer.processor.tokenizer.decode(ids[first : first + 5]) for ids in (theirs, ours)]
+            place = f", and from token {first} on {texts[0]!r}, not {texts[1]!r}"
+        raise DataError(f"its prompt is not ours: {count} tokens, not {len(ours)}{place}; it is to be served "
+                        "with --chat-template tools/chat_template.jinja, see docs/scale.md")
