@@ -1952,6 +1952,7 @@ MUTANTS = [
     ("tools/shown.py", "    indices += [round(float(stamp) * FPS)] * together", "    indices.append(0)",
      THINK_AT + "has_here"),
     ("tools/shown.py", "file, \"PNG\"", "file, \"JPEG\"", THINK_AT + "has_here"),
+    ("tools/shown.py", "max(indices[-1] + 1, len(indices))", "indices[-1] + 1", THINK_AT + "has_here"),
     ("tools/shown.py", "counts[1] > counts[0]", "True", THINK_AT + "no_times"),
     ("tools/annotate.py", "            self.clips = False\n", "", THINK_AT + "takes_no"),
     ("tools/annotate.py", "**bound, clips=args.api_clips)", "**bound)", THINK_AT + "where_it_is_told"),

@@ -71,6 +71,8 @@ class Seeing(http.server.ThreadingHTTPServer):
             about = body["media_io_kwargs"]["video"]
             assert len(about["frames_indices"]) == len(pictures) and about["num_frames"] == -1
             assert not about["do_sample_frames"] and about["total_num_frames"] > max(about["frames_indices"])
+            if about["total_num_frames"] < len(pictures):
+                return 400, {"error": {"message": "total_num_frames must be >= number of frames sent"}}
             files = [Image.open(io.BytesIO(base64.b64decode(text))) for text in pictures]
             frames = np.stack([np.asarray(file.convert("RGB")) for file in files])
             ids = fake_vllm.LLM.expanded(self.engine, ids, frames, about)

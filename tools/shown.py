@@ -61,7 +61,7 @@ def timing(stamps: Iterable[str], together: int) -> dict:
     indices = []
     for stamp in stamps:
         indices += [round(float(stamp) * FPS)] * together
-    total = indices[-1] + 1
+    total = max(indices[-1] + 1, len(indices))  # no fewer than there are
     return {"fps": float(FPS), "frames_indices": indices, "total_num_frames": total,
             "duration": total / FPS, "do_sample_frames": False}
 
