@@ -316,7 +316,7 @@ def in_group(group):
 
 
 @pytest.mark.parametrize("both", [pytest.param((signal.SIGINT, signal.SIGTERM), marks=REAL)])
-def test_a_run_that_is_told_to_stop_ends_as_one_without_an_engine(both, world_dir, tmp_path):
+def test_a_run_that_is_told_to_stop_ends_as_one_without_an_engine(both, world_dir, tmp_path, request):
     """Ctrl-C in a terminal, and SIGTERM to all processes, while the engine works; then it goes on."""
     words = [*stage2(world_dir, tmp_path / "out", "tools/engine.py:think"), "--steps", 20]
     words[words.index("--max-new-tokens") + 1] = 140
@@ -327,6 +327,7 @@ def test_a_run_that_is_told_to_stop_ends_as_one_without_an_engine(both, world_di
         with (tmp_path / "said").open("w") as said:
             run = subprocess.Popen([PYTHON, *map(str, words)], cwd=ROOT, env=env, stdout=said, stderr=said,
                                    start_new_session=True)
+        request.addfinalizer(run.kill)  # the engine ends with it
         while not metrics.exists() or metrics.read_text().count("\n") <= steps:
             assert run.poll() is None, (tmp_path / "said").read_text()
             time.sleep(0.1)
