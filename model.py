@@ -42,7 +42,8 @@ from support.command import (
 )
 from support.shard import is_sharded
 
-# What LoRA adapts: the language model's linear layers, not lm_head, embeddings, vision tower.
+# What LoRA adapts: the language model's linear layers, not lm_head, embeddings, vision tower. A
+# mixture's experts and router are no linear layers: there it is attention (and what is dense).
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # CoT tokens whose logits exist at one time: 2048 · 151,936 · 4 bytes = 1.2 GB.
 LOGITS_CHUNK = 2048

@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+)
 from transformers.utils import logging as transformers_logging
 
 from data import (
@@ -41,6 +47,13 @@ from support.files import (
 )
 from support.shard import whole
 
+# By model_type what runs here, and of others that one may want what stands in the way (docs/scale.md).
+BACKBONES = {"qwen3_vl": Qwen3VLForConditionalGeneration,
+             "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration}
+OF_POSITIONS = ": its prompt does not say the seconds of frames, and its tower has no deepstack features"
+OF_STATES = ": most of its layers keep a running state, which the CoTs behind one prompt cannot share"
+OTHERS = {"qwen2_vl": OF_POSITIONS, "qwen2_5_vl": OF_POSITIONS,
+          "qwen3_5": OF_STATES, "qwen3_5_moe": OF_STATES}
 MOST_LAYERS = 1000  # a config.json with more is damaged, and making them would fill the memory
 
 
@@ -130,8 +143,11 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: st
     reason = f"{name}: no Qwen3-VL can be loaded from this directory or hub id"
     with error_context(reason, Exception):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        if config.model_type != "qwen3_vl":
-            raise ValueError(f"it is a {config.model_type}")
+        if config.model_type not in BACKBONES:
+            raise ValueError(f"it is a {config.model_type}{OTHERS.get(config.model_type, '')}")
+        if quant and config.model_type == "qwen3_vl_moe":
+            raise ValueError("its experts, which are most of its weights, are no linear layers, and "
+                             "--quant would leave them as they are")
         layers = max(config.text_config.num_hidden_layers, config.vision_config.depth)
         if layers > MOST_LAYERS:
             raise ValueError(f"its config.json speaks of {layers} layers")
@@ -143,7 +159,7 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: st
             for path in sorted(directory.glob("model*.safetensors")):
                 tensor_names(path)
         try:
-            qwen, names = Qwen3VLForConditionalGeneration.from_pretrained(
+            qwen, names = BACKBONES[config.model_type].from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
         except RuntimeError as error:
             if "mismatched" in str(error):  # says no more, but that it was not ignored
