@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 
 import torch
@@ -34,8 +35,8 @@ from support import tables
 from support.above import from_above
 from support.batches import (
     THINK_TOKENS,
+    deal_to_all,
     draw_seed,
-    pack_by_budget,
     prompt_lengths,
     read_ahead,
     split_unreadable,
@@ -88,9 +89,9 @@ def judge(
     record, or in its place its fields by name, such as samples=4.
 
     Keys of like length go through the model together, the longest first, as many as fill
-    thinking.think_tokens with the CoTs that they may get. `ranks` share the work, and each of
-    them gets all records. What is sampled for a key depends on its number alone, by default its
-    place in `keys`. `workers` are processes that decode videos ahead.
+    thinking.think_tokens with the CoTs that they may get. `ranks` share the work (`hand_out`), and
+    each of them gets all records. What is sampled for a key depends on its number alone, by default
+    its place in `keys`. `workers` are processes that decode videos ahead.
 
     Yields one dict per key: video, prompt, cot, truncated, score. With more samples than one,
     score is the mean over them, score_std their spread, and cot the first. `without_cot` adds
@@ -101,28 +102,29 @@ def judge(
     thinking = one_record(thinking, fields)
     if finite:
         model.check_head()
-    numbered = ranks.share(list(zip(numbers or range(len(keys)), keys)))
-    lengths = prompt_lengths(model.processor, [key for _, key in numbered])
+    numbered = list(zip(numbers or range(len(keys)), keys))
+    lengths = prompt_lengths(model.processor, keys, ranks)
     longest_cots = thinking.samples * thinking.max_new_tokens if think else 0
     sizes = [lengths[key] + longest_cots for _, key in numbered]
     groups = []
     to_read = []
-    for group in pack_by_budget(numbered, sizes, thinking.think_tokens):
+    for group in deal_to_all(numbered, sizes, thinking.think_tokens, ranks.world):
         # A group with one key to do is judged whole: in other company rounding would differ.
         if any(key not in done for _, key in group):
             groups.append(group)
             to_read.append([[key] for _, key in group])
 
-    def judged() -> Iterator[list[dict]]:
-        batches = read_ahead(model.processor, to_read, workers)
-        for group, (batch, errors) in zip(groups, batches):
-            records = judge_batch(model, group, batch, errors, thinking, think,
+    def judged(places: Iterator[int]) -> Iterator[list[dict]]:
+        places, to_come = tee(places)
+        batches = read_ahead(model.processor, to_read, workers, order=to_come)
+        for place, (batch, errors) in zip(places, batches):
+            records = judge_batch(model, groups[place], batch, errors, thinking, think,
                                   without_cot or not think, unfit)
             if finite:
                 tables.check_scores(model, records)
             yield [record for key, record in by_key(records).items() if key not in done]
 
-    return ranks.in_turn(judged())
+    return ranks.hand_out(len(groups), judged)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import os
 import pickle
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -44,27 +44,32 @@ def prompt_lengths(processor: Processor, keys: list[Key], ranks: Ranks = ALONE) 
 
 
 def read_ahead(processor: Processor, groups: list[list[list[Key]]], workers: int = 0,
-               limit: int | None = None) -> Iterator[tuple[Batch, list[str | None]]]:
-    """One Batch for each group, in order. With workers, other processes decode ahead.
+               limit: int | None = None,
+               order: Iterable[int] | None = None) -> Iterator[tuple[Batch, list[str | None]]]:
+    """One Batch for each group, in order, or for those whose numbers `order` gives. With workers,
+    other processes decode ahead.
 
     A group is a list of units, and a unit a list of keys that stand or fall together, such as the
     `videos()` of an item. Yields the batch, and for each unit None or what is wrong with it: a
     video that cannot be read, or a prompt of more than `limit` tokens. In the batch black frames
     then stand in for the unit's videos, so that its rows are there."""
-    return done_ahead(partial(read_group, processor, limit), groups, workers)
+    return done_ahead(partial(read_group, processor, limit), groups, workers, order)
 
 
-def done_ahead(work: Callable, items: list, workers: int) -> Iterator:
-    """What `work` makes of each item, in order. With workers, other processes do it ahead; raises
-    DataError where they fail."""
+def done_ahead(work: Callable, items: list, workers: int,
+               order: Iterable[int] | None = None) -> Iterator:
+    """What `work` makes of each item, in order, or of those whose numbers `order` gives. With workers,
+    other processes do it ahead, two items each; raises DataError where they fail."""
+    order = range(len(items)) if order is None else order
     if not workers:
-        yield from map(work, items)
+        for number in order:
+            yield work(items[number])
         return
     loader = None
     try:
         # It draws a seed that nobody uses, and should not draw it from the caller's random numbers.
         loader = iter(DataLoader(
-            items, batch_size=None, num_workers=workers, generator=torch.Generator(),
+            items, batch_size=None, sampler=order, num_workers=workers, generator=torch.Generator(),
             collate_fn=partial(pickled, work), worker_init_fn=leave_signals))
         yield from map(pickle.loads, loader)
     except Exception as error:
@@ -204,6 +209,13 @@ def deal(items: list, sizes: list[int], budget: int, ranks: Ranks) -> list[list[
                 mine.append((items[turn[0]], 0.0))
         micro_batches.append(mine)
     return micro_batches
+
+
+def deal_to_all(items: list, sizes: list[int], budget: int, world: int) -> list[list]:
+    """What each of so many ranks is dealt (`deal`), turn by turn and the largest first, nothing twice."""
+    dealt = [deal(items, sizes, budget, Ranks(rank, world)) for rank in range(world)]
+    groups = [[item for item, weight in group if weight] for turn in zip(*dealt) for group in turn]
+    return [group for group in groups if group]
 
 
 class Planned(NamedTuple):

@@ -5,10 +5,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from threading import Timer
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    store: dist.Store | None = field(default=None, repr=False, compare=False)  # that all of them see
 
     @staticmethod
     def start() -> "Ranks":
@@ -61,7 +63,7 @@ class Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                                 timeout=timedelta(hours=2))
         waiting.cancel()
-        return Ranks(dist.get_rank(), dist.get_world_size())
+        return Ranks(dist.get_rank(), dist.get_world_size(), store)
 
     def stop(self) -> None:
         if dist.is_initialized():
@@ -83,11 +85,38 @@ class Ranks:
         dist.all_gather_object(lists, mine)
         return [item for some in lists for item in some]
 
-    def in_turn(self, lists: Iterator[list]) -> Iterator:
-        """The items of all ranks' lists, one list of each rank at a time, until all have ended.
-        Each rank gets them all, and waits for the others' next list."""
-        while found := self.gather(next(lists, [])):
-            yield from found
+    def hand_out(self, count: int, work: Callable[[Iterator[int]], Iterator[list]]) -> Iterator:
+        """What `work` makes of the numbers below `count`: for each of those that it is given, in their
+        order, a list of what JSON can hold. Whoever is free takes the next number, so that nobody waits
+        before the end. The first rank gets what others have made whenever it has made a list itself,
+        and the others get all of it at the end."""
+        if self.world == 1:
+            for found in work(iter(range(count))):
+                yield from found
+            return
+        store = dist.PrefixStore(self.ask_first(lambda: uuid4().hex), self.store)
+
+        def free_numbers() -> Iterator[int]:
+            while (number := store.add("taken", 1) - 1) < count:
+                yield number
+
+        mine = []
+        told = 0  # lists of others that the first rank has got
+        for found in work(free_numbers()):
+            place = -1
+            if self.first:
+                yield from found
+                while store.check([str(told)]):
+                    yield from json.loads(store.get(str(told)))
+                    store.delete_key(str(told))
+                    told += 1
+            else:
+                place = store.add("told", 1) - 1
+                store.set(str(place), json.dumps(found))
+            mine.append((place, found))
+        for place, found in self.gather(mine):
+            if place >= told or not self.first:
+                yield from found
 
     def ask_first(self, work: Callable):
         """What `work` returns on the first rank, which alone does it; all ranks get it. Raises

@@ -14,13 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from data import (
@@ -48,8 +42,7 @@ from support.files import (
 from support.shard import whole
 
 # By model_type what runs here, and of others that one may want what stands in the way (docs/scale.md).
-BACKBONES = {"qwen3_vl": Qwen3VLForConditionalGeneration,
-             "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration}
+BACKBONES = ("qwen3_vl", "qwen3_vl_moe")
 OF_POSITIONS = ": its prompt does not say the seconds of frames, and its tower has no deepstack features"
 OF_STATES = ": most of its layers keep a running state, which the CoTs behind one prompt cannot share"
 OTHERS = {"qwen2_vl": OF_POSITIONS, "qwen2_5_vl": OF_POSITIONS,
@@ -159,7 +152,7 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device, quant: st
             for path in sorted(directory.glob("model*.safetensors")):
                 tensor_names(path)
         try:
-            qwen, names = BACKBONES[config.model_type].from_pretrained(
+            qwen, names = AutoModelForImageTextToText.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
         except RuntimeError as error:
             if "mismatched" in str(error):  # says no more, but that it was not ignored

@@ -34,7 +34,7 @@ from data import TAGS, Batch, DataError, Key, Pair, keys_of, overall_score, pars
 from infer import Thinking, add_thinking, by_key, read_thinking
 from model import DeScore
 from support import tables
-from support.batches import THINK_TOKENS, chunks, draw_seed, pack_by_budget, prompt_lengths
+from support.batches import THINK_TOKENS, chunks, deal_to_all, draw_seed, prompt_lengths
 from support.command import READER, Count, run_command
 from support.files import MODELS, default_model
 from support.formats import read_pairs
@@ -205,11 +205,9 @@ def shown(model: DeScore, keys: list[Key], others: dict[str, str], thinking: Thi
     Yields a dict a key: video, prompt, cot, the score of each way by its name, and from samples
     `again`, the score behind the first, and their variance. Of a video that cannot be read:
     video, prompt, error."""
-    numbered = ranks.share(list(enumerate(keys)))
     # Each is shown with a stranger's prompt too, which may be longer than its own.
-    keys = [key for _, key in numbered]
     strange = [(video, others.get(prompt, prompt)) for video, prompt in keys]
-    lengths = prompt_lengths(model.processor, keys + strange)
+    lengths = prompt_lengths(model.processor, keys + strange, ranks)
 
     def judged(some: list[tuple[int, Key]]) -> list[dict]:
         clips, records, seeds, unread = [], [], [], []
@@ -248,8 +246,8 @@ def shown(model: DeScore, keys: list[Key], others: dict[str, str], thinking: Thi
     sizes = []
     for key, other in zip(keys, strange):
         sizes.append(max(lengths[key], lengths[other]) + thinking.max_new_tokens)
-    groups = pack_by_budget(numbered, sizes, thinking.think_tokens)
-    yield from ranks.in_turn(judged(group) for group in groups)
+    groups = deal_to_all(list(enumerate(keys)), sizes, thinking.think_tokens, ranks.world)
+    yield from ranks.hand_out(len(groups), lambda places: (judged(groups[place]) for place in places))
 
 
 @torch.no_grad()
@@ -257,8 +255,8 @@ def behind(model: DeScore, cots: dict[str, dict[Key, str | None]],
            think_tokens: int = THINK_TOKENS, ranks: Ranks = ALONE) -> Iterator[dict]:
     """Score videos as they are behind CoTs, given by the name of a row and by key; ranks share the
     work. Yields a dict a key: video, prompt, and the score of each row that has a CoT for it."""
-    keys = ranks.share(list(cots["cot_own"]))
-    lengths = prompt_lengths(model.processor, keys)
+    keys = list(cots["cot_own"])
+    lengths = prompt_lengths(model.processor, keys, ranks)
 
     def judged(some: list[Key]) -> list[dict]:
         clips = [read(model, key) for key in some]
@@ -279,8 +277,8 @@ def behind(model: DeScore, cots: dict[str, dict[Key, str | None]],
     for key in keys:
         longest = max(len(model.processor.encode_cot(given[key])) for given in cots.values())
         sizes.append(lengths[key] + longest)
-    groups = pack_by_budget(keys, sizes, think_tokens)
-    yield from ranks.in_turn(judged(some) for some in groups)
+    groups = deal_to_all(keys, sizes, think_tokens, ranks.world)
+    yield from ranks.hand_out(len(groups), lambda places: (judged(groups[place]) for place in places))
 
 
 # ------------------------------
