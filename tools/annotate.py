@@ -1,6 +1,7 @@
 """Let a model write a CoT for every video of a pair file: one here, or one behind an endpoint.
 
     python -m tools.annotate PAIRS OUT --model Qwen/Qwen3-VL-8B-Instruct
+    torchrun --nproc_per_node 8 -m tools.annotate PAIRS OUT --model Qwen/Qwen3-VL-8B-Instruct
     python -m tools.annotate PAIRS OUT --scores --api https://HOST/v1 --api-model NAME
     python -m tools.annotate PAIRS OUT --scores --together --api https://HOST/v1 --api-model NAME
 
@@ -45,6 +46,7 @@ from model import DeScore
 from support import tables
 from support.command import READER, Count, Positive, Share, Whole, run_command
 from support.formats import read_pairs
+from support.ranks import ALONE, Ranks
 from tools import journal
 from tools.asking import Bound, ask_all
 from tools.completion import Refused, has_thought
@@ -57,7 +59,8 @@ from tools.together import PLACES, QUESTION, b_comes_first, check_question, read
 
 def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_by: dict,
              scores: bool = False, dimensions: dict[str, int] = DIMENSIONS,
-             tags: tuple[str, str] = TAGS, together: bool = False, strict: bool = False) -> int:
+             tags: tuple[str, str] = TAGS, together: bool = False, strict: bool = False,
+             ranks: Ranks = ALONE) -> int:
     """Write the pairs of a file to `out`, with a CoT for every video or, `together`, with what one
     answer says of both.
 
@@ -65,16 +68,21 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
     each key that is not in `done`; together, keys have two videos, and records videos and which is
     the first. made_by says what decides them. scores: make the sub-scores for `dimensions` the
     reference. strict: CoTs without scores or a thought are of no use either, and the next start asks
-    again for what is of none. Pairs with such answers are left out and counted. Returns an exit
-    code, 1 if any pair is left out. Raises DataError as `read_pairs`, `write` and `Journal` do, and
-    where no pair is left."""
+    again for what is of none. Pairs with such answers are left out and counted. Of `ranks`, which
+    `write` shares the work with, the first alone writes files. Returns an exit code, 1 if any pair is
+    left out. Raises DataError as `read_pairs`, `write` and `Journal` do, and where no pair is left."""
     check_out(out, path)
     pairs = read_pairs(path, dimensions=dimensions)
-    print(pairs.summary())
     keys = []
     for pair in pairs:
         keys += questions(pair, together)
     keys = list(dict.fromkeys(keys))
+    ranks.agree({}, path, keys)
+    if not ranks.first:
+        for _ in write(keys, done=ranks.gather([])):
+            pass
+        return 0
+    print(pairs.summary())
     written = out.with_name(out.name + ".cots")
     done = journal.Journal(written, made_by, keys, free=("max_new_tokens",) if strict else ())
 
@@ -85,6 +93,7 @@ def annotate(path: Path, out: Path, write: Callable[..., Iterator[dict]], made_b
     settled = {key: record for key, record in judged.items() if not (strict and fault(record))}
     if len(settled) < len(judged):
         print(f"{written}: asking again for {len(judged) - len(settled)} answers of no use", file=sys.stderr)
+    ranks.gather(list(settled))  # what the others need not do
     unit = "pair" if together else "video"
     of_use = bool(settled)
     try:
@@ -362,6 +371,7 @@ def main() -> None:
     instruction = read_text(args.instruction) if args.instruction else None
     given = {name: getattr(args, name) for name in ("fps", "min_pixels", "max_pixels")}
     video = {name: value for name, value in given.items() if value is not None}
+    ranks = ALONE  # those who ask an endpoint need no ranks
     if args.api:
         with error_context("the frames cannot be so", TypeError):
             settings = VideoSettings(**{"max_pixels": 307_200} | video)
@@ -383,14 +393,18 @@ def main() -> None:
         made_by = journal.deciding(vars(args)) | {
             "api": shown(args.api), "instruction": instruction, "video": asdict(settings)}
     else:
+        ranks = Ranks.start()
         model = DeScore.load(args.model, video=video, reader=args.reader)
         if instruction is not None:
             model.processor.set_instruction(instruction)
-        write = partial(infer.judge, model, thinking=infer.read_thinking(args), finite=False)
+        ranks.agree(vars(args), args.pairs, [], model)
+        write = partial(infer.judge, model, thinking=infer.read_thinking(args), finite=False, ranks=ranks)
         dimensions, tags = model.processor.dimensions, model.processor.tags
         made_by = journal.made_by(model, args, scores=False)
-    sys.exit(annotate(args.pairs, args.out, write, made_by, args.scores, dimensions, tags, args.together,
-                      strict=bool(args.api)))
+    code = annotate(args.pairs, args.out, write, made_by, args.scores, dimensions, tags, args.together,
+                    strict=bool(args.api), ranks=ranks)
+    ranks.stop()
+    sys.exit(code)
 
 
 if __name__ == "__main__":
