@@ -1,12 +1,12 @@
 """How long ranks wait for each other where they judge a file of pairs: simulated, from lengths of CoTs.
 
-    python bench/idle.py                      # CoTs of 150 to 900 tokens
-    python bench/idle.py predictions.jsonl    # as long as those that infer.py --out has written
+    python bench/idle.py                      # lengths as they may be in real use
+    python bench/idle.py predictions.jsonl    # and those that infer.py --out has written
 
 26,500 pairs, 53,000 clips with prompts as bench/padding.py draws them, in groups within 65,536 tokens that
-count CoTs of 4,096. Each clip's CoT has a length drawn from the file's, whatever its prompt. A group takes
-as long as its longest CoT has tokens, and a step of it as long as `STEP` tokens of prompts. A rank is idle
-from the end of its last group, or of each group where all wait for all, until the last rank's end.
+count CoTs of 4,096. Each clip's CoT has a length of its own, whatever its prompt. A group takes as many
+decode steps as its longest CoT has tokens, and as many more as its prompts have `STEP` tokens. A rank is
+idle from the end of its last group, or of each group where all wait for all, until the last rank's end.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def simulate(prompts: list[int], cots: list[int], ranks: int) -> dict[str, float
         "longest first, all wait for all after each group": idle(work, in_step(of_rank)),
         "longest first, each has its own list": idle(work, alone(of_rank)),
         "longest first, whoever is free takes the next": idle(work, taken(times, ranks)),
-        "… and takes it 8 groups ahead (`--workers 4`)": idle(work, taken(times, ranks, 8)),
+        "… and takes it 8 groups ahead, with `--workers 4`": idle(work, taken(times, ranks, 8)),
     }
 
 
@@ -100,16 +100,21 @@ def lengths_of(path: Path) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("judgements", type=Path, nargs="?", help="what infer.py --out has written")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--ranks", type=int, default=64)
     args = parser.parse_args()
+    rng = np.random.default_rng(0)
     prompts = [prompt for pair in drawn(PAIRS) for prompt, _ in pair]
-    known = lengths_of(args.judgements) if args.judgements else np.arange(150, 900)
-    cots = np.random.default_rng(0).choice(known, len(prompts)).tolist()
-    quantiles = np.quantile(known, [0, 0.05, 0.5, 0.95, 1]).round().astype(int)
-    print(f"CoTs of {', '.join(map(str, quantiles))} tokens (quantiles 0, 0.05, 0.5, 0.95, 1)\n")
-    print("| idle | " + " | ".join(f"{ranks} ranks" for ranks in args.ranks) + " |")
-    print("| --- |" + " ---: |" * len(args.ranks))
-    columns = [simulate(prompts, cots, ranks) for ranks in args.ranks]
+    usual = rng.integers(150, 900, len(prompts))
+    endless = rng.random(len(prompts)) < 0.01
+    lengths = {"150 to 900": usual, "1 in 100 cut off at 4,096": np.where(endless, LONGEST, usual)}
+    if args.judgements:
+        known = lengths_of(args.judgements)
+        low, middle, high = np.quantile(known, [0, 0.5, 1]).round().astype(int)
+        name = f"{len(known)} measured, {low} to {high}, median {middle}"
+        lengths[name] = rng.choice(known, len(prompts))
+    print(f"| {PAIRS:,} pairs on {args.ranks} ranks; CoTs of so many tokens: | {' | '.join(lengths)} |")
+    print("| --- |" + " ---: |" * len(lengths))
+    columns = [simulate(prompts, cots.tolist(), args.ranks) for cots in lengths.values()]
     for way in columns[0]:
         print(f"| {way} | " + " | ".join(f"{column[way]:.1%}" for column in columns) + " |")
 

@@ -32,6 +32,8 @@ PRIVATE = "tests/test_private.py"
 ENGINE, THINK_AT = "tests/test_engine.py", "tests/test_think_at.py -k "
 SERVER, CLIENT = "tests/test_server.py", "tests/test_client.py"
 ROUNDS = "tests/test_rounds.py"
+HANDED = "tests/test_handing_out.py"
+BACKBONES = "tests/test_backbones.py"
 STEPS1, STEPS2 = "tests/test_steps.py -k stage_1", "tests/test_steps.py -k stage_2"
 EXPECTED = "tests/test_steps.py -k expectation"
 ALL_PAIRS = "tests/test_steps.py -k winner_meet"
@@ -394,9 +396,8 @@ MUTANTS = [
     ("infer.py", "for key, record in by_key(records).items() if key not in done]",
      "for key, record in by_key(records).items()]", STAGES + " -k resumed"),
     ("infer.py", "model.encode(batch).select(rows)", "model.encode(batch)", JUDGING + " -k evaluation"),
-    ("infer.py", "ranks.share(list(zip(numbers or range(len(keys)), keys)))",
-     "list(enumerate(ranks.share(keys)))",
-     JUDGING + " -k ranks"),
+    ("infer.py", "list(zip(numbers or range(len(keys)), keys))", "[(0, key) for key in keys]",
+     MODEL + " -k its_number"),
     ("infer.py", "done={*judged}", "done=()", STAGES + " -k resumed"),
     ("tools/journal.py", '"weights": fingerprint(model, scores), "dtype"', '"dtype"',
      JUDGING + " -k retrained"),
@@ -405,7 +406,24 @@ MUTANTS = [
     ("tools/journal.py", "os.truncate(path, len(content) - len(half))", "pass", JUDGING + " -k journal"),
     ("tools/journal.py", 'if "error" in record:', "if False:", JUDGING + " -k alone"),
     ("tools/journal.py", "kind is not float or math.isfinite(value)", "True", JUDGING + " -k number"),
-    ("support/ranks.py", "self.gather(next(lists, []))", "next(lists, [])", JUDGING + " -k ranks"),
+    ("support/ranks.py", "in self.gather(mine):", "in mine:", HANDED + " -k free"),
+    ("support/ranks.py", 'store.add("taken", 1) - 1', 'store.add(f"taken {self.rank}", 1) - 1',
+     HANDED + " -k free"),
+    ("support/ranks.py", "if place >= told or not self.first:", "if not self.first:", HANDED + " -k free"),
+    ("support/ranks.py", "while store.check([str(told)]):", "while False:", HANDED + " -k before_they_end"),
+    ("support/batches.py", "for turn in zip(*dealt) for group in turn]", "for turn in dealt for group in turn]",
+     HANDED + " -k longest"),
+    ("support/batches.py", "[item for item, weight in group if weight]", "[item for item, _ in group]",
+     HANDED + " -k longest"),
+    ("support/batches.py", "for number in order:", "for number in range(len(items)):", PLACES + " -k order"),
+    ("support/batches.py", "batch_size=None, sampler=order,", "batch_size=None,", PLACES + " -k order"),
+    ("tools/annotate.py", "write(keys, done=ranks.gather([])):", "write(keys, done=()):",
+     HANDED + ' -m slow -k "costs and annotate"'),
+    ("support/saved.py", '("qwen3_vl", "qwen3_vl_moe")', '("qwen3_vl",)', BACKBONES),
+    ("support/saved.py", 'if quant and config.model_type == "qwen3_vl_moe":', "if False:", BACKBONES),
+    ("support/saved.py", "{OTHERS.get(config.model_type, '')}", "", BACKBONES + " -k by_name"),
+    ("model.py", "deepstack_visual_embeds=deepstack, use_cache=False, **kwargs)", "use_cache=False, **kwargs)",
+     BACKBONES),
     ("support/tables.py", "not bad.intersection(pair.videos())", "True", JUDGING + " -k evaluation"),
     ("support/tables.py", "json.dumps(plain(figures)", "json.dumps(figures", JUDGING + " -k base"),
     ("tools/annotate.py", "if not left_out:", "if True:", JUDGING + " -k alone"),

@@ -227,6 +227,11 @@ def test_what_is_decoded_ahead_is_what_is_decoded_here():
     assert made == [[1, 4, 9]] * 3
 
 
+def test_what_is_decoded_ahead_comes_in_the_order_asked_for():
+    made = [list(done_ahead(squares, [1, 2, 3], workers, iter([2, 0]))) for workers in (0, 1)]
+    assert made == [[9, 1]] * 2
+
+
 def squares(item):
     return item**2
 
