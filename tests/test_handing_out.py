@@ -82,7 +82,7 @@ def test_the_longest_are_handed_out_first_and_nothing_twice():
         widest = [max(size_of[item] for item in group) for group in groups]
         assert widest == sorted(widest, reverse=True)
         assert all(len(group) * wide <= budget for group, wide in zip(groups, widest))
-        assert sorted(sum(groups, [])) == sorted(items)
+        assert sorted(item for group in groups for item in group) == sorted(items)
         assert len(groups) >= min(world, len(items))  # there is work for each
 
 
