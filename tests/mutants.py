@@ -781,6 +781,8 @@ MUTANTS = [
     ("tools/journal.py", "if self.unchecked:", "if False:", DIGESTS + " -k of_before"),
     ("toy/demo.py", 'return run(*command, "--resume", "false")', "raise", DIGESTS + " -k demo_begins"),
     ("toy/demo.py", 'if "--resume false" not in error.stderr:', "if False:", DIGESTS + " -k demo_begins"),
+    ("toy/demo.py", "[-20_000:]", "[-200:]", DIGESTS + " -k two_ranks"),
+    ("toy/prepare.py", "if RANKS > 1 else", "if False else", DIGESTS + " -k two_ranks"),
     ("support/files.py", '"runs/rl", "runs/coldstart", "runs/demo/rl"',
      '"runs/demo/rl", "runs/rl", "runs/coldstart"', DIGESTS + " -k before_the_demos"),
     # -- an endpoint: what it refuses, what is kept, what is never shown

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import demo
+import prepare
 import pytest
 import torch
 from conftest import ROOT, TOY_VIDEO
@@ -527,8 +528,9 @@ if "--out" in sys.argv:
 """
 
 
-def test_the_demo_begins_a_stage_anew_in_its_own_folders_where_something_differs(
-        world_dir, tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def demo_of_stages(world_dir, tmp_path, monkeypatch):
+    """The demo with stages that only say how they were called."""
     for name in ("coldstart.py", "rl.py", "infer.py"):
         (tmp_path / name).write_text(STAGE)
     (tmp_path / "runs/toy").mkdir(parents=True)
@@ -536,10 +538,20 @@ def test_the_demo_begins_a_stage_anew_in_its_own_folders_where_something_differs
     for test in demo.TESTS:
         shutil.copy(world_dir / "test_id.jsonl", tmp_path / f"runs/toy/{test}.jsonl")
     (tmp_path / "runs/demo/rl").mkdir(parents=True)
-    (tmp_path / "runs/demo/rl/other").touch()
     monkeypatch.setattr(demo, "ROOT", tmp_path)
+    return tmp_path
+
+
+def commands_in(folder):
+    return [json.loads(line) for line in (folder / "commands").read_text().splitlines()]
+
+
+def test_the_demo_begins_a_stage_anew_in_its_own_folders_where_something_differs(
+        demo_of_stages, tmp_path, monkeypatch, capfd):
+    (tmp_path / "runs/demo/rl/other").touch()
+    monkeypatch.setattr(prepare, "RANKS", 1)
     demo.main()
-    commands = [json.loads(line) for line in (tmp_path / "commands").read_text().splitlines()]
+    commands = commands_in(tmp_path)
     stage1 = ["coldstart.py", "--out", "runs/demo/coldstart"]
     stage2 = ["rl.py", "--model", "runs/demo/coldstart", "--out", "runs/demo/rl"]
     assert commands[:3] == [stage1, stage2, [*stage2, "--resume", "false"]] and len(commands) == 5
@@ -549,4 +561,12 @@ def test_the_demo_begins_a_stage_anew_in_its_own_folders_where_something_differs
     (tmp_path / "runs/demo/coldstart/broken").touch()
     with pytest.raises(subprocess.CalledProcessError):
         demo.main()
-    assert len((tmp_path / "commands").read_text().splitlines()) == 6
+    assert len(commands_in(tmp_path)) == 6
+
+
+@pytest.mark.slow
+def test_a_stage_of_two_ranks_is_begun_anew_too(demo_of_stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "RANKS", 2)
+    (tmp_path / "runs/demo/rl/other").touch()
+    demo.run_stage("rl.py", "--out", "runs/demo/rl")
+    assert commands_in(tmp_path)[-2:] == [["rl.py", "--out", "runs/demo/rl", "--resume", "false"]] * 2

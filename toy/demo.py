@@ -17,6 +17,7 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import world
+from prepare import environment, on_ranks
 from world import right
 
 OUT = "runs/demo"
@@ -26,30 +27,32 @@ FIGURES = {"score": "accuracy", "score without CoT": "accuracy_no_cot", "reading
            "R_q": "quality", "format": "format_rate"}
 
 
-def run(*command: str | Path) -> float:
+def run(*command: str | Path, env: dict[str, str] | None = None) -> float:
     """Run one of the project's scripts, showing the command and what it says. Returns the seconds it took.
     Raises CalledProcessError, with the end of what it said, where it fails."""
     shown = " ".join(f'"{word}"' if " " in str(word) else str(word) for word in command)
     print(f"\n$ python {shown}", flush=True)
     started, said = time.time(), b""
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE)
+    words = [sys.executable, *map(str, command)]
+    process = subprocess.Popen(words, cwd=ROOT, env=env, stderr=subprocess.PIPE)
     while part := process.stderr.read1():
         sys.stderr.buffer.write(part)
         sys.stderr.flush()
-        said = (said + part)[-2000:]
+        said = (said + part)[-20_000:]  # torchrun speaks last
     if code := process.wait():
         raise subprocess.CalledProcessError(code, shown, stderr=said.decode(errors="replace"))
     return time.time() - started
 
 
 def run_stage(*command: str | Path) -> float:
-    """`run` a stage; where it has not gone on with what is no longer the same, begin it anew."""
+    """`run` a stage on all ranks; where it has not gone on with what is no longer the same, begin it anew."""
+    command = on_ranks(*command)
     try:
-        return run(*command)
+        return run(*command, env=environment())
     except subprocess.CalledProcessError as error:
         if "--resume false" not in error.stderr:
             raise
-    return run(*command, "--resume", "false")
+    return run(*command, "--resume", "false", env=environment())
 
 
 def figures(run_folder: str) -> dict[str, dict[str, float]]:

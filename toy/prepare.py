@@ -7,11 +7,28 @@ stage 2), both consistent with the label, test_id.jsonl, test_ood.jsonl and test
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
+# Small steps hardly spread over threads: two processes are faster than one with all of them.
+RANKS = 2 if (os.cpu_count() or 1) > 1 and not torch.cuda.is_available() else 1
+
+
+def on_ranks(*words: str | Path) -> list[str | Path]:
+    """The words behind `python` that run a script, or "-m" and a module, in `RANKS` processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", RANKS]
+    return [*torchrun, *words] if RANKS > 1 else [*words]
+
+
+def environment() -> dict[str, str]:
+    """That of processes which share the cores with those beside them."""
+    threads = max(1, (os.cpu_count() or 1) // RANKS)
+    return {"OMP_NUM_THREADS": str(threads)} | os.environ
 
 
 def main() -> None:
@@ -23,13 +40,15 @@ def main() -> None:
     args = parser.parse_args()
 
     def run(*command) -> None:
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+        words = [sys.executable, *map(str, command)]
+        subprocess.run(words, cwd=ROOT, env=environment(), check=True)
 
     out = args.out.resolve()
     annotated = out / "train_annotated.jsonl"
     run("toy/world.py", out, "--pairs", args.pairs, "--test-pairs", args.test_pairs, "--seed", args.seed)
-    run("-m", "tools.annotate", out / "train.jsonl", annotated, "--model", ROOT / "toy/backbone",
-        "--max-new-tokens", 140, "--think-tokens", 36000, "--seed", args.seed)
+    annotate = on_ranks("-m", "tools.annotate", out / "train.jsonl", annotated)
+    run(*annotate, "--model", ROOT / "toy/backbone", "--max-new-tokens", 140, "--think-tokens", 36000,
+        "--seed", args.seed)
     for annotations, kept in ((annotated, "train_cots.jsonl"), (out / "train.jsonl", "train_scores.jsonl")):
         run("-m", "tools.filter", annotations, out / kept, "--model", ROOT / "toy/backbone")
 
