@@ -556,8 +556,7 @@ class DeScore(nn.Module):
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(logits)[tokens]: (..., V), (...) → (...)."""
-    chosen = logits.gather(-1, tokens[..., None])[..., 0]
-    return chosen - logits.logsumexp(-1)
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def uniform_numbers(seeds: list[int], n: int, count: int) -> Tensor:

@@ -82,7 +82,7 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
     at_once = 2 if mode == "full" or 2 * length <= Args.max_tokens else 1  # of the pair's two rows
     layer = length * 2 * (6 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_size
                           + 4 * shape.mlp)
-    copies = 2 * 2 * group * shape.heads * shape.head_size * (prompt + cot) if stage == 2 else 0
+    copies = 2 * 2 * group * shape.kv_heads * shape.head_size * (prompt + cot) if stage == 2 else 0
     logits = 4 * LOGITS_CHUNK * shape.vocabulary if stage == 2 else 0
     parts["activations"] = (2 * shape.layers * length * shape.hidden * 2
                             + max(at_once * (3 * layer + 2 * copies), 2 * logits))

@@ -137,17 +137,21 @@ def row_attention(query, key, value, layout: RowLayout, scaling: float) -> torch
     def of_cots(x: torch.Tensor) -> torch.Tensor:  # (B, G, heads, C + 1, d)
         return x[:, :, P:].unflatten(2, (G, -1)).transpose(1, 2)
 
-    def with_prompt(x: torch.Tensor) -> torch.Tensor:  # (B · G, heads, P + C + 1, d)
+    def with_prompt(x: torch.Tensor) -> torch.Tensor:  # (B · G, kv heads, P + C + 1, d)
         prompt = x[:, None, :, :P].expand(-1, G, -1, -1, -1)
-        both = torch.cat([prompt, of_cots(x)], 3).flatten(0, 1)
-        # No fused kernel has both a mask and fewer kv heads.
-        return both.repeat_interleave(query.shape[1] // x.shape[1], 1)
+        return torch.cat([prompt, of_cots(x)], 3).flatten(0, 1)
 
     q, k, v = (take(x, layout.place) for x in (query, key, value))
     prompts = sdpa(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True, scale=scaling,
                    enable_gqa=True)
-    cots = sdpa(of_cots(q).flatten(0, 1), with_prompt(k), with_prompt(v), layout.visible,
+    # No fused kernel has both a mask and fewer kv heads, and keys are not copied for each head:
+    # the heads of a kv head stand one behind the other, as if their CoT were so much longer.
+    kv = key.shape[1]
+    heads = query.shape[1] // kv
+    folded = of_cots(q).unflatten(2, (kv, heads)).flatten(3, 4).flatten(0, 1)
+    cots = sdpa(folded, with_prompt(k), with_prompt(v), layout.visible.repeat(1, 1, heads, 1),
                 scale=scaling)
+    cots = cots.unflatten(2, (heads, -1)).flatten(1, 2)  # (B · G, heads, C + 1, d)
     cots = cots.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)
     return take(torch.cat([prompts, cots], 2), layout.order).transpose(1, 2)
 
