@@ -11,8 +11,8 @@ Counted, in bytes, for each GPU:
     gathered       2 a weight where a sharded model is whole for thinking
     activations    of a pair's two rows, with gradient checkpointing: the input of each layer, and of what is
                    in one forward (DeScore.max_tokens) one layer recomputed, the copies of a prompt's
-                   keys and values that its CoTs attend to, and their gradients; or, if it is more, the
-                   logits of one chunk and their gradient in float32
+                   keys and values that its CoTs attend to, and their gradients, and the CoTs' mask; or, if
+                   it is more, the logits of one chunk and their gradient in float32
     cache          keys and values of a pair's prompts and rollouts
 
 What is not counted: CUDA's own (about 1 GB), the allocator's gaps, the batch's pixels.
@@ -83,9 +83,11 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
     layer = length * 2 * (6 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_size
                           + 4 * shape.mlp)
     copies = 2 * 2 * group * shape.kv_heads * shape.head_size * (prompt + cot) if stage == 2 else 0
+    # The mask of a kv head's heads: bool, and as what is added to the scores.
+    masks = 3 * group * shape.heads // shape.kv_heads * cot * (prompt + cot) if stage == 2 else 0
     logits = 4 * LOGITS_CHUNK * shape.vocabulary if stage == 2 else 0
     parts["activations"] = (2 * shape.layers * length * shape.hidden * 2
-                            + max(at_once * (3 * layer + 2 * copies), 2 * logits))
+                            + max(at_once * (3 * layer + 2 * copies + masks), 2 * logits))
     if stage == 2:
         parts["cache"] = 2 * 2 * 2 * shape.layers * shape.kv_heads * shape.head_size * length
     return {name: size / GB for name, size in parts.items()}

@@ -338,7 +338,8 @@ TABLE = {
         "gpu": "size device video-tokens cot-tokens group-size repeats peak",
         "speed": "size device video-tokens cot-tokens group-size repeats only",
         "scaling": "size device groups prompts group-size video-tokens cot-tokens repeats out one",
-        "step_profile": "model train pairs group-size max-new-tokens lora-rank repeats",
+        "step_profile": "model train pairs group-size max-new-tokens lora-rank repeats size video-tokens",
+        "peer": "python repeats run asked",
     }.items()},
 }
 # The paradigms are loops of the stages, and have their flags, which they hand on to the same functions.

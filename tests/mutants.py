@@ -244,6 +244,11 @@ MUTANTS = [
     ("support/attention.py", "positions = (start + slot)", "positions = (start + slot + 1)", MODEL),
     ("support/attention.py", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool, device=device)",
      MODEL),
+    ("support/attention.py", "layout.visible.repeat(1, 1, heads, 1)",
+     "layout.visible.repeat_interleave(heads, 2)", MODEL),
+    ("support/attention.py", "return torch.cat([prompt, of_cots(x)], 3).flatten(0, 1)",
+     "return torch.cat([prompt, of_cots(x)], 3).flatten(0, 1).repeat_interleave(heads, 1)",
+     MODEL + " -k not_copied"),
     ("support/attention.py", "on_prompt.float() + bias", "on_prompt.float()", MODEL),
     ("support/attention.py", "(slot == length).flatten(1)", "(slot == length - 1).flatten(1)", MODEL),
     # -- data

@@ -309,6 +309,24 @@ def test_the_video_is_encoded_once(model, keys, monkeypatch):
     assert len(calls) == 1
 
 
+def test_keys_are_not_copied_for_each_head(model, keys, monkeypatch):
+    """CoTs attend to as many keys as the model has kv heads, which real sizes have a quarter of."""
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(query, key, value, *args, **kwargs):
+        seen.append(key.shape[1])
+        assert key.shape == value.shape
+        return attend(query, key, value, *args, **kwargs)
+
+    text = model.qwen.config.text_config
+    assert text.num_key_value_heads < text.num_attention_heads
+    tokens, mask = random_rollouts(model, 1, 2, 6)
+    batch = model.encode(make_batch(model, keys[:1]))
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watched)
+    model.group(batch, tokens, mask)
+    assert seen == 2 * text.num_hidden_layers * [text.num_key_value_heads]  # prompts, and their CoTs
+
+
 def test_chunks_of_logits_change_nothing(model, keys, monkeypatch):
     tokens, mask = random_rollouts(model, 1, 2, 6)
     model.set_trainable(4)

@@ -1,0 +1,118 @@
+"""A whole step of stage 2 against the GRPOTrainer of TRL, on the same language model with random weights.
+
+    python3 -m venv /tmp/peer                      # an environment of its own, with the torch of ours
+    /tmp/peer/bin/pip install torch==2.13.0 trl peft datasets
+    python bench/peer.py --python /tmp/peer/bin/python
+
+Both let a group of rollouts be written for one prompt, read the reference policy's log-probabilities, and
+update LoRA by GRPO with β > 0. Processes are started in pairs, ours and theirs, each for one step to warm up
+and one that is timed; the ratio is that of the medians.
+
+Not the same: ours also runs the vision tower (theirs has a Qwen3 of text, and as many tokens of it), scores
+each rollout behind [Reward], and has L_BT. Theirs also decodes the rollouts, calls a reward and logs.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+VIDEO_TOKENS, RANK = 1200, 16
+BETA = 1e-5  # both need a reference; how large it is costs nothing
+
+
+def ours(asked: dict) -> float:
+    """Seconds of a step; the optimiser's included."""
+    from step_profile import Step
+
+    step = Step(argparse.Namespace(**asked, video_tokens=VIDEO_TOKENS, lora_rank=RANK))
+    for _ in range(2):
+        started = time.perf_counter()
+        step.read()
+        step.think()
+        step.refer()
+        step.update()
+    assert step.batch.input_ids.shape[1] == asked["prompt"]
+    return time.perf_counter() - started
+
+
+def theirs(asked: dict) -> float:
+    """Seconds of a step of GRPOTrainer, from its beginning to its end."""
+    import tempfile
+
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy/backbone")
+    text = " red" * asked["prompt"]
+    ids = tokenizer(text)["input_ids"][: asked["prompt"]]
+    prompt = tokenizer.decode(ids)
+    assert len(tokenizer(prompt)["input_ids"]) == asked["prompt"]
+    model = Qwen3ForCausalLM(Qwen3Config(
+        **asked["shape"], tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            self.seconds = time.perf_counter() - self.started
+
+    def reward(completions, **kwargs) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    G, C, clock = asked["group_size"], asked["max_new_tokens"], Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+            max_steps=2, per_device_train_batch_size=G, num_generations=G, max_completion_length=C,
+            generation_kwargs={"min_new_tokens": C}, temperature=1.0, beta=BETA, loss_type="grpo",
+            save_strategy="no", logging_steps=1, disable_tqdm=True)
+        lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        GRPOTrainer(model, reward, config, Dataset.from_dict({"prompt": [prompt] * 2}),
+                    processing_class=tokenizer, peft_config=lora, callbacks=[clock]).train()
+    return clock.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--python", default="/tmp/peer/bin/python", help="of the environment with TRL")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--run", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--asked", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        work = ours if args.run == "ours" else theirs
+        return print(work(args.asked))
+    from speed import SIZES
+
+    hidden, layers, heads, kv, head, mlp, vocabulary, *_ = SIZES["20m"]
+    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+             "num_key_value_heads": kv, "head_dim": head, "intermediate_size": mlp, "vocab_size": vocabulary}
+    asked = json.dumps({"size": "20m", "shape": shape, "prompt": 1665, "group_size": 8,
+                        "max_new_tokens": 128})
+    seconds = {"ours": [], "theirs": []}
+    for _ in range(args.repeats):
+        for who, python in (("ours", sys.executable), ("theirs", args.python)):
+            command = [python, __file__, "--run", who, "--asked", asked]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            seconds[who].append(float(done.stdout.split()[-1]))
+            print(f"{who} {seconds[who][-1]:.2f} s", flush=True)
+    mine, other = (statistics.median(seconds[who]) for who in ("ours", "theirs"))
+    print(f"\n| ours, s | theirs, s | ratio |\n| ---: | ---: | ---: |\n"
+          f"| {mine:.2f} | {other:.2f} | {other / mine:.2f} × |")
+
+
+if __name__ == "__main__":
+    main()
