@@ -197,8 +197,11 @@ def main() -> None:
                 f"(gradients differ by {difference:.0e})",
                 ours, theirs, f"{4 * passes} ×")
 
+    cot = "x " * (C // 2)  # two tokens each
+    assert len(model.processor.encode_cot(cot)) == C
+
     def cold(way) -> None:
-        for cots in (["x " * C] * 2, [None] * 2):
+        for cots in ([cot] * 2, [None] * 2):
             way(cots).backward()
 
     def cold_plain(cots):
