@@ -340,6 +340,7 @@ TABLE = {
         "scaling": "size device groups prompts group-size video-tokens cot-tokens repeats out one",
         "step_profile": "model train pairs group-size max-new-tokens lora-rank repeats size video-tokens",
         "peer": "python repeats run asked",
+        "idle": "ranks", "servers": "model callers repeats",
     }.items()},
 }
 # The paradigms are loops of the stages, and have their flags, which they hand on to the same functions.
