@@ -1,6 +1,6 @@
 """A whole step of stage 2 against the GRPOTrainer of TRL, on the same language model with random weights.
 
-    python3 -m venv ENV                      # an environment of its own, with the torch of ours
+    python3 -m venv ENV    # an environment of its own, with the torch of ours
     ENV/bin/pip install torch==2.13.0 trl peft datasets
     python bench/peer.py --python ENV/bin/python
 
@@ -96,7 +96,7 @@ def theirs(asked: dict, clock: Clock) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--python", default="ENV/bin/python", help="of the environment with TRL")
+    parser.add_argument("--python", default=sys.executable, help="of the environment with TRL [this]")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--run", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--asked", type=json.loads, help=argparse.SUPPRESS)
