@@ -2,6 +2,8 @@
 
     python bench/memory.py                 # Qwen3-VL-8B; prints the table of docs/scale.md
 
+`cpu_memory` computes that of a command on a CPU, for bench/real_size.py, which measures it.
+
 Counted, in bytes, for each GPU:
 
     weights        2 a frozen one (bf16), 0.516 in 4 bits (NF4: 4 bits, and 8 + 32/256 bits a block of 64),
@@ -20,7 +22,7 @@ What is not counted: CUDA's own (about 1 GB), the allocator's gaps, the batch's 
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,7 +43,14 @@ class Shape:
     head_size: int = 128
     mlp: int = 12288
     vocabulary: int = 151936
-    vision: int = 576_000_000  # its vision tower and mergers, in parameters
+    tied: bool = False  # whether lm_head is the embedding
+    depth: int = 27  # of the vision tower
+    vision_hidden: int = 1152
+    vision_heads: int = 16
+    vision_mlp: int = 4304
+    deepstack: tuple[int, ...] = (8, 16, 24)
+    vision: int = 576_388_336  # its vision tower and mergers, in parameters
+    mergers: int = 160_496_896  # of these
 
     @property
     def linear(self) -> int:
@@ -51,7 +60,12 @@ class Shape:
 
     @property
     def embeddings(self) -> int:
-        return 2 * self.vocabulary * self.hidden
+        return (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+    @property
+    def total(self) -> int:
+        """All parameters, but for the norms of the language model."""
+        return self.linear + self.embeddings + self.vision
 
     def lora(self, rank: int) -> int:
         wide, narrow, h = self.heads * self.head_size, self.kv_heads * self.head_size, self.hidden
@@ -59,11 +73,18 @@ class Shape:
         return self.layers * rank * sums
 
 
+OF_2B = Shape(2048, 28, 16, 8, 128, 6144, 151936, True, 24, 1024, 16, 4096, (5, 11, 17), 406_957_056,
+              100_714_496)
+OF_4B = Shape(2560, 36, 32, 8, 128, 9728, 151936, True, 24, 1024, 16, 4096, (5, 11, 17), 415_347_712,
+              109_105_152)
+SHAPES = {"2b": OF_2B, "2b-4": replace(OF_2B, layers=4), "4b": OF_4B, "8b": Shape()}
+
+
 def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus: int, stage: int,
                 eight_bit: bool, rank: int = 64) -> dict[str, float]:
     """GB a GPU by what takes them, with one pair at a time: stage 1 with --max-tokens 1, stage 2 with
     --think-tokens 1 --max-new-tokens COT."""
-    total = shape.linear + shape.embeddings + shape.vision
+    total = shape.total
     moments = 2 if eight_bit else 8
     parts = {}
     if mode == "full":
@@ -95,8 +116,53 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
 
 def peak(parts: dict[str, float]) -> float:
     """Thinking (gathered weights, cache) and the update (activations, training's gradients) take turns."""
-    steady = sum(parts.get(name, 0) for name in ("weights", "training", "reference"))
+    steady = sum(parts.get(name, 0) for name in ("imports", "weights", "training", "reference"))
     return steady + max(parts["activations"], parts.get("gathered", 0) + parts.get("cache", 0))
+
+
+IMPORTS = 0.45  # GB that a process of ours holds before it loads a model
+
+
+def cpu_memory(shape: Shape, kind: str, trains: str, command: str, prompt: int, cot: int, group: int,
+               rank: int = 64) -> dict[str, float]:
+    """GB of a command on a CPU by what takes them, without mapped files.
+
+    kind: of the frozen weights, "float32", "bfloat16" or "4bit"; trains: "lora", or "whole" or "shards"
+    (of two ranks, together); command: "coldstart" or "rl" with one pair at a time, else one that
+    trains nothing. prompt, cot: tokens; group: CoTs a video, in stage 2."""
+    width = 2 if kind == "bfloat16" else 4
+    linear = shape.linear * (0.516 if kind == "4bit" else width)
+    parts = {"imports": IMPORTS * (2 if trains == "shards" else 1)}
+    parts["weights"] = linear + width * (shape.embeddings + shape.vision)
+    stage = {"coldstart": 1, "rl": 2}.get(command, 0)
+    trained = 0
+    if trains == "lora":
+        adapter = shape.lora(rank) if stage or command != "load" else 0
+        mergers = shape.mergers if stage == 1 else 0
+        trained = adapter + mergers
+        parts["weights"] += 4 * adapter + (4 - width) * mergers
+        parts["reference"] = 4 * adapter if stage == 2 else 0
+    elif stage:
+        trained = shape.linear + shape.embeddings + (shape.mergers if stage == 1 else 0)
+        parts["weights"] += (4 - width) * trained
+        parts["reference"] = width * (trained if trains == "whole" else shape.total) if stage == 2 else 0
+        if trains == "shards":  # a rank holds the others' part too while it thinks, or saves
+            parts["gathered"] = width * 2 * shape.total if stage == 2 else 0
+    parts["training"] = 12 * trained if stage else 0
+    if command == "load":
+        parts["activations"] = 0
+        return {name: size if name == "imports" else size / GB for name, size in parts.items()}
+    length = prompt + (group * cot if stage == 2 else cot)
+    rows = 2 if stage else 1
+    layer = length * width * (6 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_size
+                              + 4 * shape.mlp)
+    logits = 4 * min(LOGITS_CHUNK, rows * group * cot) * shape.vocabulary if stage == 2 else 0
+    parts["activations"] = max(rows * 3 * layer, 3 * logits) if stage else layer
+    if stage:
+        parts["activations"] += rows * shape.layers * length * shape.hidden * width
+    parts["cache"] = 0 if stage == 1 else (rows * 2 * width * shape.layers * shape.kv_heads
+                                           * shape.head_size * length)
+    return {name: size if name == "imports" else size / GB for name, size in parts.items()}
 
 
 def main() -> None:
