@@ -21,10 +21,10 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -59,12 +59,14 @@ HOURS = 6  # for all
 BOUND = 90 * 60  # seconds for a command
 WAIT = 15 * 60  # seconds to wait for memory
 SPARE = 2.0  # GB that stay free
+ATTEMPTS = 3  # of a command that was killed, as where others take the memory
 SHAPES = {"toy": Shape(64, 2, 4, 2, 16, 128, 538, True, 4, 64, 4, 128, (1, 2, 3), 710_336, 330_624), **SHAPES}
 PIXELS = {"toy": 4096, "2b": 100_352, "2b-4": 100_352, "4b": 50_176, "8b": 50_176}  # a frame
 SIZES_OF_CLIPS = ((752, 1360, 126, 24), (384, 672, 144, 24))  # height, width, frames, frames a second
 PROMPT = "At night, a striped white cross stands still."
 COT = ("<think>\nThe subject is there in part, and moves as asked; the picture is steady.\n</think>\n<answer>"
        + json.dumps({"dimensional_scores": dict.fromkeys(DIMENSIONS, 1)}) + "</answer>")
+KILLED = "it was killed, as where memory runs short"
 GROUP, ROLLOUT, WRITTEN = 2, 24, 32  # of stage 2: CoTs a video and their tokens; tokens of other CoTs
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
            "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
@@ -291,7 +293,9 @@ def run(words: list[str], log: Path, bound: float, done: Callable[[], bool] | No
         for pid in [] if process.poll() is not None else list(family(process.pid)):
             os.kill(pid, signal.SIGKILL)
         process.wait()
-    if process.returncode and not failed and not (asked and process.returncode == -signal.SIGTERM):
+    if process.returncode == -signal.SIGKILL and not failed:
+        failed = KILLED
+    elif process.returncode and not failed and not (asked and process.returncode == -signal.SIGTERM):
         lines = log.read_text(errors="replace").splitlines() or [""]
         failed = f"ended with {process.returncode}: {lines[-1][:200]}"
     return {"seconds": time.time() - started, **peaks, "failed": failed}
@@ -447,9 +451,9 @@ class Rows:
         print("| model | weights | trains | command | computed | without files | resident | s | of which the "
               "step | |\n| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |", flush=True)
 
-    def add(self, cell: Cell, command: str, state: str, need: float, **figures) -> None:
+    def add(self, cell: Cell, command: str, state: str, need: float, figures: dict | None = None) -> None:
         row = {"size": cell.size, "kind": cell.kind, "trains": cell.trains, "command": command,
-               "state": state, "computed": round(need, 3), **figures}
+               "state": state, "computed": round(need, 3)} | (figures or {})
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(as_line(row), flush=True)
@@ -490,8 +494,9 @@ def measure_cell(cell: Cell, rows: Rows, args, until: float) -> None:
     if len(clips) < 2:
         raise DataError(f"{args.clips}: has no two clips (*.mp4)")
     write_pairs(args.out, clips)
-    with tempfile.TemporaryDirectory(dir=args.out, prefix=f"{cell.size}-") as folder:
-        folder = Path(folder)
+    folder = args.out / "cell"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    try:
         backbone = folder / "backbone"
         started = time.time()
         write_checkpoint(SHAPES[cell.size], tokenizer_of(cell.size, args.out), backbone)
@@ -503,12 +508,22 @@ def measure_cell(cell: Cell, rows: Rows, args, until: float) -> None:
                 rows.add(cell, command, "does not fit", need)
             elif time.time() > until:
                 rows.add(cell, command, "not run", need)
-            elif not wait_for(need):
-                rows.add(cell, command, "refused", need, failed=f"{available():.1f} GB are available")
             else:
-                figures = bench.measure(command, min(BOUND, until - time.time()))
-                state = "failed" if figures["failed"] else "measured"
-                rows.add(cell, command, state, need, **figures)
+                rows.add(cell, command, *measure(bench, command, need, until))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure(bench: Bench, command: str, need: float, until: float) -> tuple[str, float, dict]:
+    """The state of a command's row, what it was computed to need, and what was measured."""
+    figures: dict = {}
+    for _ in range(ATTEMPTS):
+        if not wait_for(need):
+            return "refused", need, {"failed": f"{available():.1f} GB are available"}
+        figures = bench.measure(command, min(BOUND, until - time.time()))
+        if figures["failed"] != KILLED:
+            break
+    return ("failed" if figures["failed"] else "measured"), need, figures
 
 
 def main() -> None:
