@@ -498,9 +498,10 @@ class DeScore(nn.Module):
 
     def keep_reference(self) -> None:
         """Remember the policy as it is now as π_ref: with LoRA as a second, frozen adapter, else
-        as a frozen copy of the whole."""
+        as a frozen copy of what trains. Comes after `set_trainable`: what is frozen is shared."""
         if not isinstance(self.backbone, PeftModel):
-            frozen = copy.deepcopy(self).requires_grad_(False)
+            shared = {id(p): p for p in self.parameters() if not p.requires_grad}
+            frozen = copy.deepcopy(self, shared).requires_grad_(False)
             self._reference = [frozen.to(self.dtype)]
             return
         self.backbone.add_adapter("reference", self.backbone.peft_config["default"])

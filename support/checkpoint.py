@@ -70,7 +70,7 @@ class Checkpoints:
         for name, tensor in tensors.items():
             gathered = whole(tensor.detach())
             if self.ranks.first:
-                tensors[name] = gathered.to("cpu", copy=True).contiguous()
+                tensors[name] = gathered.cpu().contiguous()  # on a CPU no copy
         state = {"step": step, "ranks": None, "optimizer": numbers} | state
         self.ranks.ask_first(lambda: self.write(self.folder / f"step-{step}", tensors, state))
 

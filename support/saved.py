@@ -284,7 +284,10 @@ def save(model, directory: Path, write: bool) -> None:
     directory is complete or absent. Of a sharded model all ranks take part, one is to `write`."""
     adapted, weights = isinstance(model.backbone, PeftModel), {}
     if not adapted:
-        weights = {name: whole(p) for name, p in model.qwen.state_dict().items()}
+        for name, parameter in model.qwen.state_dict().items():
+            gathered = whole(parameter)
+            if write:  # others help to gather, and keep nothing
+                weights[name] = gathered
     if not write:
         return
     beside = directory.with_name(directory.name + ".partial")

@@ -332,6 +332,10 @@ TABLE = {
     "experiments/paradigms.py pairwise": [],
     "bench/memory.py": pinned("prompt cot group-size",
                               "test_called.py test_memory_is_computed_for_what_was_asked_for"),
+    "bench/real_size.py": [
+        *pinned("only out", "test_real_size.py test_what_is_too_large_is_not_started"),
+        *pinned("clips", "test_real_size.py test_the_clips_are_those_of_a_folder"),
+    ],
     "bench/frames.py": [*pinned("check", "test_docs.py test_a_command_runs"), Named("--repeats", TIMED)],
     "bench/padding.py": [],
     **{f"bench/{name}.py": [Named(f"--{flag}", TIMED) for flag in flags.split()] for name, flags in {

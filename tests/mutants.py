@@ -42,6 +42,7 @@ REWARDS, STRICT = "tests/test_rewards.py", "tests/test_strict.py"
 READER = "tests/test_reader.py"
 ENDPOINT = "tests/test_endpoint.py -k "
 READER_ALL = READER + " -m slow"
+REAL_SIZE = "tests/test_real_size.py"
 PAIRS, PROBE = "tests/test_pairs.py", "tests/test_probe.py"
 DIGESTS = "tests/test_digests.py"
 JUDGEMENT, RANKS = "tests/test_judgement.py", "tests/test_ranks.py"
@@ -1596,6 +1597,21 @@ MUTANTS = [
      "tests/test_flags.py -k theta"),
     ("bench/memory.py", "args.cot, args.group_size, mode", "512, args.group_size, mode",
      CALLED + "memory"),
+    # -- real sizes, and what is not held twice
+    ("model.py", "copy.deepcopy(self, shared)", "copy.deepcopy(self)", MODES),
+    ("model.py", "for p in self.parameters() if not p.requires_grad}", "for p in self.parameters()}", MODES),
+    ("support/checkpoint.py", "gathered.cpu().contiguous()", "gathered.clone().contiguous()", REAL_SIZE),
+    ("support/saved.py", "            if write:  # others", "            if True:  # others", REAL_SIZE),
+    ("bench/real_size.py", "if need + SPARE > whole_memory():", "if need > whole_memory():", REAL_SIZE),
+    ("bench/real_size.py", "while need + SPARE > available():", "while need > available():", REAL_SIZE),
+    ("bench/real_size.py", 'if figures["failed"] != KILLED:', "if True:", REAL_SIZE),
+    ("bench/real_size.py", 'state.get("RssAnon", 0) +', 'state.get("VmRSS", 0) +', REAL_SIZE),
+    ("bench/real_size.py", "block.roll(7919 * number)", "block", REAL_SIZE),
+    ("bench/real_size.py", 'if cell.size not in args.sizes or args.only not in str(cell):',
+     "if cell.size not in args.sizes:", REAL_SIZE),
+    ("bench/real_size.py", 'sorted(args.clips.glob("*.mp4"))[:2] if args.clips else', "", REAL_SIZE),
+    ("bench/real_size.py", 'Path("/proc/self/oom_score_adj").write_text("1000")', "pass", REAL_SIZE),
+    ("bench/memory.py", '12 * trained if stage', '8 * trained if stage', REAL_SIZE),
     # -- in the trainers' own code
     ("tools/adapters.py", "return torch.tensor(found, dtype=torch.float32, device=device), {}",
      "return found, {}", ADAPTERS + " -k genrl"),
