@@ -11,6 +11,9 @@ mapped file (RssAnon and RssShmem), which alone is compared with what was comput
 (`memory.cpu_memory`) and with what is available. Rows go to OUT/rows.jsonl and are printed. What is not
 measured says why: not run, does not fit, refused for now, failed.
 
+glibc keeps what is freed in blocks below a threshold that it raises as it goes; here it stays at 1 MB
+(MALLOC_MMAP_THRESHOLD_), which spares gigabytes.
+
 No flag of a command chooses bfloat16 on a CPU, and none of annotate, infer.py and serve 4 bits. Such
 cells run the command in this script with another default of `DeScore.load` (`run_inside`).
 """
@@ -66,6 +69,7 @@ SIZES_OF_CLIPS = ((752, 1360, 126, 24), (384, 672, 144, 24))  # height, width, f
 PROMPT = "At night, a striped white cross stands still."
 COT = ("<think>\nThe subject is there in part, and moves as asked; the picture is steady.\n</think>\n<answer>"
        + json.dumps({"dimensional_scores": dict.fromkeys(DIMENSIONS, 1)}) + "</answer>")
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 KILLED = "it was killed, as where memory runs short"
 GROUP, ROLLOUT, WRITTEN = 2, 24, 32  # of stage 2: CoTs a video and their tokens; tokens of other CoTs
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -274,7 +278,8 @@ def run(words: list[str], log: Path, bound: float, done: Callable[[], bool] | No
     failed = None
     asked = False
     with log.open("wb") as file:
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=file)
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=file,
+                                   env=os.environ | GIVES_BACK)
     try:
         while process.poll() is None:
             states = [status_of(pid) for pid in family(process.pid)]
@@ -499,7 +504,9 @@ def measure_cell(cell: Cell, rows: Rows, args, until: float) -> None:
     try:
         backbone = folder / "backbone"
         started = time.time()
-        write_checkpoint(SHAPES[cell.size], tokenizer_of(cell.size, args.out), backbone)
+        # In a process of its own, whose memory is free again.
+        subprocess.run([sys.executable, __file__, "--write", cell.size, str(args.out), str(backbone)],
+                       check=True)
         print(f"{cell}: its checkpoint was written in {time.time() - started:.0f} s", file=sys.stderr)
         bench = Bench(cell, folder, args.out, backbone, clips[0], args.out / str(cell).replace(" ", "-"))
         for command in cell.commands:
@@ -531,6 +538,9 @@ def main() -> None:
         return run_inside(sys.argv[2], sys.argv[3:])
     if sys.argv[1:2] == ["--load"]:
         return load(*sys.argv[2:])
+    if sys.argv[1:2] == ["--write"]:
+        size, out, backbone = sys.argv[2:]
+        return write_checkpoint(SHAPES[size], tokenizer_of(size, Path(out)), Path(backbone))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sizes", nargs="+", choices=SHAPES, metavar="SIZE", help=", ".join(SHAPES))
     parser.add_argument("--only", default="", help="cells that have this word in them, such as 4bit")
