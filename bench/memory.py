@@ -115,9 +115,11 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
 
 
 def peak(parts: dict[str, float]) -> float:
-    """Thinking (gathered weights, cache) and the update (activations, training's gradients) take turns."""
+    """Thinking (gathered weights, cache), the update (activations, training's gradients) and, in a first
+    step, the making of moments take turns."""
     steady = sum(parts.get(name, 0) for name in ("imports", "weights", "training", "reference"))
-    return steady + max(parts["activations"], parts.get("gathered", 0) + parts.get("cache", 0))
+    thinking = parts.get("gathered", 0) + parts.get("cache", 0)
+    return steady + max(parts["activations"], thinking, parts.get("moments", 0))
 
 
 IMPORTS = 0.45  # GB that a process of ours holds before it loads a model
@@ -128,13 +130,14 @@ def cpu_memory(shape: Shape, kind: str, trains: str, command: str, prompt: int, 
     """GB of a command on a CPU by what takes them, without mapped files.
 
     kind: of the frozen weights, "float32", "bfloat16" or "4bit"; trains: "lora", or "whole" or "shards"
-    (of two ranks, together); command: "coldstart" or "rl" with one pair at a time, else one that
-    trains nothing. prompt, cot: tokens; group: CoTs a video, in stage 2."""
+    (of two ranks, together); command: "coldstart" or "rl", one step with one pair, whose moments come
+    when its activations have gone; "resume", a later step of stage 1; or one that trains nothing.
+    prompt, cot: tokens; group: CoTs a video, in stage 2."""
     width = 2 if kind == "bfloat16" else 4
     linear = shape.linear * (0.516 if kind == "4bit" else width)
     parts = {"imports": IMPORTS * (2 if trains == "shards" else 1)}
     parts["weights"] = linear + width * (shape.embeddings + shape.vision)
-    stage = {"coldstart": 1, "rl": 2}.get(command, 0)
+    stage = {"coldstart": 1, "resume": 1, "rl": 2}.get(command, 0)
     trained = 0
     if trains == "lora":
         adapter = shape.lora(rank) if stage or command != "load" else 0
@@ -148,7 +151,12 @@ def cpu_memory(shape: Shape, kind: str, trains: str, command: str, prompt: int, 
         parts["reference"] = width * (trained if trains == "whole" else shape.total) if stage == 2 else 0
         if trains == "shards":  # a rank holds the others' part too while it thinks, or saves
             parts["gathered"] = width * 2 * shape.total if stage == 2 else 0
-    parts["training"] = 12 * trained if stage else 0
+    parts["training"] = 4 * trained if stage else 0
+    moments = 8 * trained if stage else 0
+    if command == "resume":
+        parts["training"] += moments
+    else:
+        parts["moments"] = moments
     if command == "load":
         parts["activations"] = 0
         return {name: size if name == "imports" else size / GB for name, size in parts.items()}

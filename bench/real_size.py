@@ -72,6 +72,7 @@ COT = ("<think>\nThe subject is there in part, and moves as asked; the picture i
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 KILLED = "it was killed, as where memory runs short"
 GROUP, ROLLOUT, WRITTEN = 2, 24, 32  # of stage 2: CoTs a video and their tokens; tokens of other CoTs
+COT_TOKENS = 63  # of COT, in the real vocabulary
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
            "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
            "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -393,7 +394,7 @@ class Bench:
         tokenizer = AutoTokenizer.from_pretrained(self.backbone)
         processor = Processor(tokenizer, settings)
         prompt = len(processor.outline(str(self.clip), PROMPT).input_ids)
-        cot = {"rl": ROLLOUT, "coldstart": len(processor.encode_cot(COT))}.get(command, WRITTEN)
+        cot = {"rl": ROLLOUT, "coldstart": COT_TOKENS, "resume": COT_TOKENS}.get(command, WRITTEN)
         return computed(self.cell, command, prompt, cot)
 
     def measure(self, command: str, bound: float) -> dict:
@@ -440,7 +441,6 @@ class Bench:
 
 def computed(cell: Cell, command: str, prompt: int, cot: int) -> float:
     """GB of a command without mapped files."""
-    command = "coldstart" if command == "resume" else command
     return peak(cpu_memory(SHAPES[cell.size], cell.kind, cell.trains, command, prompt, cot, GROUP))
 
 
