@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import speed
-from plain import bt_of
 
 from data import read_pairs
 from model import DeScore
@@ -133,7 +132,7 @@ class Step:
             logps, scores = self.model.group(self.batch, thoughts.tokens, thoughts.mask)
             advantages = group_advantages(torch.randn_like(scores))
             loss, _ = grpo_loss(logps, thoughts.logps, self.ref_logps, advantages, thoughts.mask)
-            loss = loss + 0.005 * bt_of(scores)
+            loss = loss + 0.005 * speed.plain.bt_of(scores)
         with timed("update: backward"):
             loss.backward()
         with timed("optimiser"):

@@ -67,10 +67,14 @@ class Checkpoints:
                     tensors[f"optimizer/{i}/{key}"] = value
                 elif isinstance(value, (int, float)):
                     numbers[f"{i}/{key}"] = value
+        places = set()
         for name, tensor in tensors.items():
             gathered = whole(tensor.detach())
             if self.ranks.first:
                 tensors[name] = gathered.cpu().contiguous()  # on a CPU no copy
+                if tensors[name].data_ptr() in places:  # 8-bit moments share their maps; a file may not
+                    tensors[name] = tensors[name].clone()
+                places.add(tensors[name].data_ptr())
         state = {"step": step, "ranks": None, "optimizer": numbers} | state
         self.ranks.ask_first(lambda: self.write(self.folder / f"step-{step}", tensors, state))
 

@@ -234,7 +234,7 @@ def test_the_embedded_data_is_made_as_it_was_asked_for(call, monkeypatch, tmp_pa
     call(prepare, tmp_path, "--pairs", 7, "--test-pairs", 3, "--seed", 5)
     rendered, annotated, *filtered = [" ".join(command[1:]) for (command,), _ in calls]
     assert rendered == f"toy/world.py {tmp_path} --pairs 7 --test-pairs 3 --seed 5"
-    assert annotated.startswith(f"-m tools.annotate {tmp_path}/train.jsonl ")
+    assert f"-m tools.annotate {tmp_path}/train.jsonl " in annotated
     assert annotated.endswith(" --seed 5")
     assert len(filtered) == 2
 

@@ -290,7 +290,7 @@ def test_half_a_surrogate_pair_in_an_answer_can_be_written_down():
     completion = json.dumps({"choices": [{"message": {"content": HALF}}]})
     api = annotate.Api("https://HOST/v1", "NAME", SETTINGS)
     api.endpoint.post = lambda content, settings: Reply(200, "", text=completion)
-    api.content = lambda video, prompt: []
+    api.question = lambda videos, prompt: ([], {})
     assert api.ask("v.mp4", "a cat")["cot"] == "a ? cat"
 
 

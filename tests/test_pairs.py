@@ -144,6 +144,7 @@ def test_ranks_make_the_pairs_that_one_makes(videos, scorer, tmp_path):
         assert record | numbers == other
 
 
+@pytest.mark.slow
 def test_both_stages_train_on_what_is_made(videos, scorer, tmp_path):
     out = tmp_path / "out.jsonl"
     done = run("-m", "tools.pairs", videos, out, "--model", scorer, "--max-new-tokens", 140, "--scores")

@@ -76,8 +76,8 @@ def test_falsified_sub_scores_are_so_many_and_said_twice(count):
         assert line.endswith(f", so {value}")
 
 
-@pytest.mark.parametrize("cots", [[COT + " so 34", "subject: a blue"],
-                                  pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cots", [[COT + " so 34", "subject: a blue"], None])
 def test_the_expectation_is_over_all_scores_that_can_be_written(cots, model, keys):
     batch, _ = next(read_ahead(model.processor, [[keys[:1], keys[1:2]]]))
     likeliest, expected = paradigms.expected_scores(model, batch, cots)

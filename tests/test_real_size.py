@@ -130,6 +130,7 @@ def test_what_is_too_large_is_not_started(rows, tmp_path, capsys):
     assert "| toy | 4bit | lora | infer | 3.0 | 2.0 | 3.0 | 1 | – |  |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_is_started_when_the_time_is_over(rows, monkeypatch):
     monkeypatch.setattr(real_size, "HOURS", -1)
     found, asked = rows("toy", "--only", "4bit")
@@ -144,6 +145,7 @@ def test_what_is_computed_alone_has_rows(rows):
     assert asked == ["1000"] and all(row["computed"] > 18 for row in found)
 
 
+@pytest.mark.slow
 def test_the_clips_are_those_of_a_folder(rows, tmp_path):
     rows("toy", "--only", "bfloat16", "--clips", str(ROOT / "tests/golden"))
     names = [path.resolve() for path in sorted((ROOT / "tests/golden").glob("*.mp4"))[:2]]

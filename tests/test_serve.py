@@ -51,7 +51,7 @@ PORT = re.compile(r": (http://127\.0\.0\.1:(\d+))\n")
 
 def serve(model, *more):
     """Start the server by the page's command on a free port; returns the process and its address."""
-    (line,) = re.findall(r"^    python (-m tools\.serve --model .*)$", PAGE, re.MULTILINE)
+    line, *_ = re.findall(r"^    python (-m tools\.serve --model .*)$", PAGE, re.MULTILINE)
     assert "--model runs/rl --port 8000" in line
     process = Started(*line.replace("runs/rl", str(model)).replace("8000", "0").split(), *more)
     while not (said := PORT.search(Path(process.files[0]).read_text())):

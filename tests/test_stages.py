@@ -251,7 +251,7 @@ LORA, SHARDED = ("--lora-rank", 4), ("--lora-rank", 0, "--shard", "full")
 
 
 @pytest.mark.parametrize(("stage", "extra"), [
-    ("coldstart", LORA), pytest.param("rl", LORA, marks=pytest.mark.slow), ("rl", SHARDED)])
+    ("coldstart", LORA), *[pytest.param("rl", each, marks=pytest.mark.slow) for each in (LORA, SHARDED)]])
 def test_a_step_in_which_nothing_can_be_read_moves_nothing(stage, extra, world_dir, tmp_path):
     """With two ranks, of which one has no pair at all."""
     (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
@@ -282,7 +282,8 @@ def one_broken(world_dir, tmp_path):
     return tmp_path / "pairs.jsonl"
 
 
-@pytest.mark.parametrize("script", ["coldstart.py", pytest.param("rl.py", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["coldstart.py", "rl.py"])
 def test_a_broken_clip_drops_its_pair_up_to_a_limit(script, one_broken, tmp_path):
     command = [script, "--backbone", "toy/backbone", "--train", one_broken, "--out", tmp_path / "out",
                "--batch-size", 6, "--max-tokens", 1500, "--max-new-tokens", 8, *QUICK]
