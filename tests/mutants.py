@@ -453,6 +453,7 @@ MUTANTS = [
     ("support/batches.py", "(items[turn[0]], 0.0)", "(items[turn[0]], 1.0)", RUNS + " -k train_like_one"),
     ("support/batches.py", "if limit and length > limit:", "if limit and length >= limit:", DATA),
     ("support/checkpoint.py", "tensor.copy_(weights[name])", "pass", RUNS + " -k killed"),
+    ("support/checkpoint.py", "if tensors[name].data_ptr() in places:", "if False:", RUNS + " -k 4_bit"),
     ("support/checkpoint.py", 'check(path / "state.json")', "pass", RUNS + " -k bytes"),
     ("support/checkpoint.py", "check(path / TENSORS)", "pass", RUNS + " -k bytes"),
     ("support/checkpoint.py", "self.ranks.ask_first(lambda: self.look(settings))", "self.look(settings)",
