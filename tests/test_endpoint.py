@@ -315,6 +315,7 @@ def test_a_full_disk_ends_it_and_what_was_written_is_gone_on_behind(serve, desk)
 
 def test_ctrl_c_ends_it_soon_and_keeps_what_was_answered(serve, desk):
     """The answer that is under way comes within the time that is left for it, the other does not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     desk.monkeypatch.setattr(asking, "GRACE", 0.6)
     over = threading.Event()
 
