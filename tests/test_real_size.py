@@ -120,6 +120,7 @@ def noted(asked, real):
     return write
 
 
+@pytest.mark.slow
 def test_what_is_too_large_is_not_started(rows, tmp_path, capsys):
     found, asked = rows("toy", "--only", "4bit")
     states = {row["command"]: (row["state"], row["computed"]) for row in found}

@@ -317,7 +317,7 @@ port = int(url.rpartition(":")[2])
 crowd = []
 for _ in range(count):  # no faster than they are let in
     crowd.append(socket.create_connection(("127.0.0.1", port)))
-    time.sleep(0.005)
+    time.sleep(0.002)
 assert web.urlopen(url + "/health", timeout=9).status == 200"""
 
 
