@@ -114,6 +114,9 @@ def judge(
             groups.append(group)
             to_read.append([[key] for _, key in group])
 
+    if ranks.world > 1:  # each worker takes two groups ahead: no more than are this rank's share
+        workers = min(workers, len(groups) // (2 * ranks.world))
+
     def judged(places: Iterator[int]) -> Iterator[list[dict]]:
         places, to_come = tee(places)
         batches = read_ahead(model.processor, to_read, workers, order=to_come)

@@ -500,7 +500,8 @@ class DeScore(nn.Module):
         """Remember the policy as it is now as π_ref: with LoRA as a second, frozen adapter, else
         as a frozen copy of what trains. Comes after `set_trainable`: what is frozen is shared."""
         if not isinstance(self.backbone, PeftModel):
-            shared = {id(p): p for p in self.parameters() if not p.requires_grad}
+            shared = {id(p): p for p in self.parameters()
+                      if not p.requires_grad and p.dtype == self.dtype}
             frozen = copy.deepcopy(self, shared).requires_grad_(False)
             self._reference = [frozen.to(self.dtype)]
             return

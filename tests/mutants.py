@@ -412,6 +412,8 @@ MUTANTS = [
     ("tools/journal.py", "os.truncate(path, len(content) - len(half))", "pass", JUDGING + " -k journal"),
     ("tools/journal.py", 'if "error" in record:', "if False:", JUDGING + " -k alone"),
     ("tools/journal.py", "kind is not float or math.isfinite(value)", "True", JUDGING + " -k number"),
+    ("model.py", "p.requires_grad and p.dtype == self.dtype}", "p.requires_grad}",
+     "tests/test_model.py -k no_longer_trains"),
     ("support/ranks.py", "in self.gather(mine):", "in mine:", HANDED + " -k free"),
     ("support/ranks.py", 'store.add("taken", 1) - 1', 'store.add(f"taken {self.rank}", 1) - 1',
      HANDED + " -k free"),
@@ -1602,7 +1604,7 @@ MUTANTS = [
      CALLED + "memory"),
     # -- real sizes, and what is not held twice
     ("model.py", "copy.deepcopy(self, shared)", "copy.deepcopy(self)", MODES + " -k reference"),
-    ("model.py", "for p in self.parameters() if not p.requires_grad}", "for p in self.parameters()}",
+    ("model.py", "if not p.requires_grad and p.dtype == self.dtype}", "}",
      MODES + " -k reference"),
     ("support/checkpoint.py", "gathered.cpu().contiguous()", "gathered.clone().contiguous()", REAL_SIZE),
     ("support/saved.py", "            if write:  # others", "            if True:  # others", REAL_SIZE),

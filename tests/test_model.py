@@ -410,6 +410,16 @@ def test_the_reference_of_a_whole_model_is_a_copy(model, keys):
     assert not any(name.startswith("_reference") for name, _ in model.named_parameters())
 
 
+def test_a_reference_leaves_what_no_longer_trains_as_it_is():
+    model = DeScore.load(ROOT / "toy/backbone", dtype=torch.bfloat16, device="cpu")
+    model.set_trainable(0, train_merger=True)
+    model.set_trainable(0)
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model.keep_reference()
+    assert {name: parameter.dtype for name, parameter in model.named_parameters()} == kinds
+    assert {parameter.dtype for parameter in model.reference.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_bfloat16_trains_in_float32(rank, keys):
     model = DeScore.load(ROOT / "toy/backbone", dtype=torch.bfloat16, device="cpu")

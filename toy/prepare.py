@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# The cores that this process may use: a container or a batch system may give it a few of many.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Small steps hardly spread over threads: two processes are faster than one with all of them.
-RANKS = 2 if (os.cpu_count() or 1) > 1 and not torch.cuda.is_available() else 1
+RANKS = 2 if CORES > 1 and not torch.cuda.is_available() else 1
 
 
 def on_ranks(*words: str | Path) -> list[str | Path]:
@@ -27,8 +29,9 @@ def on_ranks(*words: str | Path) -> list[str | Path]:
 
 def environment() -> dict[str, str]:
     """That of processes which share the cores with those beside them."""
-    threads = max(1, (os.cpu_count() or 1) // RANKS)
-    return {"OMP_NUM_THREADS": str(threads)} | os.environ
+    if RANKS == 1:
+        return dict(os.environ)
+    return {"OMP_NUM_THREADS": str(CORES // RANKS)} | os.environ
 
 
 def main() -> None:
