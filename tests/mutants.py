@@ -414,6 +414,8 @@ MUTANTS = [
     ("tools/journal.py", "kind is not float or math.isfinite(value)", "True", JUDGING + " -k number"),
     ("model.py", "p.requires_grad and p.dtype == self.dtype}", "p.requires_grad}",
      "tests/test_model.py -k no_longer_trains"),
+    ("infer.py", "workers = min(workers, len(groups) // (2 * ranks.world))", "pass",
+     HANDED + " -k leave_other"),
     ("support/ranks.py", "in self.gather(mine):", "in mine:", HANDED + " -k free"),
     ("support/ranks.py", 'store.add("taken", 1) - 1', 'store.add(f"taken {self.rank}", 1) - 1',
      HANDED + " -k free"),

@@ -4,6 +4,8 @@ import json
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from launch import Started, run
 from test_adapters import save_scorer
 from test_runs import Threads, torchrun
 
+import infer
 from support.batches import deal_to_all
 
 
@@ -84,6 +87,33 @@ def test_the_longest_are_handed_out_first_and_nothing_twice():
         assert all(len(group) * wide <= budget for group, wide in zip(groups, widest))
         assert sorted(item for group in groups for item in group) == sorted(items)
         assert len(groups) >= min(world, len(items))  # there is work for each
+
+
+@pytest.mark.parametrize("count, of_first", [(2, 1), (4, 2), (8, 4)])
+def test_workers_leave_other_ranks_their_share(count, of_first, monkeypatch):
+    def ahead(processor, groups, workers, order):  # as workers do, before the other rank takes any
+        taken = list(islice(order, max(1, 2 * workers)))
+        sizes.append(len(taken))
+        barrier.wait(20)
+        yield from ((None, []) for _ in chain(taken, order))
+
+    def judge(place):
+        ranks = Two(place, lists, meet, store)
+        model = SimpleNamespace(processor=None)
+        keys = [(f"{number}.mp4", "a prompt") for number in range(count)]
+        return list(infer.judge(model, keys, think_tokens=1, workers=2, finite=False, ranks=ranks))
+
+    def judged(model, group, *_):
+        return [{"video": video, "prompt": prompt} for _, (video, prompt) in group]
+
+    sizes, lists, store = [], [[], []], dist.HashStore()
+    meet, barrier = threading.Barrier(2), threading.Barrier(2)
+    monkeypatch.setattr(infer, "read_ahead", ahead)
+    monkeypatch.setattr(infer, "judge_batch", judged)
+    monkeypatch.setattr(infer, "prompt_lengths", lambda processor, keys, ranks: dict.fromkeys(keys, 1))
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(judge, range(2)))
+    assert sizes == [of_first] * 2 and [len(records) for records in found] == [count] * 2
 
 
 # Judges as the command does. Rank 1 of the first start dies at its second group, once its first stands in the

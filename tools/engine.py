@@ -73,18 +73,14 @@ def think(
         for answer in answers[b * n : (b + 1) * n]:
             check_answer(model, batch, b, prompt, answer, max_new_tokens)
 
-    rows = [torch.tensor(tokens, dtype=torch.long) for _, tokens, _ in answers]
-    ones = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    shape = (len(batch), n, -1)
-    tokens = pad_sequence(rows, batch_first=True, padding_value=model.eos).view(shape).to(model.device)
-    mask = pad_sequence(ones, batch_first=True).view(shape).to(model.device)
+    tokens, mask = side_by_side(model, [written for _, written, _ in answers], n)
     theirs = pad_sequence([torch.tensor(logps) for *_, logps in answers], batch_first=True)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         logps, parts = model.group_parts(batch, tokens, mask, temperature)
     model.train(was_training)
-    gap = (logps - theirs.view(shape).to(logps)).abs().amax(-1)
+    gap = (logps - theirs.view_as(logps).to(logps)).abs().amax(-1)
     return Thoughts(tokens, mask, logps, model.overall(parts), parts=parts, sampler_gap=gap)
 
 
@@ -108,14 +104,30 @@ def check_answer(model: DeScore, batch: Batch, b: int, prompt: list[int], answer
     theirs, tokens, _ = answer
     name = batch.sources[b][0] if batch.sources else f"video {b + 1}"
     if theirs != prompt:
-        same = [a == c for a, c in zip(theirs, prompt)]
-        place = same.index(False) if False in same else len(same)
-        texts = [model.processor.tokenizer.decode(ids[place : place + 5]) for ids in (theirs, prompt)]
+        apart = how_apart(model.processor, theirs, prompt)
         raise DataError(f"{name}: the engine's prompt is not ours: {len(theirs)} tokens, not {len(prompt)}, "
-                        f"and from token {place} on {texts[0]!r}, not {texts[1]!r}")
+                        f"{apart}")
     if tokens[-1:] != [model.eos] and len(tokens) < max_new_tokens:
         raise DataError(f"{name}: the engine stopped after {len(tokens)} tokens, and may write "
                         f"{max_new_tokens}: it has memory for no longer row")
+
+
+def side_by_side(model: DeScore, written: list[list[int]], n: int) -> tuple[Tensor, Tensor]:
+    """The tokens of CoTs, n a video and one video's behind the other's, as `Thoughts` has them: tokens
+    and mask (B, n, C)."""
+    rows = [torch.tensor(tokens, dtype=torch.long) for tokens in written]
+    ones = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=model.eos).to(model.device)
+    mask = pad_sequence(ones, batch_first=True).to(model.device)
+    return tokens.unflatten(0, (-1, n)), mask.unflatten(0, (-1, n))
+
+
+def how_apart(processor: Processor, theirs: list[int], ours: list[int]) -> str:
+    """Where two prompts begin to differ, and with what."""
+    same = [a == b for a, b in zip(theirs, ours)]
+    place = same.index(False) if False in same else len(same)
+    texts = [processor.tokenizer.decode(ids[place : place + 5]) for ids in (theirs, ours)]
+    return f"and from token {place} on {texts[0]!r}, not {texts[1]!r}"
 
 
 # ------------------------------

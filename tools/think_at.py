@@ -13,7 +13,6 @@ from argparse import Namespace
 from types import SimpleNamespace
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from data import Batch, DataError, checked
 from model import DeScore, Thoughts, check_sampling
@@ -21,6 +20,7 @@ from support.batches import draw_seed
 from tools.annotate import Api
 from tools.asking import ask_all
 from tools.endpoint import check_key
+from tools.engine import how_apart, side_by_side
 
 # Of questions under way at a time, seconds that each may take, and attempts after the first.
 PARALLEL = 64
@@ -83,12 +83,8 @@ class Thinker(Api):
             for answer in of_video:
                 end = [] if answer.get("truncated") else [model.eos]
                 ids = model.processor.encode_cot(answer.get("cot"))
-                rows.append(torch.tensor(ids + end, dtype=torch.long))
-        ones = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-        tokens = pad_sequence(rows, batch_first=True, padding_value=model.eos).to(model.device)
-        mask = pad_sequence(ones, batch_first=True).to(model.device)
-        tokens = tokens.unflatten(0, (len(batch), n))  # (B, n, C)
-        mask = mask.unflatten(0, (len(batch), n))
+                rows.append(ids + end)
+        tokens, mask = side_by_side(model, rows, n)
 
         was_training = model.training
         model.eval()
@@ -148,11 +144,6 @@ class Thinker(Api):
         theirs = answer.get("prompt_ids")
         if not self.clips or theirs == ours or (theirs is None and count == len(ours)):
             return
-        place = ""
-        if theirs is not None:
-            same = [a == b for a, b in zip(theirs, ours)]
-            first = same.index(False) if False in same else len(same)
-            texts = [self.scorer.processor.tokenizer.decode(ids[first : first + 5]) for ids in (theirs, ours)]
-            place = f", and from token {first} on {texts[0]!r}, not {texts[1]!r}"
+        place = "" if theirs is None else f", {how_apart(self.scorer.processor, theirs, ours)}"
         raise DataError(f"its prompt is not ours: {count} tokens, not {len(ours)}{place}; it is to be served "
                         "with --chat-template tools/chat_template.jinja, see docs/scale.md")
