@@ -67,6 +67,17 @@ class Shape:
         """All parameters, but for the norms of the language model."""
         return self.linear + self.embeddings + self.vision
 
+    @property
+    def of_layer(self) -> int:
+        """Numbers that a layer keeps of each token for its backward."""
+        return (6 * self.hidden + (self.heads + 2 * self.kv_heads) * self.head_size
+                + 4 * self.mlp)
+
+    @property
+    def of_cache(self) -> int:
+        """Numbers that a cache has of each token."""
+        return 2 * self.layers * self.kv_heads * self.head_size
+
     def lora(self, rank: int) -> int:
         wide, narrow, h = self.heads * self.head_size, self.kv_heads * self.head_size, self.hidden
         sums = (h + wide) + 2 * (h + narrow) + (wide + h) + 3 * (h + self.mlp)
@@ -101,8 +112,7 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
         parts["training"] = (4 + moments) * trains
     length = prompt + (group * cot if stage == 2 else cot)
     at_once = 2 if mode == "full" or 2 * length <= Args.max_tokens else 1  # of the pair's two rows
-    layer = length * 2 * (6 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_size
-                          + 4 * shape.mlp)
+    layer = 2 * length * shape.of_layer
     copies = 2 * 2 * group * shape.kv_heads * shape.head_size * (prompt + cot) if stage == 2 else 0
     # The mask of a kv head's heads: bool, and as what is added to the scores.
     masks = 3 * group * shape.heads // shape.kv_heads * cot * (prompt + cot) if stage == 2 else 0
@@ -110,7 +120,7 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
     parts["activations"] = (2 * shape.layers * length * shape.hidden * 2
                             + max(at_once * (3 * layer + 2 * copies + masks), 2 * logits))
     if stage == 2:
-        parts["cache"] = 2 * 2 * 2 * shape.layers * shape.kv_heads * shape.head_size * length
+        parts["cache"] = 2 * 2 * length * shape.of_cache
     return {name: size / GB for name, size in parts.items()}
 
 
@@ -162,14 +172,12 @@ def cpu_memory(shape: Shape, kind: str, trains: str, command: str, prompt: int, 
         return {name: size if name == "imports" else size / GB for name, size in parts.items()}
     length = prompt + (group * cot if stage == 2 else cot)
     rows = 2 if stage else 1
-    layer = length * width * (6 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_size
-                              + 4 * shape.mlp)
+    layer = width * length * shape.of_layer
     logits = 4 * min(LOGITS_CHUNK, rows * group * cot) * shape.vocabulary if stage == 2 else 0
     parts["activations"] = max(rows * 3 * layer, 3 * logits) if stage else layer
     if stage:
         parts["activations"] += rows * shape.layers * length * shape.hidden * width
-    parts["cache"] = 0 if stage == 1 else (rows * 2 * width * shape.layers * shape.kv_heads
-                                           * shape.head_size * length)
+    parts["cache"] = 0 if stage == 1 else rows * width * length * shape.of_cache
     return {name: size if name == "imports" else size / GB for name, size in parts.items()}
 
 
