@@ -83,7 +83,7 @@ def test_several_cots_of_a_video_are_drawn_by_seeds_of_their_own(model, endpoint
     endpoint.learn(model, batch, 12, 5, 3.0, [3, 4])
     thinker = Thinker(model, endpoint.url, "mine")
     thoughts = thinker.think(batch, 4, 12, 0.8, 0.9, seeds=[5, 6])
-    asked = endpoint.seen[2:]
+    asked = endpoint.seen[3:]  # by the questions that it begins with
     assert len({body["seed"] for body in asked}) == 8
     assert {(body["temperature"], body["top_p"], body["top_k"]) for body in asked} == {(0.8, 0.9, -1)}
     again = thinker.think(batch, 4, 12, 0.8, 0.9, seeds=[5, 6])
@@ -146,9 +146,39 @@ def test_a_template_that_is_not_ours_is_noticed_by_the_number_of_tokens_too(mode
     usual = "<|vision_start|><|video_pad|><|vision_end|>"
     endpoint.template = endpoint.template.replace("<|video_pad|>", usual)
     endpoint.says_ids = False
-    model.think = Thinker(model, endpoint.url, "mine").think
-    (record,) = judge(model, keys[:1], max_new_tokens=9)
-    assert "its prompt is not ours: " in record["error"] and "score" not in record
+    with pytest.raises(DataError, match=rf"^{endpoint.url}: its prompt is not ours: \d+ tokens, not \d+; it"):
+        Thinker(model, endpoint.url, "mine")
+    assert len(endpoint.seen) == 3, "a first question ends it"
+
+
+def test_one_that_answers_nobody_any_more_ends_it_and_the_next_command_goes_on(model, endpoint, keys,
+                                                                              monkeypatch):
+    """Five videos without an answer in a row, in whatever batches; an answer between them is a new
+    beginning, and refusals are no sign of it."""
+    answer = endpoint.answer
+
+    def some(body):
+        text = body["messages"][0]["content"][-1].get("text", "")
+        for word, status in (("refused", 400), ("away", 503)):
+            if word in text:
+                return status, {"error": {"message": f"it is {word}"}}
+        return answer(body)
+
+    monkeypatch.setattr(endpoint, "answer", some)
+    model.think = Thinker(model, endpoint.url, "mine", retries=0).think
+    video, _ = keys[0]
+
+    def errors(*prompts):
+        asked = [(video, prompt) for prompt in prompts]
+        return ["error" in record for record in judge(model, asked, max_new_tokens=2, think_tokens=1)]
+
+    away = [f"away {n}" for n in range(5)]
+    assert errors(*[f"refused {n}" for n in range(9)]) == [True] * 9
+    assert errors(*away[:4]) == [True] * 4
+    assert errors("here") == [False]
+    assert errors(*away[:4]) == [True] * 4
+    with pytest.raises(DataError, match=f"^{endpoint.url}: 5 failures in a row; the last: .*HTTP 503"):
+        errors(away[4])
 
 
 def test_a_thought_that_the_prompt_begins_is_scored_as_one(model, endpoint, keys):
@@ -171,7 +201,14 @@ def test_an_endpoint_that_takes_no_clips_gets_pictures_and_it_is_said(model, end
     assert record["cot"] == "<think>?" and record["truncated"] and "score" in record
     parts = endpoint.seen[-1]["messages"][0]["content"]
     assert {part["type"] for part in parts} == {"text", "image_url"}
-    assert set(endpoint.seen[-1]) == {"model", "messages", "max_tokens", "temperature"}
+    usual = {"model", "messages", "max_tokens", "temperature"}
+    assert set(endpoint.seen[-1]) == usual  # such an endpoint may know no others
+    thinker.think(batch_of(model, keys[:1]), 2, 9, 0.8, 0.9, seeds=[5])
+    for body in endpoint.seen[-2:]:
+        assert set(body) == usual | {"seed", "top_p"} and body["top_p"] == 0.9
+    assert endpoint.seen[-1]["seed"] != endpoint.seen[-2]["seed"]
+    thinker.think(batch_of(model, keys[:1]), 1, 9, 0.0, repetition_penalty=1.2)
+    assert set(endpoint.seen[-1]) == usual | {"repetition_penalty"}
 
 
 def test_one_whose_prompt_has_no_times_gets_pictures_too(model, endpoint, monkeypatch, capsys):
@@ -223,7 +260,7 @@ def test_judgements_say_who_thought(model, endpoint, call, world_dir, tmp_path, 
     assert theirs[0]["made_by"] == ours[0]["made_by"] | {"think_at_model": "mine", "api_clips": True}
     assert [record["cot"] for record in theirs[1:]] == ["<think>?"] * (len(ours) - 1)
     asked = len(endpoint.seen)
-    assert call(infer, *words, out, *away) == 0 and len(endpoint.seen) == asked + 2  # of no video
+    assert call(infer, *words, out, *away) == 0 and len(endpoint.seen) == asked + 3  # of no video
     for more, names in (([], "think_at_model, api_clips"), ([*away, "--think-at-model", "other"],
                                                             "think_at_model")):
         monkeypatch.setattr(sys, "argv", ["infer", *map(str, words), str(out), *more])

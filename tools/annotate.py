@@ -253,7 +253,7 @@ class Api:
     def __post_init__(self):
         check_reader(self.reader)
         if Image is None:
-            raise DataError("--api needs pillow: pip install -r tools/requirements.txt")
+            raise DataError("an endpoint needs pillow: pip install -r tools/requirements.txt")
         if self.parallel < 1 or self.retries < 0:
             raise DataError("--parallel must be 1 or more, --retries 0 or more")
         self.endpoint = Endpoint(self.url, self.model, self.key, self.max_new_tokens, self.temperature,

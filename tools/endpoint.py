@@ -36,7 +36,7 @@ from tools.completion import Refused, read_completion
 
 try:
     import httpx2
-except ImportError:  # only --api needs it
+except ImportError:  # only an endpoint needs it
     httpx2 = None
 
 REFUSED = (400, 403, 413, 415, 422, 451)
@@ -78,7 +78,7 @@ class Endpoint:
                  temperature: float = 1.0, timeout: float = 120.0, retries: int = 10,
                  patience: float = PATIENCE):
         if httpx2 is None:
-            raise DataError("--api needs httpx2: pip install -r tools/requirements.txt")
+            raise DataError("an endpoint needs httpx2: pip install -r tools/requirements.txt")
         for name in ("httpx2", "httpcore2"):  # which log addresses and headers
             logging.getLogger(name).setLevel(logging.WARNING)
         check_key(key)
@@ -268,7 +268,7 @@ def shown(url: str) -> str:
 
 def check_address(url: str, name: str):
     """The parts of an address. Raises DataError, with its `name`, if it is none."""
-    with error_context(f"--api {name}: not an address such as https://HOST/v1", ValueError):
+    with error_context(f"{name}: not an address such as https://HOST/v1", ValueError):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("it begins with neither http://HOST nor https://HOST")

@@ -4,23 +4,27 @@
 
 An OpenAI-compatible endpoint, such as a vLLM server with the model's backbone and adapter (docs/scale.md),
 writes the CoTs. Each goes through one forward of the model here (`DeScore.score`). The endpoint is shown
-clips, so that its prompt has our token ids; one that says its prompt ids is held to them. An endpoint that
-takes no clips gets pictures, which is said. A video that has no answer is an error, and has no score.
+clips, so that its prompt has our token ids; one that says its prompt ids is held to them, by a question
+before all others too. An endpoint that takes no clips gets pictures, which is said. A video that has no
+answer is an error, and has no score; where a `FEW` (tools/asking.py) have none in a row, however often they
+were asked, DataError says so.
 """
 
+import math
 import os
 from argparse import Namespace
-from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from data import Batch, DataError, checked
 from model import DeScore, Thoughts, check_sampling
 from support.batches import draw_seed
 from tools.annotate import Api
-from tools.asking import ask_all
+from tools.asking import Bound, ask_all
 from tools.endpoint import check_key
 from tools.engine import how_apart, side_by_side
+from tools.memory import Frames
 
 # Of questions under way at a time, seconds that each may take, and attempts after the first.
 PARALLEL = 64
@@ -51,6 +55,24 @@ class Thinker(Api):
         processor = model.processor
         super().__init__(url, name, processor.settings, key, parallel=PARALLEL, timeout=TIMEOUT,
                          retries=retries, reader=processor.reader, clips=clips)
+        # Of all batches. No number of refusals ends it, as where a server asks.
+        self.bound = Bound(self.endpoint.shown, 1, math.inf)
+        if self.clips:
+            self.try_out()
+
+    def try_out(self) -> None:
+        """DataError unless a first question, about a black clip, comes to our prompt there."""
+        processor = self.scorer.processor
+        black = Frames(np.zeros((2, 64, 64, 3), np.uint8), processor.settings.fps)
+        prompt = "A ball."
+        question = self.with_beside(self.question({"<video>": black}, prompt), {"max_tokens": 1})
+        answer = self.answer_to(question, "a first question")
+        if "error" in answer:
+            raise DataError(answer["error"])
+        try:
+            self.check_prompt(answer, processor(black, prompt).input_ids.tolist())
+        except DataError as error:
+            raise DataError(f"{self.endpoint.shown}: {error}") from None
 
     def texts(self, prompt: str) -> list[str]:
         before, after = self.scorer.processor.around_video(prompt)
@@ -125,16 +147,17 @@ class Thinker(Api):
                 answer = {"error": f"{video}: {self.endpoint.shown}: {error}"}
             return answer | {"b": b, "place": place}
 
-        no_bound = SimpleNamespace(past=lambda answer: None)
-        for answer in ask_all(ask, asked, self.parallel, self.endpoint.stop, no_bound, self.timeout):
+        for answer in ask_all(ask, asked, self.parallel, self.endpoint.stop, self.bound, self.timeout):
             found[answer["b"]][answer["place"]] = answer
         return found
 
     def with_beside(self, question: tuple[list[dict], dict], how: dict) -> tuple[list[dict], dict]:
-        """A question, for one that takes clips, as vLLM does, with all that decides the answer."""
+        """A question with all that decides the answer. Who takes no clips may know few settings, and is
+        told those that are not as usual."""
         parts, beside = question
         if not self.clips:
-            return question
+            usual = {"repetition_penalty": 1.0, "top_p": 1.0, "top_k": -1}
+            return parts, {name: how[name] for name in how if how[name] != usual.get(name)}
         opening = self.scorer.processor.opening
         return parts, beside | how | {"return_token_ids": True, "chat_template_kwargs": {"opening": opening}}
 
