@@ -96,12 +96,10 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
     """GB a GPU by what takes them, with one pair at a time: stage 1 with --max-tokens 1, stage 2 with
     --think-tokens 1 --max-new-tokens COT."""
     total = shape.total
-    moments = 2 if eight_bit else 8
     parts = {}
     if mode == "full":
         trains = shape.linear + shape.embeddings
         parts["weights"] = (4 * trains + 2 * shape.vision) / gpus
-        parts["training"] = (4 + moments) * trains / gpus
         if stage == 2:
             parts["reference"] = 2 * total / gpus
             parts["gathered"] = 2 * 2 * total if gpus > 1 else 0.0
@@ -109,7 +107,8 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
         trains = shape.lora(rank)
         frozen = shape.linear * (0.516 if mode == "4bit" else 2) + 2 * (shape.embeddings + shape.vision)
         parts["weights"] = frozen + 4 * trains * (2 if stage == 2 else 1)  # and the reference's adapter
-        parts["training"] = (4 + moments) * trains
+    parts["moments"] = (2 if eight_bit else 8) * trains / gpus
+    parts["gradients"] = 4 * trains / gpus
     length = prompt + (group * cot if stage == 2 else cot)
     at_once = 2 if mode == "full" or 2 * length <= Args.max_tokens else 1  # of the pair's two rows
     layer = 2 * length * shape.of_layer
@@ -119,17 +118,21 @@ def step_memory(shape: Shape, prompt: int, cot: int, group: int, mode: str, gpus
     logits = 4 * LOGITS_CHUNK * shape.vocabulary if stage == 2 else 0
     parts["activations"] = (2 * shape.layers * length * shape.hidden * 2
                             + max(at_once * (3 * layer + 2 * copies + masks), 2 * logits))
+    if mode == "full" and gpus > 1:  # what is in no layer stays gathered
+        parts["activations"] += 2 * shape.embeddings
     if stage == 2:
         parts["cache"] = 2 * 2 * length * shape.of_cache
     return {name: size / GB for name, size in parts.items()}
 
 
 def peak(parts: dict[str, float]) -> float:
-    """Thinking (gathered weights, cache), the update (activations, training's gradients) and, in a first
-    step, the making of moments take turns."""
-    steady = sum(parts.get(name, 0) for name in ("imports", "weights", "training", "reference"))
+    """Thinking (gathered weights, cache), the update (gradients, activations and, in a first step, the
+    making of moments) and the saving of a checkpoint take turns."""
+    steady = sum(parts.get(name, 0) for name in ("imports", "weights", "reference", "moments"))
     thinking = parts.get("gathered", 0) + parts.get("cache", 0)
-    return steady + max(parts["activations"], thinking, parts.get("moments", 0))
+    new = parts.get("new moments", 0)
+    update = parts["gradients"] + max(parts["activations"], new)
+    return steady + max(thinking, update, new + parts.get("saved", 0))
 
 
 IMPORTS = 0.45  # GB that a process of ours holds before it loads a model
@@ -159,14 +162,15 @@ def cpu_memory(shape: Shape, kind: str, trains: str, command: str, prompt: int, 
         trained = shape.linear + shape.embeddings + (shape.mergers if stage == 1 else 0)
         parts["weights"] += (4 - width) * trained
         parts["reference"] = width * (trained if trains == "whole" else shape.total) if stage == 2 else 0
-        if trains == "shards":  # a rank holds the others' part too while it thinks, or saves
-            parts["gathered"] = width * 2 * shape.total if stage == 2 else 0
-    parts["training"] = 4 * trained if stage else 0
-    moments = 8 * trained if stage else 0
-    if command == "resume":
-        parts["training"] += moments
-    else:
-        parts["moments"] = moments
+    if trains == "whole" and width == 4 and command in ("rl", "infer"):
+        parts["weights"] = 4 * trained  # what is saved as it is wanted stays a mapped file until it changes
+    if trains == "shards":
+        # To think, both ranks gather the policy and π_ref; to save, the first gathers what trains and its
+        # moments, a tensor after the other, each of which both have for as long as that takes.
+        parts["gathered"] = 2 * width * 2 * shape.total if stage == 2 else 0
+        parts["saved"] = 12 * trained + 2 * 4 * shape.embeddings
+    parts["gradients"] = 4 * trained if stage else 0
+    parts["moments" if command == "resume" else "new moments"] = 8 * trained if stage else 0
     if command == "load":
         parts["activations"] = 0
         return {name: size if name == "imports" else size / GB for name, size in parts.items()}
@@ -200,7 +204,8 @@ def main() -> None:
                     for stage in (1, 2))
         cards = [next((f"{card} GB" for card in (24, 48, 80) if peak(parts) * 1.1 + 1 < card), "none")
                  for parts in (one, two)]
-        print(f"| {name} | {two['weights']:.1f} | {two['training']:.1f} | {peak(one):.1f} | {peak(two):.1f} "
+        training = two["moments"] + two["gradients"]
+        print(f"| {name} | {two['weights']:.1f} | {training:.1f} | {peak(one):.1f} | {peak(two):.1f} "
               f"| {cards[0]} | {cards[1]} |")
     print("\nA card counts as large enough with 10 % and 1 GB to spare. Computed from shapes, not measured.")
 

@@ -17,7 +17,7 @@ def adamw(groups: list[dict], weight_decay: float, kind: str = "adamw") -> torch
         from bitsandbytes.optim import AdamW8bit  # slow to import
 
         return AdamW8bit(groups, weight_decay=weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
 def all_reduce(parameters: list[Tensor], ranks: Ranks) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import real_size
@@ -19,6 +20,7 @@ from data import DataError, read_pairs
 from model import DeScore
 from support import checkpoint, saved
 from support.checkpoint import Checkpoints
+from support.optimize import adamw
 from support.ranks import ALONE
 
 KNOWN = {"2b": 2_127_532_032, "4b": 4_437_815_808, "8b": 8_767_123_696}  # parameters of the real ones
@@ -167,14 +169,24 @@ def test_the_terms_for_a_cpu():
     assert shape.linear == linear and shape.lora(64) == lora
     assert parts["weights"] * 1e9 == pytest.approx(0.516 * linear + 4 * rest + 4 * lora)
     trained = lora + 160_496_896
-    assert (parts["training"] * 1e9, parts["moments"] * 1e9) == pytest.approx((4 * trained, 8 * trained))
+    new = parts["gradients"], parts["new moments"]
+    assert [1e9 * part for part in new] == pytest.approx([4 * trained, 8 * trained])
     later = cpu_memory(shape, "4bit", "lora", "resume", 600, 60, 2)
-    assert later["training"] * 1e9 == pytest.approx(12 * trained)
+    assert later["moments"] * 1e9 == pytest.approx(8 * trained)
     assert peak(parts) == pytest.approx(0.45 + parts["weights"] + 12 * trained / 1e9)
     assert peak(later) == pytest.approx(peak(parts) + later["activations"])
     whole = cpu_memory(SHAPES["2b-4"], "float32", "whole", "rl", 600, 24, 2)
     trained = SHAPES["2b-4"].total - 406_957_056
     assert whole["reference"] * 1e9 == pytest.approx(4 * trained)  # the tower is shared
+    # Weights that change, π_ref, gradients and both moments; the tower's stay in their file.
+    assert peak(whole) == pytest.approx(0.45 + 20 * trained / 1e9)
+    total, words = SHAPES["2b-4"].total, SHAPES["2b-4"].embeddings
+    split = cpu_memory(SHAPES["2b-4"], "float32", "shards", "coldstart", 600, 24, 2)
+    saving = 4 * total + 20 * (trained + 100_714_496) + 8 * words
+    assert peak(split) == pytest.approx(0.9 + saving / 1e9)
+    split = cpu_memory(SHAPES["2b-4"], "float32", "shards", "rl", 600, 24, 2)
+    thinking = 3 * 8 * total  # the policy and π_ref, split over both ranks, and whole on each
+    assert peak(split) == pytest.approx(0.9 + thinking / 1e9 + split["cache"])
 
 
 # ------------------------------
@@ -189,8 +201,23 @@ def model():
     return model
 
 
+def test_a_step_of_the_optimiser_makes_no_copies():
+    parameter = torch.nn.Parameter(torch.zeros(2**24))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = adamw([{"params": [parameter], "lr": 1e-3}], 0.01)
+    optimizer.step()  # its moments are made
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest is what is there now
+    except OSError as error:
+        pytest.skip(str(error))
+    before = real_size.status_of(os.getpid())["VmHWM"]
+    optimizer.step()
+    after = real_size.status_of(os.getpid())["VmHWM"]
+    assert after - before < parameter.nbytes / 2 / 1e9
+
+
 def test_a_checkpoint_is_written_from_the_weights_themselves(model, tmp_path, monkeypatch):
-    optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-3)
+    optimizer = adamw([{"params": model.trainable().values(), "lr": 1e-3}], 0.01)
     for parameter in model.trainable().values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
