@@ -1,12 +1,15 @@
-"""How an update's time and memory grow with the group's size and with the prompt, beside the plain way.
+"""How an update's time and memory grow with the group's size and with the prompt, beside the plain way, and
+with the CoTs.
 
     python bench/scaling.py             # a 20M-parameter Qwen3-VL on a CPU, some minutes; writes scaling.png
     python bench/scaling.py --prompts 512,1024 --groups 1,2,4
+    python bench/scaling.py --size 2b --ways ours --groups "" --group-size 2 --prompts 1536,3072,6144 \
+        --cots 128,256,512 --repeats 0 --out lengths.png
 
 Every cell is a process of its own: one video, its G rollouts, both losses and the backward, once to warm up
-and then the median of `--repeats`. Memory is the process's peak above what it held before the first update
-(on a GPU: torch's peak). The plain way is one row a rollout, the video encoded in each, logits everywhere,
-one pass for both losses or two.
+and then the median of `--repeats`; with none, that once is what is told. Memory is the process's peak above
+what it held before the first update (on a GPU: torch's peak). The plain way is one row a rollout, the video
+encoded in each, logits everywhere, one pass for both losses or two.
 """
 
 import argparse
@@ -19,7 +22,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WAYS = ("ours", "one pass", "two passes")
+WAYS = {"ours": "tab:blue", "one pass": "tab:orange", "two passes": "tab:red"}
+VARIED = {"group": "rollouts in the group", "prompt": "tokens of the prompt", "cot": "tokens of a CoT"}
 
 
 def measure(way: str, args) -> dict[str, float]:
@@ -50,7 +54,8 @@ def measure(way: str, args) -> dict[str, float]:
         model.zero_grad()
     peak = (torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda"
             else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
-    return {"prompt": batch.input_ids.shape[1], "seconds": statistics.median(seconds[1:]), "gigabytes": peak}
+    warm = seconds[1:] or seconds
+    return {"prompt": batch.input_ids.shape[1], "seconds": statistics.median(warm), "gigabytes": peak}
 
 
 def picture(rows: dict[str, list[dict]], path: Path) -> None:
@@ -59,14 +64,16 @@ def picture(rows: dict[str, list[dict]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3), constrained_layout=True)
-    for axis, (name, key) in zip(axes, ((n, k) for n in rows for k in ("seconds", "gigabytes"))):
-        for way, colour in zip(WAYS, ("tab:blue", "tab:orange", "tab:red")):
-            points = [(row[name], row[way][key]) for row in rows[name] if row[way]]
-            axis.plot(*zip(*points), "o-", label=way, color=colour, markersize=4)
+    cells = [(name, key) for name in rows for key in ("seconds", "gigabytes")]
+    size = (3.25 * len(cells), 3)
+    figure, axes = plt.subplots(1, len(cells), figsize=size, constrained_layout=True)
+    for axis, (name, key) in zip(axes, cells):
+        for way, colour in WAYS.items():
+            points = [(row[name], row[way][key]) for row in rows[name] if row.get(way)]
+            if points:
+                axis.plot(*zip(*points), "o-", label=way, color=colour, markersize=4)
         axis.set_title(f"update: {key}", fontsize=10)
-        axis.set_xlabel({"group": "rollouts in the group", "prompt": "tokens of the prompt"}[name],
-                        fontsize=9)
+        axis.set_xlabel(VARIED[name], fontsize=9)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
@@ -77,11 +84,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="20m", help="a key of speed.SIZES")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--ways", default=",".join(WAYS), help="of working")
     parser.add_argument("--groups", default="1,2,4,8,16")
     parser.add_argument("--prompts", default="512,1024,2048,4096", help="video tokens, about")
-    parser.add_argument("--group-size", type=int, default=8, help="where the prompt varies")
-    parser.add_argument("--video-tokens", type=int, default=1200, help="where the group varies")
-    parser.add_argument("--cot-tokens", type=int, default=128)
+    parser.add_argument("--cots", default="", help="tokens of a CoT")
+    parser.add_argument("--group-size", type=int, default=8, help="where something else varies")
+    parser.add_argument("--video-tokens", type=int, default=1200, help="where something else varies")
+    parser.add_argument("--cot-tokens", type=int, default=128, help="where something else varies")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/scaling.png", help="the picture")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
@@ -89,31 +98,38 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.one, args)))
         return
-    rows = {"group": [], "prompt": []}
-    for name, values in (("group", args.groups), ("prompt", args.prompts)):
-        print(f"\n| {name} | "
-              + " | ".join(f"{way}, s | {way}, GB" for way in WAYS) + " | × time | × memory |\n"
-              + "| ---: |" + " ---: |" * (2 * len(WAYS) + 2), flush=True)
+    usual = {"group-size": args.group_size, "video-tokens": args.video_tokens, "cot-tokens": args.cot_tokens}
+    ways = args.ways.split(",")
+    rows = {}
+    for name, flag, values in (("group", "group-size", args.groups), ("prompt", "video-tokens", args.prompts),
+                               ("cot", "cot-tokens", args.cots)):
+        if not values:
+            continue
+        compared = " × time | × memory |" if ways == [*WAYS] else ""
+        print(f"\n| {name} | " + " | ".join(f"{way}, s | {way}, GB" for way in ways) + f" |{compared}\n"
+              + "| ---: |" + " ---: |" * (2 * len(ways) + 2 * bool(compared)), flush=True)
+        rows[name] = []
         for value in map(int, values.split(",")):
-            G, tokens = (value, args.video_tokens) if name == "group" else (args.group_size, value)
-            row = {}
-            for way in WAYS:
-                done = subprocess.run(
-                    [sys.executable, __file__, "--one", way, "--group-size", str(G), "--video-tokens",
-                     str(tokens),
-                     "--cot-tokens", str(args.cot_tokens), "--size", args.size, "--device", args.device,
-                     "--repeats", str(args.repeats)], check=False, capture_output=True, text=True)
-                fits = done.returncode == 0
-                row[way] = json.loads(done.stdout.splitlines()[-1]) if fits else None
-            row[name] = value if name == "group" else row["ours"]["prompt"]
+            row = {way: cell(way, usual | {flag: value}, args) for way in ways}
+            row[name] = row["ours"]["prompt"] if name == "prompt" else value
             rows[name].append(row)
             cells = [f"{row[way]['seconds']:.2f} | {row[way]['gigabytes']:.2f}" if row[way] else "– | –"
-                     for way in WAYS]
-            worst = row["two passes"]
-            ratio = [f"{worst[key] / row['ours'][key]:.1f}" if worst else "–"
-                     for key in ("seconds", "gigabytes")]
-            print(f"| {row[name]} | " + " | ".join(cells) + " | " + " | ".join(ratio) + " |", flush=True)
+                     for way in ways]
+            if compared:
+                worst = row["two passes"]
+                cells += [f"{worst[key] / row['ours'][key]:.1f}" if worst else "–"
+                          for key in ("seconds", "gigabytes")]
+            print(f"| {row[name]} | " + " | ".join(cells) + " |", flush=True)
     picture(rows, args.out)
+
+
+def cell(way: str, sizes: dict[str, int], args) -> dict[str, float] | None:
+    """What a process of its own measures; None where it fails, as where memory does not suffice."""
+    words = [f"--{name}={value}" for name, value in sizes.items()]
+    words += ["--size", args.size, "--device", args.device, "--repeats", str(args.repeats)]
+    done = subprocess.run([sys.executable, __file__, "--one", way, *words], check=False,
+                          capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
 if __name__ == "__main__":
