@@ -1810,7 +1810,7 @@ MUTANTS = [
     ("support/batches.py", "raise worker_error(error) from error", "raise", PLACES + "one_line"),
     ("support/batches.py", "HALF_MADE.append(error)", "pass", PLACES + "cannot_be_started"),
     ("support/batches.py", "if loader is None:", "if True:", PLACES + "are_gone"),
-    ("support/batches.py", "clear_frames(error.__traceback__)", "pass", PLACES + "says_nothing_more"),
+    ("support/batches.py", "clear_frames(error.__traceback__)", "pass", PLACES + "says_nothing_more -m slow"),
     ("support/batches.py", "*_, reason = str(error)", "reason, *_ = str(error)", PLACES + "one_line"),
     ("support/batches.py", "; --workers 0 needs none", "", PLACES + "one_line"),
     ("support/batches.py", "which holds {size:,.0f} MB", "which is small", PLACES + "larger_than"),

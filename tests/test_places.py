@@ -213,13 +213,15 @@ def test_workers_are_gone_when_one_has_failed():
 
 @pytest.mark.slow
 def test_torch_says_nothing_more_of_workers_that_fail():
-    """Not as the command ends either, in a process of its own."""
+    """Not as the command ends either, in a process of its own. Whether it would have is a matter of
+    moments, so several are looked at."""
     code = ("from test_places import *\n"
             "run_command(lambda: all_of(lacks_a_package, 2))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", env=os.environ | {
-        "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", env=os.environ | {
+            "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_what_is_decoded_ahead_is_what_is_decoded_here():
