@@ -8,13 +8,15 @@ Counted, in bytes, for each GPU:
 
     weights        2 a frozen one (bf16), 0.516 in 4 bits (NF4: 4 bits, and 8 + 32/256 bits a block of 64),
                    4 one that trains
-    training       4 for the gradient and 8 for AdamW's moments (2 with adamw8bit)
+    moments        8, of AdamW (2 with adamw8bit)
+    gradients      4, during the update
     reference      2 a weight for a copy of the policy (stage 2, full fine-tuning)
     gathered       2 a weight where a sharded model is whole for thinking
     activations    of a pair's two rows, with gradient checkpointing: the input of each layer, and of what is
                    in one forward (DeScore.max_tokens) one layer recomputed, the copies of a prompt's
                    keys and values that its CoTs attend to, and their gradients, and the CoTs' mask; or, if
-                   it is more, the logits of one chunk and their gradient in float32
+                   it is more, the logits of one chunk and their gradient in float32; of a sharded model
+                   also 2 a weight of the embeddings, which stay gathered
     cache          keys and values of a pair's prompts and rollouts
 
 What is not counted: CUDA's own (about 1 GB), the allocator's gaps, the batch's pixels.
@@ -163,12 +165,13 @@ def cpu_memory(shape: Shape, kind: str, trains: str, command: str, prompt: int, 
         parts["weights"] += (4 - width) * trained
         parts["reference"] = width * (trained if trains == "whole" else shape.total) if stage == 2 else 0
     if trains == "whole" and width == 4 and command in ("rl", "infer"):
-        parts["weights"] = 4 * trained  # what is saved as it is wanted stays a mapped file until it changes
+        # What is saved as it is wanted stays a mapped file: all of it, or until it changes.
+        parts["weights"] = 4 * trained
     if trains == "shards":
         # To think, both ranks gather the policy and π_ref; to save, the first gathers what trains and its
         # moments, a tensor after the other, each of which both have for as long as that takes.
         parts["gathered"] = 2 * width * 2 * shape.total if stage == 2 else 0
-        parts["saved"] = 12 * trained + 2 * 4 * shape.embeddings
+        parts["saved"] = 12 * trained + 2 * 4 * shape.vocabulary * shape.hidden
     parts["gradients"] = 4 * trained if stage else 0
     parts["moments" if command == "resume" else "new moments"] = 8 * trained if stage else 0
     if command == "load":

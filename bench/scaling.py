@@ -4,7 +4,7 @@ with the CoTs.
     python bench/scaling.py             # a 20M-parameter Qwen3-VL on a CPU, some minutes; writes scaling.png
     python bench/scaling.py --prompts 512,1024 --groups 1,2,4
     python bench/scaling.py --size 2b --ways ours --groups "" --group-size 2 --prompts 1536,3072,6144 \
-        --cots 128,256,512 --repeats 0 --out lengths.png
+        --cots 128,256,512 --checkpointing --repeats 0 --out lengths.png
 
 Every cell is a process of its own: one video, its G rollouts, both losses and the backward, once to warm up
 and then the median of `--repeats`; with none, that once is what is told. Memory is the process's peak above
@@ -33,10 +33,14 @@ def measure(way: str, args) -> dict[str, float]:
     import speed
     import torch
 
+    from support.run import checkpoint_activations
+
     G, C = args.group_size, args.cot_tokens
     model = speed.make(args.size, args.device)
     batch = speed.make_batch(model, 1, args.video_tokens)
     model.set_trainable(16)
+    if args.checkpointing:
+        checkpoint_activations(model.qwen)
     tokens = torch.randint(0, 300, (1, G, C), device=args.device)
     tokens[tokens == model.processor.eos_id] = 0
     mask, advantages = torch.ones_like(tokens, dtype=torch.bool), torch.randn(1, G, device=args.device)
@@ -91,6 +95,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8, help="where something else varies")
     parser.add_argument("--video-tokens", type=int, default=1200, help="where something else varies")
     parser.add_argument("--cot-tokens", type=int, default=128, help="where something else varies")
+    parser.add_argument("--checkpointing", action="store_true", help="of activations, as both stages do")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/scaling.png", help="the picture")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
@@ -100,6 +105,8 @@ def main() -> None:
         return
     usual = {"group-size": args.group_size, "video-tokens": args.video_tokens, "cot-tokens": args.cot_tokens}
     ways = args.ways.split(",")
+    if unknown := {*ways} - {*WAYS}:
+        parser.error(f"--ways {', '.join(unknown)}: not of {', '.join(WAYS)}")
     rows = {}
     for name, flag, values in (("group", "group-size", args.groups), ("prompt", "video-tokens", args.prompts),
                                ("cot", "cot-tokens", args.cots)):
@@ -111,7 +118,8 @@ def main() -> None:
         rows[name] = []
         for value in map(int, values.split(",")):
             row = {way: cell(way, usual | {flag: value}, args) for way in ways}
-            row[name] = row["ours"]["prompt"] if name == "prompt" else value
+            lengths = [row[way]["prompt"] for way in ways if row[way]]
+            row[name] = lengths[0] if name == "prompt" and lengths else value
             rows[name].append(row)
             cells = [f"{row[way]['seconds']:.2f} | {row[way]['gigabytes']:.2f}" if row[way] else "– | –"
                      for way in ways]
@@ -127,9 +135,13 @@ def cell(way: str, sizes: dict[str, int], args) -> dict[str, float] | None:
     """What a process of its own measures; None where it fails, as where memory does not suffice."""
     words = [f"--{name}={value}" for name, value in sizes.items()]
     words += ["--size", args.size, "--device", args.device, "--repeats", str(args.repeats)]
+    words += ["--checkpointing"] * args.checkpointing
     done = subprocess.run([sys.executable, __file__, "--one", way, *words], check=False,
                           capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    print(f"{way}, {sizes}: ended with {done.returncode}: {done.stderr[-200:].strip()}", file=sys.stderr)
+    return None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,11 @@ def adamw(groups: list[dict], weight_decay: float, kind: str = "adamw") -> torch
         from bitsandbytes.optim import AdamW8bit  # slow to import
 
         return AdamW8bit(groups, weight_decay=weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+    for group in groups:
+        # The fused step makes no copies. It takes no shards together with what is whole.
+        kinds = {isinstance(p, DTensor) for p in group["params"]}
+        group["fused"] = len(kinds) == 1
+    return torch.optim.AdamW(groups, weight_decay=weight_decay)
 
 
 def all_reduce(parameters: list[Tensor], ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 tests/flags.py has their flags, and the names of these tests."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -189,7 +190,8 @@ def test_a_server_is_what_its_flags_say(served, monkeypatch):
         "--seed", 4, "--think-tokens", 99, "--cot", "off", "--accept-any", "--round", 3, "--kept", 5,
         "--allow-host", "Node-7", "--allow-host", "proxy", "--think-at", "http://x/v1",
         "--think-at-model", "far", "--api-key-env", "KEY")
-    (((_, args), _),) = away
+    (((_, args), more),) = away
+    assert more == {"few": math.inf}  # it ends at no number of failures
     assert (args.think_at, args.think_at_model, args.api_key_env) == ("http://x/v1", "far", "KEY")
     assert found.made == (("m", "cuda:1"), {"window": 0.0, "reader": "decord"})
     assert found.address == "127.0.0.2" and {"node-7", "proxy", "127.0.0.2"} <= found.hosts
@@ -327,7 +329,7 @@ def test_as_many_videos_are_swapped_as_asked_for(call, monkeypatch):
 
 
 def test_memory_is_computed_for_what_was_asked_for(call, monkeypatch, capsys):
-    parts = {"weights": 1.0, "training": 2.0, "activations": 3.0}
+    parts = {"weights": 1.0, "moments": 2.0, "gradients": 4.0, "activations": 3.0}
     calls = noting(monkeypatch, memory_bench, "step_memory", parts)
     call(memory_bench, "--prompt", 900, "--cot", 70, "--group-size", 5)
     assert len(calls) == 10 and {args[1:4] for args, _ in calls} == {(900, 70, 5)}

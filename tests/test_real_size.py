@@ -180,7 +180,9 @@ def test_the_terms_for_a_cpu():
     assert whole["reference"] * 1e9 == pytest.approx(4 * trained)  # the tower is shared
     # Weights that change, π_ref, gradients and both moments; the tower's stay in their file.
     assert peak(whole) == pytest.approx(0.45 + 20 * trained / 1e9)
-    total, words = SHAPES["2b-4"].total, SHAPES["2b-4"].embeddings
+    infer = cpu_memory(SHAPES["2b-4"], "float32", "whole", "infer", 600, 24, 2)
+    assert infer["weights"] == 0 and peak(infer) < 0.7  # mapped files
+    total, words = SHAPES["2b-4"].total, 151_936 * 2048
     split = cpu_memory(SHAPES["2b-4"], "float32", "shards", "coldstart", 600, 24, 2)
     saving = 4 * total + 20 * (trained + 100_714_496) + 8 * words
     assert peak(split) == pytest.approx(0.9 + saving / 1e9)

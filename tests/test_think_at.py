@@ -4,6 +4,7 @@ The endpoint here is tests/seeing.py, which makes its prompts as vLLM does. A re
 DESCORE_ENGINE_PYTHON names the python of an environment that has vLLM (docs/scale.md)."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -151,10 +152,9 @@ def test_a_template_that_is_not_ours_is_noticed_by_the_number_of_tokens_too(mode
     assert len(endpoint.seen) == 3, "a first question ends it"
 
 
-def test_one_that_answers_nobody_any_more_ends_it_and_the_next_command_goes_on(model, endpoint, keys,
-                                                                              monkeypatch):
-    """Five videos without an answer in a row, in whatever batches; an answer between them is a new
-    beginning, and refusals are no sign of it."""
+def test_one_that_answers_nobody_any_more_ends_it(model, endpoint, keys, monkeypatch):
+    """Whole batches in a row without an answer, of five videos together. What is answered beside what fails
+    is kept, and refusals are no sign of it. A server goes on."""
     answer = endpoint.answer
 
     def some(body):
@@ -165,20 +165,27 @@ def test_one_that_answers_nobody_any_more_ends_it_and_the_next_command_goes_on(m
         return answer(body)
 
     monkeypatch.setattr(endpoint, "answer", some)
-    model.think = Thinker(model, endpoint.url, "mine", retries=0).think
     video, _ = keys[0]
+    away = [f"away {n}" for n in range(6)]
 
-    def errors(*prompts):
+    def errors(*prompts, samples=1, together=False):
         asked = [(video, prompt) for prompt in prompts]
-        return ["error" in record for record in judge(model, asked, max_new_tokens=2, think_tokens=1)]
+        found = judge(model, asked, max_new_tokens=2, samples=samples,
+                      think_tokens=100_000 if together else 1)
+        return ["error" in record for record in found]
 
-    away = [f"away {n}" for n in range(5)]
+    model.think = Thinker(model, endpoint.url, "mine", retries=0).think
     assert errors(*[f"refused {n}" for n in range(9)]) == [True] * 9
     assert errors(*away[:4]) == [True] * 4
     assert errors("here") == [False]
     assert errors(*away[:4]) == [True] * 4
-    with pytest.raises(DataError, match=f"^{endpoint.url}: 5 failures in a row; the last: .*HTTP 503"):
+    assert sorted(errors(*away, "here", together=True)) == [False, *[True] * 6]
+    assert errors(*away[:4], samples=3) == [True] * 4  # of videos, however many CoTs
+    gone = f"^{endpoint.url}: 5 videos in a row without an answer; the last: {video}: .*HTTP 503"
+    with pytest.raises(DataError, match=gone):
         errors(away[4])
+    model.think = Thinker(model, endpoint.url, "mine", retries=0, few=math.inf).think
+    assert errors(*away, *away) == [True] * 12
 
 
 def test_a_thought_that_the_prompt_begins_is_scored_as_one(model, endpoint, keys):
@@ -192,7 +199,8 @@ def test_a_thought_that_the_prompt_begins_is_scored_as_one(model, endpoint, keys
         assert found.tokens[0, 0].tolist() == [*model.processor.encode(text), model.eos]
 
 
-def test_an_endpoint_that_takes_no_clips_gets_pictures_and_it_is_said(model, endpoint, keys, capsys):
+def test_an_endpoint_that_takes_no_clips_gets_pictures_and_it_is_said(model, endpoint, keys, capsys,
+                                                                         monkeypatch):
     endpoint.takes_clips = False
     thinker = Thinker(model, endpoint.url, "mine")
     assert f"{endpoint.url}: gets pictures, not clips: HTTP 400" in capsys.readouterr().err
@@ -209,6 +217,9 @@ def test_an_endpoint_that_takes_no_clips_gets_pictures_and_it_is_said(model, end
     assert endpoint.seen[-1]["seed"] != endpoint.seen[-2]["seed"]
     thinker.think(batch_of(model, keys[:1]), 1, 9, 0.0, repetition_penalty=1.2)
     assert set(endpoint.seen[-1]) == usual | {"repetition_penalty"}
+    monkeypatch.setattr(model, "own_penalty", lambda temperature: 1.05)
+    thinker.think(batch_of(model, keys[:1]), 1, 9, 0.0)
+    assert set(endpoint.seen[-1]) == usual
 
 
 def test_one_whose_prompt_has_no_times_gets_pictures_too(model, endpoint, monkeypatch, capsys):

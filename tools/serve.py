@@ -22,6 +22,7 @@ SIGTERM what is under way is finished; on a second one it is not.
 import argparse
 import asyncio
 import base64
+import math
 import os
 import socket
 import sys
@@ -499,7 +500,7 @@ def main() -> None:
     if args.max_new_tokens is None:
         args.max_new_tokens = longest_answer(scorer.model)
     if args.think_at or args.think_at_model:
-        think_at(scorer.model, args)
+        think_at(scorer.model, args, few=math.inf)  # it goes on
     score = partial(scorer, think=args.cot == "on", thinking=read_thinking(args),
                     accept_any=args.accept_any)
     settings = scorer.model.processor.settings

@@ -6,13 +6,12 @@ An OpenAI-compatible endpoint, such as a vLLM server with the model's backbone a
 writes the CoTs. Each goes through one forward of the model here (`DeScore.score`). The endpoint is shown
 clips, so that its prompt has our token ids; one that says its prompt ids is held to them, by a question
 before all others too. An endpoint that takes no clips gets pictures, which is said. A video that has no
-answer is an error, and has no score; where a `FEW` (tools/asking.py) have none in a row, however often they
-were asked, DataError says so.
+answer is an error, and has no score.
 """
 
-import math
 import os
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from data import Batch, DataError, checked
 from model import DeScore, Thoughts, check_sampling
 from support.batches import draw_seed
 from tools.annotate import Api
-from tools.asking import Bound, ask_all
+from tools.asking import FEW, ask_all
 from tools.endpoint import check_key
 from tools.engine import how_apart, side_by_side
 from tools.memory import Frames
@@ -32,31 +31,34 @@ TIMEOUT = 600.0
 RETRIES = 5
 
 
-def think_at(model: DeScore, args: Namespace) -> None:
-    """Let the endpoint that the flags of a command name think for a model from now on."""
+def think_at(model: DeScore, args: Namespace, few: float = FEW) -> None:
+    """Let the endpoint that the flags of a command name think for a model from now on. few: see
+    `Thinker`."""
     if not (args.think_at and args.think_at_model):
         raise DataError("--think-at URL and --think-at-model NAME go together")
     if args.cot == "off":
         raise DataError("--think-at: with --cot off nothing is thought")
     key = os.environ.get(args.api_key_env)
     check_key(key, args.api_key_env)
-    thinker = Thinker(model, args.think_at, args.think_at_model, key)
+    thinker = Thinker(model, args.think_at, args.think_at_model, key, few=few)
     args.api_clips = thinker.clips  # which decides what is thought (tools/journal.py)
     model.think = thinker.think
 
 
 class Thinker(Api):
-    """Asks an endpoint about the videos of a batch, which has to say its sources. Raises as `Api` does."""
+    """Asks an endpoint about the videos of a batch, which has to say its sources. Raises DataError where
+    no question has an answer (tools/endpoint.py), as where the endpoint is gone: batches in a row, of
+    which no video is answered however often it was asked, had a `few` videos together."""
 
     def __init__(self, model: DeScore, url: str, name: str, key: str | None = None, retries: int = RETRIES,
-                 clips: bool = True):
+                 clips: bool = True, few: float = FEW):
         """name: the model's at the endpoint; key: sent as a bearer token."""
         self.scorer = model
+        self.few = few
+        self.row = 0  # videos without an answer, since there was one
         processor = model.processor
         super().__init__(url, name, processor.settings, key, parallel=PARALLEL, timeout=TIMEOUT,
                          retries=retries, reader=processor.reader, clips=clips)
-        # Of all batches. No number of refusals ends it, as where a server asks.
-        self.bound = Bound(self.endpoint.shown, 1, math.inf)
         if self.clips:
             self.try_out()
 
@@ -65,7 +67,8 @@ class Thinker(Api):
         processor = self.scorer.processor
         black = Frames(np.zeros((2, 64, 64, 3), np.uint8), processor.settings.fps)
         prompt = "A ball."
-        question = self.with_beside(self.question({"<video>": black}, prompt), {"max_tokens": 1})
+        one_token = {"max_tokens": 1, "ignore_eos": True, "temperature": 0.0}
+        question = self.with_beside(self.question({"<video>": black}, prompt), one_token)
         answer = self.answer_to(question, "a first question")
         if "error" in answer:
             raise DataError(answer["error"])
@@ -87,8 +90,8 @@ class Thinker(Api):
         """As `DeScore.think`, with `errors` for videos that have no answer. Log-probabilities are not
         known, and 0. `seeds` decide what is drawn, by the endpoint's own generator."""
         model = self.scorer
-        if repetition_penalty is None:
-            repetition_penalty = model.own_penalty(temperature)
+        if repetition_penalty is None:  # who takes no clips may not know it
+            repetition_penalty = model.own_penalty(temperature) if self.clips else 1.0
         check_sampling(temperature, top_p, repetition_penalty)
         if batch.sources is None:
             raise DataError("an endpoint is shown the videos: the batch does not say which they are")
@@ -97,6 +100,7 @@ class Thinker(Api):
         self.endpoint.limit(max_new_tokens, temperature)
         how = {"top_p": top_p, "top_k": -1, "repetition_penalty": repetition_penalty}
         answers = self.answers(batch, n, how, seeds if temperature else [None] * len(batch))
+        self.end_if_gone(answers)
 
         errors = []
         rows = []
@@ -134,7 +138,7 @@ class Thinker(Api):
                 found[b] = [{"error": str(error)}] * n
                 continue
             for place in range(n):
-                drawn = {} if seeds[b] is None else {"seed": draw_seed(seeds[b], place)}
+                drawn = {} if seeds[b] is None else {"seed": draw_seed(seeds[b], place) % 2**31}
                 asked.append((b, place, self.with_beside(question, how | drawn)))
 
         def ask(b: int, place: int, question: tuple) -> dict:
@@ -147,9 +151,19 @@ class Thinker(Api):
                 answer = {"error": f"{video}: {self.endpoint.shown}: {error}"}
             return answer | {"b": b, "place": place}
 
-        for answer in ask_all(ask, asked, self.parallel, self.endpoint.stop, self.bound, self.timeout):
+        no_bound = SimpleNamespace(past=lambda answer: None)
+        for answer in ask_all(ask, asked, self.parallel, self.endpoint.stop, no_bound, self.timeout):
             found[answer["b"]][answer["place"]] = answer
         return found
+
+    def end_if_gone(self, answers: list[list[dict]]) -> None:
+        """DataError if there has been no answer for too long."""
+        failed = [any(answer.get("failed") for answer in of_video) for of_video in answers]
+        self.row = self.row + len(failed) if all(failed) else 0
+        if self.row >= self.few:
+            last = next(answer["error"] for answer in answers[-1] if answer.get("failed"))
+            raise DataError(f"{self.endpoint.shown}: {self.row} videos in a row without an answer; the "
+                            f"last: {last}")
 
     def with_beside(self, question: tuple[list[dict], dict], how: dict) -> tuple[list[dict], dict]:
         """A question with all that decides the answer. Who takes no clips may know few settings, and is
