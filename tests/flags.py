@@ -341,8 +341,8 @@ TABLE = {
     **{f"bench/{name}.py": [Named(f"--{flag}", TIMED) for flag in flags.split()] for name, flags in {
         "gpu": "size device video-tokens cot-tokens group-size repeats peak",
         "speed": "size device video-tokens cot-tokens group-size repeats only",
-        "scaling": "size device ways groups prompts cots group-size video-tokens cot-tokens checkpointing repeats "
-                   "out one",
+        "scaling": "size device ways groups prompts cots group-size video-tokens cot-tokens checkpointing "
+                   "repeats out one",
         "step_profile": "model train pairs group-size max-new-tokens lora-rank repeats size video-tokens",
         "peer": "python repeats run asked",
         "idle": "ranks", "servers": "model callers repeats",
