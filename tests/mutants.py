@@ -2054,7 +2054,7 @@ MUTANTS = [
     ("infer.py", "    if thoughts.errors and thoughts.errors[i]:\n", "    if False:\n",
      THINK_AT + "unharmed"),
     ("infer.py", "    if args.think_at or args.think_at_model:\n", "    if False:\n", THINK_AT + "say_who"),
-    ("tools/serve.py", "think_at(scorer.model, args)", "pass", CALLED + "server_is"),
+    ("tools/serve.py", "think_at(scorer.model, args, few=math.inf)", "pass", CALLED + "server_is"),
     ("rl.py", "replace(encoded, patches=micro.batch.patches)", "encoded", ENGINE + " -k ones_own"),
     ("rl.py", "partial(thinker(args.rollouts), model)", "model.think", ENGINE + " -k ones_own"),
     ("rl.py", "thinker(self.rollouts)  # to be missed at once", "pass", ENGINE + " -k missed_before"),
