@@ -7,7 +7,8 @@
 Each part is timed by itself, the device waited for before and after, so that the parts add up to the step.
 A second table, on a CPU, says of the machine's matrix products how many the step uses: the floating-point
 operations of thinking, reference and update, over their seconds and over the speed of products alone,
-measured in turn with them, with one thread and with all.
+measured in turn with them, with one thread and with all. Products of few rows are slower: beside it stands
+the speed of those with the rows of a decode step.
 """
 
 import argparse
@@ -77,15 +78,18 @@ ATTENTION = {aten._scaled_dot_product_flash_attention_for_cpu: forward_flop,
              aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_flop}
 
 
-def product_speed(model: DeScore) -> float:
-    """Floating-point operations a second of one of the model's linear layers on 2,048 tokens."""
-    text = model.qwen.config.text_config
-    x, weight = torch.randn(2048, text.hidden_size), torch.randn(text.intermediate_size, text.hidden_size)
-    started, count = time.perf_counter(), 0
+def product_speed(model: DeScore, rows: int) -> float:
+    """Floating-point operations a second of the language model's products alone, one layer after another, on
+    so many rows."""
+    modules = [*model.qwen.model.language_model.modules(), model.qwen.lm_head]
+    weights = [module.weight for module in modules if type(module) is torch.nn.Linear]
+    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
+    started, flop = time.perf_counter(), 0
     while (seconds := time.perf_counter() - started) < 0.5:
-        torch.nn.functional.linear(x, weight)
-        count += 1
-    return 2 * count * x.numel() * text.intermediate_size / seconds
+        for weight in weights:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+            flop += 2 * rows * weight.numel()
+    return flop / seconds
 
 
 class Step:
@@ -165,14 +169,18 @@ def print_shares(step: Step, repeats: int) -> None:
             work()
         flop[name] = counter.get_total_flops()
     counts = ", ".join(f"{name} {count / 1e9:.0f}" for name, count in flop.items())
-    print(f"\nGFLOP: {counts}\n\n| threads | products, GFLOP/s | {' | '.join(parts)} | step |", flush=True)
-    print("| ---: | ---: " * 3 + "|")
+    few = step.thoughts.mask[..., 0].numel()  # rows of a decode step
+    print(f"\nGFLOP: {counts}\n")
+    print(f"| threads | products, GFLOP/s | of {few} rows | {' | '.join(parts)} | step |")
+    print("| ---: " * 7 + "|", flush=True)
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
-        seconds, speeds = {name: [] for name in parts}, []
+        seconds = {name: [] for name in parts}
+        speeds, of_few = [], []
         for _ in range(repeats):
             for name, work in parts.items():
-                speeds.append(product_speed(step.model))
+                speeds.append(product_speed(step.model, 2048))
+                of_few.append(product_speed(step.model, few))
                 started = time.perf_counter()
                 work()
                 seconds[name].append(time.perf_counter() - started)
@@ -181,7 +189,9 @@ def print_shares(step: Step, repeats: int) -> None:
         took = {name: statistics.median(seconds[name]) for name in parts}
         shares = [f"{least[name] / took[name]:.2f}" for name in parts]
         shares.append(f"{sum(least.values()) / sum(took.values()):.2f}")
-        print(f"| {threads} | {fastest / 1e9:.0f} | {' | '.join(shares)} |", flush=True)
+        speed_of_few = statistics.median(of_few)
+        print(f"| {threads} | {fastest / 1e9:.0f} | {speed_of_few / 1e9:.0f} | {' | '.join(shares)} |",
+              flush=True)
 
 
 def main() -> None:
