@@ -33,6 +33,7 @@ from support.command import run_command
 # hidden, layers, heads, kv heads, head size, MLP, vocabulary; vision: depth, hidden, MLP, heads
 SIZES = {"20m": (384, 6, 6, 2, 64, 1024, 16000, 4, 192, 512, 3),
          "2b": (2048, 28, 16, 8, 128, 6144, 151936, 24, 1024, 4096, 16),
+         "2b-4": (2048, 4, 16, 8, 128, 6144, 151936, 24, 1024, 4096, 16),
          "8b": (4096, 36, 32, 8, 128, 12288, 151936, 27, 1152, 4304, 16)}
 
 
