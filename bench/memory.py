@@ -164,8 +164,9 @@ def cpu_memory(shape: Shape, kind: str, trains: str, command: str, prompt: int, 
         trained = shape.linear + shape.embeddings + (shape.mergers if stage == 1 else 0)
         parts["weights"] += (4 - width) * trained
         parts["reference"] = width * (trained if trains == "whole" else shape.total) if stage == 2 else 0
-    if trains == "whole" and width == 4 and command in ("rl", "infer"):
-        # What is saved as it is wanted stays a mapped file: all of it, or until it changes.
+    # What is saved in the type that is wanted stays a mapped file: all of it, or until it changes.
+    is_mapped = {"lora": kind == "bfloat16", "whole": width == 4 and command in ("rl", "infer")}
+    if is_mapped.get(trains):
         parts["weights"] = 4 * trained
     if trains == "shards":
         # To think, both ranks gather the policy and π_ref; to save, the first gathers what trains and its
