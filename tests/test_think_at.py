@@ -45,6 +45,22 @@ def endpoint(model):
 
 
 @pytest.fixture
+def moody(endpoint, monkeypatch):
+    """The endpoint, which refuses prompts with "refused" in them, and is away at those with "away"."""
+    answer = endpoint.answer
+
+    def some(body):
+        text = body["messages"][0]["content"][-1].get("text", "")
+        for word, status in (("refused", 400), ("away", 503)):
+            if word in text:
+                return status, {"error": {"message": f"it is {word}"}}
+        return answer(body)
+
+    monkeypatch.setattr(endpoint, "answer", some)
+    return endpoint
+
+
+@pytest.fixture
 def three(keys):
     """Two files, and a clip in memory whose sampled frames are not evenly spaced."""
     rng = np.random.default_rng(1)
@@ -86,6 +102,7 @@ def test_several_cots_of_a_video_are_drawn_by_seeds_of_their_own(model, endpoint
     thoughts = thinker.think(batch, 4, 12, 0.8, 0.9, seeds=[5, 6])
     asked = endpoint.seen[3:]  # by the questions that it begins with
     assert len({body["seed"] for body in asked}) == 8
+    assert all(0 <= body["seed"] < 2**31 for body in asked)  # some endpoints know no larger ones
     assert {(body["temperature"], body["top_p"], body["top_k"]) for body in asked} == {(0.8, 0.9, -1)}
     again = thinker.think(batch, 4, 12, 0.8, 0.9, seeds=[5, 6])
     assert torch.equal(thoughts.tokens, again.tokens)
@@ -116,30 +133,20 @@ FAILURES = ["HTTP 400 .*it is refused", "gave up after 1 attempt: HTTP 503",
             + r"--chat-template tools/chat_template\.jinja", "its CoT has 60,000 bytes"]
 
 
-def test_what_fails_is_that_videos_error_and_the_others_are_unharmed(model, endpoint, keys, monkeypatch):
-    answer = endpoint.answer
-
-    def some(body):
-        text = body["messages"][0]["content"][-1].get("text", "")
-        for word, status in (("refused", 400), ("away", 503)):
-            if word in text:
-                return status, {"error": {"message": f"it is {word}"}}
-        return answer(body)
-
-    monkeypatch.setattr(endpoint, "answer", some)
+def test_what_fails_is_that_videos_error_and_the_others_are_unharmed(model, moody, keys):
     (video, _), *_ = keys
-    endpoint.learn(model, batch_of(model, keys[:1]), 20)
+    moody.learn(model, batch_of(model, keys[:1]), 20)
     frames, _ = read_video(video, model.processor.settings)
-    endpoint.tell(model.processor(video, "long").input_ids, frames, ("so " * 20_000, "stop"))
+    moody.tell(model.processor(video, "long").input_ids, frames, ("so " * 20_000, "stop"))
     asked = [keys[0], *[(video, text) for text in ("refused", "away", "a cross <|im_end|>", "long")]]
-    model.think = Thinker(model, endpoint.url, "mine", retries=0).think
+    model.think = Thinker(model, moody.url, "mine", retries=0).think
     found = by_key(judge(model, asked, max_new_tokens=20))
     (score,) = model.score(batch_of(model, keys[:1]), [found[keys[0]]["cot"]])
     assert found[keys[0]]["score"] == near(score)
     for (_, prompt), said in zip(asked[1:], FAILURES):
         record = found[video, prompt]
         assert set(record) == {"video", "prompt", "error"}
-        with pytest.raises(DataError, match=f"^{video}: {endpoint.url}: {said}"):
+        with pytest.raises(DataError, match=f"^{video}: {moody.url}: {said}"):
             raise DataError(record["error"])
 
 
@@ -150,21 +157,13 @@ def test_a_template_that_is_not_ours_is_noticed_by_the_number_of_tokens_too(mode
     with pytest.raises(DataError, match=rf"^{endpoint.url}: its prompt is not ours: \d+ tokens, not \d+; it"):
         Thinker(model, endpoint.url, "mine")
     assert len(endpoint.seen) == 3, "a first question ends it"
+    asked = endpoint.seen[-1]  # for one token, even if that would be the end
+    assert (asked["max_tokens"], asked["ignore_eos"], asked["temperature"]) == (1, True, 0)
 
 
-def test_one_that_answers_nobody_any_more_ends_it(model, endpoint, keys, monkeypatch):
+def test_one_that_answers_nobody_any_more_ends_it(model, moody, keys):
     """Whole batches in a row without an answer, of five videos together. What is answered beside what fails
     is kept, and refusals are no sign of it. A server goes on."""
-    answer = endpoint.answer
-
-    def some(body):
-        text = body["messages"][0]["content"][-1].get("text", "")
-        for word, status in (("refused", 400), ("away", 503)):
-            if word in text:
-                return status, {"error": {"message": f"it is {word}"}}
-        return answer(body)
-
-    monkeypatch.setattr(endpoint, "answer", some)
     video, _ = keys[0]
     away = [f"away {n}" for n in range(6)]
 
@@ -174,17 +173,17 @@ def test_one_that_answers_nobody_any_more_ends_it(model, endpoint, keys, monkeyp
                       think_tokens=100_000 if together else 1)
         return ["error" in record for record in found]
 
-    model.think = Thinker(model, endpoint.url, "mine", retries=0).think
+    model.think = Thinker(model, moody.url, "mine", retries=0).think
     assert errors(*[f"refused {n}" for n in range(9)]) == [True] * 9
     assert errors(*away[:4]) == [True] * 4
     assert errors("here") == [False]
     assert errors(*away[:4]) == [True] * 4
     assert sorted(errors(*away, "here", together=True)) == [False, *[True] * 6]
     assert errors(*away[:4], samples=3) == [True] * 4  # of videos, however many CoTs
-    gone = f"^{endpoint.url}: 5 videos in a row without an answer; the last: {video}: .*HTTP 503"
+    gone = f"^{moody.url}: 5 videos in a row without an answer; the last: {video}: .*HTTP 503"
     with pytest.raises(DataError, match=gone):
         errors(away[4])
-    model.think = Thinker(model, endpoint.url, "mine", retries=0, few=math.inf).think
+    model.think = Thinker(model, moody.url, "mine", retries=0, few=math.inf).think
     assert errors(*away, *away) == [True] * 12
 
 
