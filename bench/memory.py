@@ -164,10 +164,12 @@ def cpu_memory(shape: Shape, kind: str, trains: str, command: str, prompt: int, 
         trained = shape.linear + shape.embeddings + (shape.mergers if stage == 1 else 0)
         parts["weights"] += (4 - width) * trained
         parts["reference"] = width * (trained if trains == "whole" else shape.total) if stage == 2 else 0
-    # What is saved in the type that is wanted stays a mapped file: all of it, or until it changes.
+    # What is saved in the type that is wanted stays a mapped file: all of it, or until it changes. Stage 1
+    # saves its mergers in float32.
     is_mapped = {"lora": kind == "bfloat16", "whole": width == 4 and command in ("rl", "infer")}
     if is_mapped.get(trains):
-        parts["weights"] = 4 * trained
+        converted = shape.mergers if width == 2 and command in ("rl", "infer", "serve") else 0
+        parts["weights"] = 4 * trained + width * converted
     if trains == "shards":
         # To think, both ranks gather the policy and π_ref; to save, the first gathers what trains and its
         # moments, a tensor after the other, each of which both have for as long as that takes.

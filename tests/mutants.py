@@ -1605,6 +1605,8 @@ MUTANTS = [
     ("bench/memory.py", "args.cot, args.group_size, mode", "512, args.group_size, mode",
      CALLED + "memory"),
     # -- real sizes, and what is not held twice
+    ("model.py", "ends[:, None].repeat(1, n, 1)", "ends[:, None].expand(-1, n, -1)",
+     "tests/test_model.py -k stride"),
     ("model.py", "copy.deepcopy(self, shared)", "copy.deepcopy(self)", MODES + " -k reference"),
     ("model.py", "if not p.requires_grad and p.dtype == self.dtype}", "}",
      MODES + " -k reference"),
@@ -1622,6 +1624,8 @@ MUTANTS = [
     ("bench/memory.py", '= 8 * trained if stage else 0', '= 0', REAL_SIZE),
     ("bench/memory.py", '"lora": kind == "bfloat16"', '"lora": False', REAL_SIZE),
     ("bench/memory.py", 'command in ("rl", "infer")', 'command == "rl"', REAL_SIZE),
+    ("bench/memory.py", "4 * trained + width * converted", "4 * trained", REAL_SIZE),
+    ("bench/memory.py", 'shape.mergers if width == 2 and', 'shape.mergers if', REAL_SIZE),
     ("bench/memory.py", '= 2 * width * 2 * shape.total', '= width * 2 * shape.total', REAL_SIZE),
     ("bench/memory.py", ' + 2 * 4 * shape.vocabulary * shape.hidden', '', REAL_SIZE),
     ("bench/memory.py", 'max(thinking, update, new +', 'max(thinking, update, 0 *', REAL_SIZE),

@@ -282,6 +282,21 @@ def test_some_run_into_the_limit_while_others_have_gone(model, keys, drawn_by_nu
     torch.testing.assert_close(logps, thoughts.logps, **EXACT)
 
 
+def test_no_product_of_thinking_has_rows_of_stride_0(model, keys):
+    """Which oneDNN is slow at in bfloat16, and takes memory for: the CoTs of a video begin alike."""
+    strides = set()
+
+    def look(module, inputs):
+        (hidden,) = inputs
+        strides.update(hidden.stride())
+
+    with torch.no_grad():
+        hook = model.qwen.lm_head.register_forward_pre_hook(look)
+        model.think(make_batch(model, keys[:2]), n=3, max_new_tokens=2)
+        hook.remove()
+    assert strides and 0 not in strides
+
+
 def test_what_is_sampled_for_a_video_goes_by_its_number(model, keys):
     one, two, again = (by_key(judge(model, some, max_new_tokens=30, temperature=1.7))[keys[0]]["cot"]
                        for some in ([keys[0], keys[1]], [keys[1], keys[0]], [keys[2], keys[0]]))

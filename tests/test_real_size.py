@@ -184,6 +184,9 @@ def test_the_terms_for_a_cpu():
     assert infer["weights"] == 0 and peak(infer) < 0.7  # mapped files
     half = cpu_memory(SHAPES["2b"], "bfloat16", "lora", "coldstart", 600, 60, 2)
     assert 1e9 * half["weights"] == pytest.approx(4 * (SHAPES["2b"].lora(64) + 100_714_496))  # what trains
+    later = cpu_memory(SHAPES["2b"], "bfloat16", "lora", "infer", 600, 32, 2)
+    converted = 4 * SHAPES["2b"].lora(64) + 2 * 100_714_496  # mergers were saved in float32
+    assert 1e9 * later["weights"] == pytest.approx(converted)
     total, words = SHAPES["2b-4"].total, 151_936 * 2048
     split = cpu_memory(SHAPES["2b-4"], "float32", "shards", "coldstart", 600, 24, 2)
     saving = 4 * total + 20 * (trained + 100_714_496) + 8 * words

@@ -10,6 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -52,8 +53,15 @@ def main() -> None:
     annotate = on_ranks("-m", "tools.annotate", out / "train.jsonl", annotated)
     run(*annotate, "--model", ROOT / "toy/backbone", "--max-new-tokens", 140, "--think-tokens", 36000,
         "--seed", args.seed)
-    for annotations, kept in ((annotated, "train_cots.jsonl"), (out / "train.jsonl", "train_scores.jsonl")):
+
+    def keep_consistent(annotations: Path, kept: str) -> None:
         run("-m", "tools.filter", annotations, out / kept, "--model", ROOT / "toy/backbone")
+
+    with ThreadPoolExecutor() as pool:  # these take one core each
+        done = [pool.submit(keep_consistent, annotated, "train_cots.jsonl"),
+                pool.submit(keep_consistent, out / "train.jsonl", "train_scores.jsonl")]
+    for filtered in done:
+        filtered.result()
 
 
 if __name__ == "__main__":
