@@ -56,6 +56,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from data import DIMENSIONS, DataError, Processor, VideoSettings
 from model import DeScore
 from support.command import run_command
+from support.files import lock
 from tools.client import Client
 
 HOURS = 6  # for all
@@ -499,7 +500,7 @@ def measure_cell(cell: Cell, rows: Rows, args, until: float) -> None:
     if len(clips) < 2:
         raise DataError(f"{args.clips}: has no two clips (*.mp4)")
     write_pairs(args.out, clips)
-    folder = args.out / "cell"
+    folder = args.out / "real_size_cell"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     try:
         backbone = folder / "backbone"
@@ -547,14 +548,17 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, help="a folder of videos [two are rendered]")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/real_size", help="rows, logs, checkpoints")
     args = parser.parse_args()
+    cells = [cell for cell in CELLS if cell.size in args.sizes and args.only in str(cell)]
+    if not cells:
+        raise DataError(f"--only {args.only}: no cell of {', '.join(args.sizes)} has this in its name")
     Path("/proc/self/oom_score_adj").write_text("1000")  # who runs short of memory is to stop this first
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
+    taken = (args.out / "real_size.lock").open("w")
+    lock(taken, f"{args.out}: another run of this script works there")
     until = time.time() + HOURS * 3600
     rows = Rows(args.out / "rows.jsonl")
-    for cell in CELLS:
-        if cell.size not in args.sizes or args.only not in str(cell):
-            continue
+    for cell in cells:
         if cell.commands:
             measure_cell(cell, rows, args, until)
             continue
@@ -565,4 +569,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs below it is stopped then
     run_command(main)

@@ -86,7 +86,7 @@ def picture(rows: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", default="20m", help="a key of speed.SIZES")
+    parser.add_argument("--size", default="20m", choices=("20m", "2b", "2b-4", "8b"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ways", default=",".join(WAYS), help="of working")
     parser.add_argument("--groups", default="1,2,4,8,16")
@@ -128,6 +128,8 @@ def main() -> None:
                 cells += [f"{worst[key] / row['ours'][key]:.1f}" if worst else "–"
                           for key in ("seconds", "gigabytes")]
             print(f"| {row[name]} | " + " | ".join(cells) + " |", flush=True)
+    if not any(row[way] for found in rows.values() for row in found for way in ways):
+        sys.exit("nothing could be measured, and no picture is drawn")
     picture(rows, args.out)
 
 

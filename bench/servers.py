@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from data import keys_of, read_pairs
 from infer import by_key, judge
 from model import DeScore
+from support.command import run_command
 from tools.client import Client
 
 NEAR = 1e-3  # scores of a clip in different company differ by rounding alone
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -32,6 +32,7 @@ class Seeing(http.server.ThreadingHTTPServer):
         self.template = TEMPLATE
         self.cots = {}  # lists of (text, finish reason) by prompt ids and frames
         self.seen = []  # bodies
+        self.beside = {}  # what a message has beside its content
         self.keys = None  # the header of the last
         self.takes_clips = True
         self.says_ids = True
@@ -79,7 +80,7 @@ class Seeing(http.server.ThreadingHTTPServer):
         self.seen.append(body)
         answers = self.cots.get((tuple(ids), frames.tobytes() if videos else None), [UNKNOWN])
         text, finish = answers[body.get("seed", 0) % len(answers)]
-        choice = {"finish_reason": finish, "message": {"content": text}}
+        choice = {"finish_reason": finish, "message": {"content": text} | self.beside}
         answer = {"choices": [choice], "usage": {"prompt_tokens": len(ids)}}
         if body.get("return_token_ids") and self.says_ids:
             answer["prompt_token_ids"] = ids

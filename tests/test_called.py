@@ -171,6 +171,7 @@ def served(call, monkeypatch):
     make_app = serving.make_app
     monkeypatch.setattr(serving, "make_app", lambda *args: given.append(args) or make_app(*args))
     monkeypatch.setattr(serving, "Server", Server)
+    monkeypatch.setattr(serving, "made_by", lambda model, args: {})
 
     def start(*flags):
         monkeypatch.setattr(Asked, "made", [])

@@ -219,6 +219,28 @@ def test_several_servers_share_the_videos_and_stand_in_for_each_other(clock):
             Client(urls)
 
 
+def test_servers_that_stand_in_for_each_other_are_equal():
+    def of(model, score):
+        told = b"DeScore-Made-By: " + model + b"\r\n"
+        return lambda body: [http({"records": [{**RECORD, "score": score}]}, more=told)]
+
+    with stub(of(b"m", 1.0)) as a, stub(of(b"m", 1.0)) as b, stub(of(b"n", 5.0)) as c:
+        assert [record["score"] for record in Client([a, b])([CLIP] * 4, "p", fps=4)] == [1.0] * 4
+        score = Client([a, c])
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=f"/compute: has another model than .*{a}|{c}/compute"):
+                score([CLIP] * 2, "p", fps=4)
+        score.urls = [c, c]  # a is started anew, with the model of c
+        assert score([CLIP] * 2, "p", fps=4)[0]["score"] == 5.0
+        score = Client(a)
+        assert score(CLIP, "p", fps=4)[0]["score"] == 1.0
+        score.urls = [c]  # a single one may change its model
+        assert score(CLIP, "p", fps=4)[0]["score"] == 5.0
+    for timeout in (math.nan, 0, -1):
+        with pytest.raises(ValueError, match="a time-out of"):
+            Client(timeout=timeout)
+
+
 def test_another_server_has_time_left_where_one_never_answers():
     with stub(lambda body: [None]) as hung, stub(named([], "b")) as b:
         found = Client([b, hung], timeout=1.0)([CLIP] * 3, ["0", "1", "2"], fps=4)

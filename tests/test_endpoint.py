@@ -157,6 +157,43 @@ def test_a_thought_goes_back_between_its_tags_once(case):
     assert found == {"cot": COT, "truncated": False} and follows_format(found["cot"])
 
 
+@pytest.mark.parametrize("finish", ["abort", "error"])
+def test_an_answer_that_was_broken_off_is_asked_for_again(serve, finish):
+    answers = iter([completion(COT[:9], finish), completion(COT[:9], finish), completion()])
+    server = serve(lambda text, body: next(answers))
+    patient = Endpoint(server.url, "m", retries=2)
+    patient.pause = lambda seconds: None
+    assert asks_once(patient)["cot"] == COT and len(server.asked) == 3
+    server.answer = lambda text, body: completion(COT[:9], finish)
+    with pytest.raises(endpoint.Failed, match="1 attempt: an answer that is no chat completion"):
+        asks_once(Endpoint(server.url, "m", retries=0))
+
+
+@pytest.mark.parametrize("ids", ["x", {}, 5, ["a"], [None], [1.5], [True], [-1], [2**31]])
+def test_what_are_no_token_ids_are_no_answer(ids):
+    whole = {"choices": [choice()], "prompt_token_ids": [3, 2]}
+    assert read_completion(json.dumps(whole))["prompt_ids"] == [3, 2]
+    with pytest.raises(ValueError, match="are no token ids"):
+        read_completion(json.dumps(whole | {"prompt_token_ids": ids}))
+
+
+AS_WRITTEN = f"It moves.</think>\n{ANSWER}"
+
+
+def test_what_is_to_be_as_written_is_not_put_together():
+    def read(*args, **more):
+        return read_completion(json.dumps({"choices": [choice(*args, **more)]}), as_written=True)
+
+    assert read(AS_WRITTEN) == {"cot": AS_WRITTEN, "truncated": False}
+    assert read(AS_WRITTEN, "length") == {"cot": AS_WRITTEN, "truncated": True}
+    for beside in ({"reasoning": "It moves."}, {"reasoning_content": "It moves."}):
+        with pytest.raises(endpoint.Refused, match="without --reasoning-parser"):
+            read(ANSWER, **beside)
+    for finish in (None, "tool_calls", 5, ["length"], "eos"):
+        with pytest.raises(ValueError, match="its finish_reason is"):
+            read(AS_WRITTEN, finish)
+
+
 def test_a_completion_is_read_as_it_is_meant():
     def read(*choices):
         return read_completion(json.dumps({"choices": choices}))
@@ -170,6 +207,7 @@ def test_a_completion_is_read_as_it_is_meant():
     assert follows_format(speaks_of_tags) and "I write answer behind think." in speaks_of_tags
     assert read(choice("<think>so f", "length")) == {"cot": "<think>so f", "truncated": True}
     assert read(choice(None, "length", reasoning="so f")) == {"cot": "<think>so f", "truncated": True}
+    assert read(choice("<think>so f", "LENGTH"))["truncated"]
     assert read(choice("a\ud800"))["cot"] == "a?"
 
 
@@ -464,6 +502,23 @@ def test_the_key_is_nowhere(serve, desk, caplog):
         assert secret not in everything
     assert f'"api": "{server.url}"' in desk.written.read_text()
     assert KEY not in repr(annotate.Api(server.url, "m", None, KEY))
+
+
+@pytest.mark.parametrize(("key", "address"), [("nothing", "//"), (None, "//camera:x@")])
+def test_an_answer_with_a_secret_in_it_is_refused_and_not_changed(serve, key, address):
+    server = serve(lambda text, body: completion("nothing, in camera"))
+    with pytest.raises(endpoint.Refused, match="the answer has the key in it") as caught:
+        asks_once(Endpoint(server.url.replace("//", address), "m", key))
+    assert not isinstance(caught.value, endpoint.Failed) and len(server.asked) == 1
+    assert asks_once(Endpoint(server.url, "m", "EMPTY"))["cot"] == "nothing, in camera"
+
+
+def test_a_variable_that_is_not_there_is_named(serve, desk):
+    server = serve(lambda text, body: completion())
+    code, _ = desk(server.url, "--api-key-env", "NO_SUCH")
+    assert "NO_SUCH" in str(code) and not server.asked
+    code, _ = desk(server.url)  # the usual one may be missing
+    assert code is None or not code
 
 
 def test_name_and_password_of_an_address_are_sent(serve):

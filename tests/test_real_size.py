@@ -6,6 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from data import DataError, read_pairs
 from model import DeScore
 from support import checkpoint, saved
 from support.checkpoint import Checkpoints
+from support.files import lock
 from support.optimize import adamw
 from support.ranks import ALONE
 
@@ -129,7 +131,7 @@ def test_what_is_too_large_is_not_started(rows, tmp_path, capsys):
     assert states == {"load": ("measured", 3.5), "coldstart": ("refused", 4.5), "rl": ("does not fit", 8.5),
                       "infer": ("measured", 3.0)}
     assert asked == ["1000", "load", "load", "infer", "infer"]  # once more where it was killed
-    assert not (tmp_path / "cell").exists()
+    assert not (tmp_path / "real_size_cell").exists()
     assert "| toy | 4bit | lora | infer | 3.0 | 2.0 | 3.0 | 1 | – |  |" in capsys.readouterr().out
 
 
@@ -146,6 +148,35 @@ def test_what_is_computed_alone_has_rows(rows):
     assert [(row["command"], row["state"]) for row in found] == [("coldstart", "does not fit"),
                                                                  ("rl", "does not fit")]
     assert asked == ["1000"] and all(row["computed"] > 35 for row in found)
+
+
+def test_nobody_elses_folder_is_taken(rows, tmp_path):
+    (tmp_path / "cell").mkdir()
+    (tmp_path / "cell/notes.txt").write_text("mine")
+    rows("8b", "--only", "float32 lora")
+    assert (tmp_path / "cell/notes.txt").read_text() == "mine"
+    with (tmp_path / "real_size.lock").open("w") as file:
+        lock(file, "taken")
+        with pytest.raises(DataError, match="another run of this script works there"):
+            rows("8b", "--only", "float32 lora")
+    with pytest.raises(DataError, match="--only nonesuch: no cell of 8b"):
+        rows("8b", "--only", "nonesuch")
+
+
+def test_a_run_that_is_stopped_stops_what_it_runs(tmp_path):
+    """And leaves no checkpoint."""
+    words = [sys.executable, "bench/real_size.py", "toy", "--only", "4bit", "--out", str(tmp_path)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "toy-4bit-lora-load.log"
+    end = time.time() + 100
+    while not log.exists():
+        assert time.time() < end and process.poll() is None
+        time.sleep(0.05)
+    below = [pid for pid in real_size.family(process.pid) if pid != process.pid]
+    process.terminate()
+    assert process.wait(60) == 143
+    assert below and not any(real_size.status_of(pid) for pid in below)
+    assert not (tmp_path / "real_size_cell").exists()
 
 
 @pytest.mark.slow

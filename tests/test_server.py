@@ -128,6 +128,22 @@ def test_a_clip_has_one_score_through_every_door(url, scorer, tmp_path, total, f
         assert same(found, expected), name  # bit for bit
 
 
+@pytest.mark.slow
+def test_servers_are_known_to_be_equal(url, model_dir):
+    """By what stands in the heads of their answers: weights, and what else decides a record."""
+    clip = np.zeros((4, 3, 64, 64), np.uint8)
+    for more, is_equal in (([], True), (["--max-new-tokens", 5], False)):
+        process, port = start(model_dir, *LIMITS, *more)
+        both = Client([url, f"http://127.0.0.1:{port}"])
+        if is_equal:
+            assert len(both([clip] * 2, "p", fps=4)) == 2
+        else:
+            with pytest.raises(RuntimeError, match="has another model than .*, or judges otherwise"):
+                both([clip] * 2, "p", fps=4)
+        os.kill(process.pid, signal.SIGINT)
+        process.wait(30)
+
+
 def test_a_frame_of_no_numbers_is_the_same_error_through_every_door(url, scorer):
     frames = np.full((6, 3, 64, 64), 0.5)
     frames[3, 1, 7, 9] = math.nan

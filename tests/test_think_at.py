@@ -128,6 +128,27 @@ def test_what_counts_is_as_for_thoughts_of_its_own(model, endpoint, three):
     assert found[0]["score"] == near(model.score(batch_of(model, three[:1]), [answer])[0])
 
 
+def test_a_cot_is_scored_as_it_was_written(model, endpoint, keys):
+    """Not as it would be put together of a thought and an answer, nor as far as it came."""
+    frames, _ = read_video(keys[0][0], model.processor.settings)
+    ids = model.processor(*keys[0]).input_ids
+    cot = "subject: red seen</think>\n<answer>{}</answer>"
+    model.think = Thinker(model, endpoint.url, "mine", retries=0).think
+
+    def asked(finish, **beside):
+        endpoint.tell(ids, frames, (cot, finish))
+        endpoint.beside = beside
+        (record,) = judge(model, keys[:1], max_new_tokens=50)
+        return record
+
+    (score,) = model.score(batch_of(model, keys[:1]), [cot])
+    found = asked("stop")
+    assert (found["cot"], found["score"]) == (cot, near(score))
+    assert "without --reasoning-parser" in asked("stop", reasoning_content="It moves.")["error"]
+    for finish in ("abort", "tool_calls", None):
+        assert "gave up after 1 attempt" in asked(finish)["error"]
+
+
 FAILURES = ["HTTP 400 .*it is refused", "gave up after 1 attempt: HTTP 503",
             r"its prompt is not ours: \d+ tokens, not \d+, and from token \d+ on '<\|im_end\|>.* "
             + r"--chat-template tools/chat_template\.jinja", "its CoT has 60,000 bytes"]

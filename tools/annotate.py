@@ -14,7 +14,6 @@ completions, as most servers do (tools/endpoint.py).
 """
 
 import argparse
-import os
 import re
 import sys
 from collections import Counter
@@ -50,7 +49,7 @@ from support.ranks import ALONE, Ranks
 from tools import journal
 from tools.asking import Bound, ask_all
 from tools.completion import Refused, has_thought
-from tools.endpoint import Endpoint, Failed, check_key, one_line, shown
+from tools.endpoint import Endpoint, Failed, key_in, one_line, shown
 from tools.forgiving import read_annotation
 from tools.formats import check_out, write_pairs
 from tools.shown import Image, clip, pictures, why_no_clips
@@ -289,7 +288,7 @@ class Api:
             return self.endpoint.ask(*question)
         except Refused as error:
             reason = f"{name}: {self.endpoint.shown}: {self.endpoint.clean(str(error))}"
-            return {"error": reason, "refused": True, "failed": isinstance(error, Failed)}
+            return {"error": str(DataError(reason)), "refused": True, "failed": isinstance(error, Failed)}
 
     def texts(self, prompt: str) -> list[str]:
         """What a message says, cut at the places of videos, which stand at the odd ones."""
@@ -375,8 +374,7 @@ def main() -> None:
     if args.api:
         with error_context("the frames cannot be so", TypeError):
             settings = VideoSettings(**{"max_pixels": 307_200} | video)
-        key = os.environ.get(args.api_key_env)
-        check_key(key, args.api_key_env)
+        key = key_in(args.api_key_env)
         how = (args.api, args.api_model, settings, key, args.max_new_tokens,
                args.temperature, args.parallel, args.timeout, args.retries)
         bound = {"max_skipped": args.max_skipped}

@@ -190,7 +190,11 @@ class Client:
     def __init__(self, url="http://127.0.0.1:8000", *, timeout: float = 600.0, parallel: int = 8,
                  attempts: int = 10):
         urls = [url] if isinstance(url, str) else list(url)
-        for one in urls or [""]:
+        if not urls:
+            raise ValueError("an empty list is no address")
+        if not timeout > 0:
+            raise ValueError(f"a time-out of {timeout} seconds")
+        for one in urls:
             check_address(one)
         self.urls = [one.rstrip("/") for one in urls]
         self.url, self.timeout, self.attempts = self.urls[0], timeout, attempts
@@ -199,6 +203,7 @@ class Client:
         # A trainer's own stay as they are, and processes that were forked do not draw alike.
         self.dice = random.SystemRandom()
         self.sampling = ()  # unknown; None: the server takes all frames
+        self.served: dict[str, tuple[str, str]] = {}  # who first said what made its records, and that
 
     def __reduce__(self):
         """Copied, or sent to another process, it begins anew."""
@@ -323,10 +328,22 @@ class Client:
             raise Busy(f"HTTP 503: {said}", float(after) if after.isdecimal() else 0.0)
         if answer.status != 200:
             raise RuntimeError(f"{url}: HTTP {answer.status}: {said}")
+        self.check_equal(url, answer.getheader("DeScore-Made-By"))
         try:
             return read(json.loads(text))
         except (ValueError, TypeError, LookupError, RecursionError):
             raise RuntimeError(f"{url}: not an answer of tools.serve: {said[:200]}") from None
+
+
+    def check_equal(self, url: str, made_by: str | None) -> None:
+        """RuntimeError if servers that stand in for each other are not equal: in their weights, or in what
+        else decides their records."""
+        if made_by is None or len(self.urls) == 1:
+            return
+        other, known = self.served.setdefault("made by", (url, made_by))
+        if made_by != known:
+            self.served.clear()  # one may have been started anew
+            raise RuntimeError(f"{url}: has another model than {other}, or judges otherwise")
 
 
 def check_address(url: str) -> None:

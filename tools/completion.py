@@ -10,6 +10,7 @@ import re
 from data import TAGS
 
 CUT_OFF = ("length", "max_tokens")  # finish reasons
+BROKEN_OFF = ("abort", "error")  # as by vLLM where it ends
 THOUGHTS = ("thinking", "reasoning")  # kinds of parts of a content
 
 
@@ -17,16 +18,21 @@ class Refused(Exception):
     """An endpoint has no answer to this question, but may have to others."""
 
 
-def read_completion(text: str) -> dict:
+def read_completion(text: str, as_written: bool = False) -> dict:
     """The CoT of a chat completion, whether it is truncated and, where it says so, prompt_tokens, how many
     tokens its prompt had, and prompt_ids, which. Raises Refused if it holds no answer, and an error of
-    some other kind if it is no chat completion."""
+    some other kind if it is no chat completion, or none that came to its end.
+
+    as_written: the content is all that the model wrote, and stays as it is; Refused where a part of it
+    stands elsewhere."""
     body = json.loads(text)
     choices = body["choices"]
     # A choice is known by its index, wherever it stands.
     first = min(range(len(choices)), key=lambda place: index_of(choices[place], place))
     message = choices[first]["message"]
-    finish = choices[first].get("finish_reason")
+    finish = str(choices[first].get("finish_reason")).lower()
+    if finish in BROKEN_OFF or (as_written and finish not in ("stop", "length")):
+        raise ValueError(f"its finish_reason is {finish}")
     content = message.get("content")
     parts = content if isinstance(content, list) else [content]
     refusal = text_of(message.get("refusal")) or text_of([of_kind(part, "refusal") for part in parts])
@@ -39,19 +45,25 @@ def read_completion(text: str) -> dict:
     truncated = finish in CUT_OFF
     if not said.strip() and not truncated:
         raise Refused("refused: an empty answer")
+    if as_written and thought:
+        raise Refused("the thought stands beside the answer: it is to be served without --reasoning-parser")
+    cot = said if as_written else joined(thought, said)
     # JSON can hold half of a surrogate pair, which no file of text can.
-    cot = joined(thought, said).encode(errors="replace").decode()
+    cot = cot.encode(errors="replace").decode()
     return {"cot": cot, "truncated": truncated} | prompt_of(body)
 
 
 def prompt_of(body: dict) -> dict:
-    """What a completion says of the prompt that it is to."""
+    """What a completion says of the prompt that it is to. ValueError for ids that are none."""
     found = {}
     count = (body.get("usage") or {}).get("prompt_tokens")
     if isinstance(count, int):
         found["prompt_tokens"] = count
-    if isinstance(body.get("prompt_token_ids"), list):
-        found["prompt_ids"] = body["prompt_token_ids"]
+    ids = body.get("prompt_token_ids")
+    if ids is not None:
+        if not isinstance(ids, list) or not all(type(one) is int and 0 <= one < 2**31 for one in ids):
+            raise ValueError("its prompt_token_ids are no token ids")
+        found["prompt_ids"] = ids
     return found
 
 

@@ -2,7 +2,9 @@
 
 What an endpoint does with a question, and what becomes of it:
 
-    an answer                              a CoT, with the thought that stands beside it put back
+    an answer                              a CoT, with the thought that stands beside it put back, or
+                                           `as_written`
+    an answer that was broken off          asked again, as below
     HTTP 429                               all wait, as long as it says, and ask again
     HTTP 408, 409, 425, 5xx, no answer     asked again, `retries` times, with longer and longer pauses
     HTTP 400 or 422 that names a setting   asked without it, or by its other name; if answered, always
@@ -44,6 +46,7 @@ MISUSED = (400, 422)  # of these, by a setting too
 AGAIN = (408, 409, 425)  # and all from 500
 PATIENCE = 3600.0  # seconds without room (HTTP 429) for anybody, after which the command stops
 LARGEST = 1 << 26  # bytes of an answer
+USUAL_KEY = "OPENAI_API_KEY"
 SECRET = 6  # characters that a secret has at least: "none" or "EMPTY" is none
 # What a setting that an endpoint refuses is called instead; None: it is left out.
 OTHER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None}
@@ -96,6 +99,7 @@ class Endpoint:
             self.headers["Authorization"] = f"Basic {basic(parts)}"
         self.client, self.way_there = open_client(parts, timeout)
         self.settings = {"max_tokens": max_tokens, "temperature": temperature}
+        self.as_written = False  # whether the content of an answer is all of a CoT (`read_completion`)
         self.stop = threading.Event()
         self.lock = threading.Lock()
         self.room_at = 0.0  # before which nobody asks, of time.monotonic()
@@ -125,10 +129,12 @@ class Endpoint:
             self.full_since = None
             if reply.status == 200:
                 with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                    answer = read_completion(reply.text)
+                    answer = read_completion(reply.text, self.as_written)
                     if settings is not usual:
                         self.settle_on(settings)
-                    return answer | {"cot": self.scrubbed(answer["cot"])}
+                    if self.scrubbed(answer["cot"]) != answer["cot"]:  # to be neither shown nor changed
+                        raise Refused("the answer has the key in it, or what is secret in the address")
+                    return answer
                 problem = f"an answer that is no chat completion ({problem})"
             elif reply.status in REFUSED:
                 settings = without_refused(settings, reply.text) if reply.status in MISUSED else None
@@ -284,6 +290,16 @@ def check_key(key: str | None, name: str = "the key of --api-key-env") -> None:
         what = {"\n": "a line break", "\r": "a line break", " ": "a space"}
         found = what.get(wrong[0], f"U+{ord(wrong[0]):04X}, which is not ASCII")
         raise DataError(f"{name}: its character {wrong.start() + 1} is {found}")
+
+
+def key_in(variable: str) -> str | None:
+    """The key that a variable of the environment holds; None where the usual one is not set. Raises
+    DataError, naming it, if another is not, or no header can hold the key."""
+    key = os.environ.get(variable)
+    if key is None and variable != USUAL_KEY:
+        raise DataError(f"--api-key-env: the environment has no variable {variable}")
+    check_key(key, variable)
+    return key
 
 
 def secrets_of(parts, key: str | None) -> list[str]:

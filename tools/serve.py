@@ -40,9 +40,11 @@ from typing import Any, NamedTuple
 from data import DataError, VideoSettings, checked, error_context
 from infer import Scorer, add_thinking, read_thinking
 from support.command import READER, Count, NotNegative, Number, Positive, Whole, add_think_at, run_command
+from support.digests import of_json
 from support.files import MODELS, default_model
 from support.tables import as_json, further
 from tools.client import LOOKS, as_reward, paired, unusable
+from tools.journal import made_by
 from tools.memory import LONGEST_ANSWER, Clip, longest_answer
 from tools.rounds import Rounds
 from tools.think_at import think_at
@@ -130,6 +132,7 @@ class Service:
         self.refusals = Counter()
         self.said = Counter()  # when a refusal of a kind was last printed
         self.pool = ThreadPoolExecutor()
+        self.made_by: str | None = None  # by which equal servers are known
 
     def health(self) -> dict:
         args = self.args
@@ -164,7 +167,8 @@ class Service:
                 request.state.waits = False
         finally:
             self.bytes -= len(body) + size
-        return Response(as_json(asked.reply(records)), media_type="application/json")
+        told = {"DeScore-Made-By": self.made_by} if self.made_by else None
+        return Response(as_json(asked.reply(records)), headers=told, media_type="application/json")
 
     async def receive(self, request: Request, body: bytearray) -> None:
         """Fill in the body of a request, within bounds."""
@@ -499,7 +503,7 @@ def main() -> None:
     scorer = Scorer(model, args.device, window=0.0, reader=args.reader)
     if args.max_new_tokens is None:
         args.max_new_tokens = longest_answer(scorer.model)
-    if args.think_at or args.think_at_model:
+    if (args.think_at, args.think_at_model) != (None, None):
         think_at(scorer.model, args, few=math.inf)  # it goes on
     score = partial(scorer, think=args.cot == "on", thinking=read_thinking(args),
                     accept_any=args.accept_any)
@@ -508,6 +512,7 @@ def main() -> None:
     alike = all(getattr(settings, name) == getattr(scoring, name) for name in LOOKS)
     folder = Path(tempfile.mkdtemp(prefix="descore-"))
     service = Service(score, args, settings if alike else None, folder)
+    service.made_by = of_json([made_by(scorer.model, args), args.accept_any])
     address, port, *_ = listening.getsockname()
     app = make_app(service, model, own_hosts(address, args.allow_host))
     host = f"[{args.host}]" if ":" in args.host else args.host

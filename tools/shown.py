@@ -78,5 +78,7 @@ def why_no_clips(endpoint: Endpoint) -> str | None:
             raise DataError(f"{endpoint.shown}: {endpoint.clean(str(error))}") from error
         except Refused as error:
             return endpoint.clean(str(error))
-        counts.append(answer.get("prompt_tokens", 0))
+        if "prompt_tokens" not in answer:
+            return "it does not say how many tokens its prompt has"
+        counts.append(answer["prompt_tokens"])
     return None if counts[1] > counts[0] else "the times of a clip's frames are not in its prompt"

@@ -9,7 +9,6 @@ before all others too. An endpoint that takes no clips gets pictures, which is s
 answer is an error, and has no score.
 """
 
-import os
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from model import DeScore, Thoughts, check_sampling
 from support.batches import draw_seed
 from tools.annotate import Api
 from tools.asking import FEW, ask_all
-from tools.endpoint import check_key
+from tools.endpoint import key_in
 from tools.engine import how_apart, side_by_side
 from tools.memory import Frames
 
@@ -38,9 +37,7 @@ def think_at(model: DeScore, args: Namespace, few: float = FEW) -> None:
         raise DataError("--think-at URL and --think-at-model NAME go together")
     if args.cot == "off":
         raise DataError("--think-at: with --cot off nothing is thought")
-    key = os.environ.get(args.api_key_env)
-    check_key(key, args.api_key_env)
-    thinker = Thinker(model, args.think_at, args.think_at_model, key, few=few)
+    thinker = Thinker(model, args.think_at, args.think_at_model, key_in(args.api_key_env), few=few)
     args.api_clips = thinker.clips  # which decides what is thought (tools/journal.py)
     model.think = thinker.think
 
@@ -59,6 +56,7 @@ class Thinker(Api):
         processor = model.processor
         super().__init__(url, name, processor.settings, key, parallel=PARALLEL, timeout=TIMEOUT,
                          retries=retries, reader=processor.reader, clips=clips)
+        self.endpoint.as_written = True
         if self.clips:
             self.try_out()
 
@@ -148,7 +146,7 @@ class Thinker(Api):
                 checked(answer.get("cot", ""), "its CoT")
                 self.check_prompt(answer, batch.input_ids[b][batch.mask[b]].tolist())
             except DataError as error:
-                answer = {"error": f"{video}: {self.endpoint.shown}: {error}"}
+                answer = {"error": str(DataError(f"{video}: {self.endpoint.shown}: {error}"))}
             return answer | {"b": b, "place": place}
 
         no_bound = SimpleNamespace(past=lambda answer: None)
