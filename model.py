@@ -506,6 +506,7 @@ class DeScore(nn.Module):
             frozen = copy.deepcopy(self, shared).requires_grad_(False)
             self._reference = [frozen.to(self.dtype)]
             return
+        trains = self.trainable().values()
         self.backbone.add_adapter("reference", self.backbone.peft_config["default"])
         weights = dict(self.backbone.named_parameters())
         for name, parameter in weights.items():
@@ -514,6 +515,8 @@ class DeScore(nn.Module):
                 parameter.data.copy_(own.data)
                 parameter.requires_grad_(False)
         self.backbone.base_model.set_adapter("default")
+        for parameter in trains:  # some versions of peft have frozen what is no adapter
+            parameter.requires_grad_(True)
 
     @torch.no_grad()
     def reference_logps(

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT, TOY_VIDEO
 from launch import Started, run
 
@@ -295,6 +296,8 @@ def a_model_loads_and_scores_as_before(old, new, tmp_path):
 
 @case("a file of judgements")
 def judgements_go_on_behind_earlier_ones(old, new, tmp_path):
+    if f"transformers=={transformers.__version__}\n" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("judgements are kept apart by the version of transformers")
     *kept, last = (GOLDEN / "earlier_run/judgements.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "out.jsonl").write_text("".join(kept))
     pairs = "tests/golden/earlier_run/train.jsonl"  # the file's records have paths that begin so

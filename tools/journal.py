@@ -27,6 +27,8 @@ DECIDING = ("api", "api_model", "api_clips", "think_at_model", "cot", "samples",
             "max_new_tokens", "repetition_penalty", "together")
 # Of these, what changes nothing is not written: files from before there was such a setting go on.
 NEUTRAL = {"api_clips": False, "think_at_model": None, "repetition_penalty": 1.0, "together": False}
+# The fingerprint of weights has the model's configuration in it, which says the version.
+SHOWN = {"weights": "weights (or the version of transformers)"}
 
 
 class Journal:
@@ -80,7 +82,7 @@ class Journal:
                 raise ValueError("it does not say what made the file")
             before, now = record["made_by"], self.made_by
             names = [name for name in {**before, **now} if name not in self.free]
-            differ = [name for name in names if before.get(name) != now.get(name)]
+            differ = [SHOWN.get(name, name) for name in names if before.get(name) != now.get(name)]
             if differ:
                 raise DataError(f"{self.path}: made otherwise than this command would, by "
                                 f"{', '.join(differ)}; remove the file or choose another")
