@@ -93,11 +93,9 @@ def main() -> None:
         seconds["data"] = run("toy/prepare.py", "runs/toy")
     seconds["coldstart"] = run_stage("coldstart.py", "--out", f"{OUT}/coldstart")
     seconds["rl"] = run_stage("rl.py", "--model", f"{OUT}/coldstart", "--out", f"{OUT}/rl")
-    seconds["infer"] = 0.0
-    for test in TESTS[:2]:  # a clip of each kind
-        pair = json.loads((ROOT / f"runs/toy/{test}.jsonl").read_text().splitlines()[0])
-        seconds["infer"] += run("infer.py", "--model", f"{OUT}/rl", f"runs/toy/{pair['video_a']}",
-                                pair["prompt"])
+    pair = json.loads((ROOT / "runs/toy/test_id.jsonl").read_text().splitlines()[0])
+    clip = f"runs/toy/{pair['video_a']}"
+    seconds["infer"] = run("infer.py", "--model", f"{OUT}/rl", clip, pair["prompt"])
     truth, decided = rules(ROOT / "runs/toy")
     stages = {"rules": truth, "stage 1": figures(f"{OUT}/coldstart"), "stage 2": figures(f"{OUT}/rl")}
     record = stages | {"decided": decided, "seconds": seconds}
