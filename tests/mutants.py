@@ -863,7 +863,7 @@ MUTANTS = [
      "tests/test_client.py -k are_equal"),
     ("tools/client.py", "if made_by is None or len(self.urls) == 1:", "if made_by is None:",
      "tests/test_client.py -k are_equal"),
-    ("tools/serve.py", "    service.made_by = of_json(", "    of_json(",
+    ("tools/serve.py", "if alike else None, folder, makes)", "if alike else None, folder)",
      "tests/test_server.py -k be_equal"),
     ("tools/serve.py", "of_json([made_by(scorer.model, args), args", "of_json([0, args",
      "tests/test_server.py -k be_equal"),

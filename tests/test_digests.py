@@ -554,14 +554,14 @@ def test_the_demo_begins_a_stage_anew_in_its_own_folders_where_something_differs
     commands = commands_in(tmp_path)
     stage1 = ["coldstart.py", "--out", "runs/demo/coldstart"]
     stage2 = ["rl.py", "--model", "runs/demo/coldstart", "--out", "runs/demo/rl"]
-    assert commands[:3] == [stage1, stage2, [*stage2, "--resume", "false"]] and len(commands) == 5
+    assert commands[:3] == [stage1, stage2, [*stage2, "--resume", "false"]] and len(commands) == 4
     assert all(words[:3] == ["infer.py", "--model", "runs/demo/rl"] for words in commands[3:])
     assert "error: runs/demo/rl: model.py has changed since step 3." in capfd.readouterr().err
     assert json.loads((tmp_path / "runs/demo/figures.json").read_text())["stage 2"]["score"]["test_id"] == 0.5
     (tmp_path / "runs/demo/coldstart/broken").touch()
     with pytest.raises(subprocess.CalledProcessError):
         demo.main()
-    assert len(commands_in(tmp_path)) == 6
+    assert len(commands_in(tmp_path)) == 5
 
 
 @pytest.mark.slow

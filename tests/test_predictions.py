@@ -291,8 +291,9 @@ def test_a_model_is_compared_with_others_on_the_pairs_that_both_have(world_dir, 
 
 @pytest.mark.parametrize(("words", "message"), [
     (["a.mp4", "a cat", "--predictions", "s"], "--predictions has others'"),
-    (["--pairs", "p", "--predictions", "s", "--out", "o"], "--out and --report need --model"),
-    (["--pairs", "p", "--predictions", "s", "--report", "r.html"], "--out and --report need --model")])
+    (["--pairs", "p", "--predictions", "s", "--out", "o"], "nothing is judged: --out, --report"),
+    (["--pairs", "p", "--predictions", "s", "--report", "r.html"], "nothing is judged: --out, --report"),
+    (["--pairs", "p", "--predictions", "s", "--think-at", "http://x"], "and --think-at need --model")])
 def test_others_scores_go_with_pairs(words, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["infer.py", *words])
     with pytest.raises(SystemExit):

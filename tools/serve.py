@@ -122,8 +122,10 @@ class Service:
     at videos by `settings`; None where it looks at them in more ways than one."""
 
     def __init__(self, score, args: argparse.Namespace, settings: VideoSettings | None,
-                 folder: Path):
+                 folder: Path, made_by: str | None = None):
+        """made_by: a digest of what makes the records, by which equal servers are known."""
         self.args, self.settings, self.folder = args, settings, folder
+        self.made_by = made_by
         self.rounds = Rounds(score, args.round, args.kept, args.window)
         self.sampling = settings and {name: getattr(settings, name) for name in LOOKS}
         # Requests whose bodies come, and those that wait or are thought about; bytes held for them.
@@ -132,7 +134,6 @@ class Service:
         self.refusals = Counter()
         self.said = Counter()  # when a refusal of a kind was last printed
         self.pool = ThreadPoolExecutor()
-        self.made_by: str | None = None  # by which equal servers are known
 
     def health(self) -> dict:
         args = self.args
@@ -511,8 +512,8 @@ def main() -> None:
     scoring = scorer.model.scoring_settings
     alike = all(getattr(settings, name) == getattr(scoring, name) for name in LOOKS)
     folder = Path(tempfile.mkdtemp(prefix="descore-"))
-    service = Service(score, args, settings if alike else None, folder)
-    service.made_by = of_json([made_by(scorer.model, args), args.accept_any])
+    makes = of_json([made_by(scorer.model, args), args.accept_any])
+    service = Service(score, args, settings if alike else None, folder, makes)
     address, port, *_ = listening.getsockname()
     app = make_app(service, model, own_hosts(address, args.allow_host))
     host = f"[{args.host}]" if ":" in args.host else args.host
