@@ -446,7 +446,8 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"argument --report: {error}")
     if (args.out or args.predictions) and not args.pairs:
         parser.error("--out keeps the judgements of --pairs, --predictions has others'")
-    if args.predictions and not args.model and (args.out or args.report or args.think_at):
+    thinks_there = (args.think_at, args.think_at_model) != (None, None)
+    if args.predictions and not args.model and (args.out or args.report or thinks_there):
         parser.error("with --predictions alone nothing is judged: --out, --report and --think-at "
                      "need --model")
     args.thinking = read_thinking(args)

@@ -302,7 +302,7 @@ def run(words: list[str], log: Path, bound: float, done: Callable[[], bool] | No
         process.wait()
     if process.returncode == -signal.SIGKILL and not failed:
         failed = KILLED
-    elif process.returncode and not failed and not (asked and process.returncode == -signal.SIGTERM):
+    elif process.returncode and not failed and not (asked and process.returncode in (-signal.SIGTERM, 143)):
         lines = log.read_text(errors="replace").splitlines() or [""]
         failed = f"ended with {process.returncode}: {lines[-1][:200]}"
     return {"seconds": time.time() - started, **peaks, "failed": failed}
@@ -427,7 +427,7 @@ class Bench:
             def done() -> bool:
                 address = re.search(r"http://\S+", log.read_text(errors="replace"))
                 if address and not answers:
-                    ask = Client(address[0], timeout=bound)
+                    ask = Client(address[0], timeout=bound, attempts=1)
                     answers.append((time.time(), pool.submit(ask, str(self.clip), PROMPT)))
                 return bool(answers) and answers[0][1].done()
 

@@ -69,7 +69,7 @@ def add_think_at(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--think-at", metavar="URL", help="an OpenAI-compatible endpoint thinks, up to /v1; the model scores")
     add("--think-at-model", help="the model's name there")
-    add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key, if any")
+    add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key [the usual one, if set]")
 
 
 class Outlet(io.FileIO):

@@ -224,18 +224,18 @@ def test_servers_that_stand_in_for_each_other_are_equal():
         told = b"DeScore-Made-By: " + model + b"\r\n"
         return lambda body: [http({"records": [{**RECORD, "score": score}]}, more=told)]
 
+    models = iter([b"m", b"n"])
     with stub(of(b"m", 1.0)) as a, stub(of(b"m", 1.0)) as b, stub(of(b"n", 5.0)) as c:
         assert [record["score"] for record in Client([a, b])([CLIP] * 4, "p", fps=4)] == [1.0] * 4
         score = Client([a, c])
         for _ in range(2):
-            with pytest.raises(RuntimeError, match=f"/compute: has another model than .*{a}|{c}/compute"):
+            with pytest.raises(RuntimeError, match="/compute: has another model than 127.0.0.1:"):
                 score([CLIP] * 2, "p", fps=4)
         score.urls = [c, c]  # a is started anew, with the model of c
         assert score([CLIP] * 2, "p", fps=4)[0]["score"] == 5.0
-        score = Client(a)
-        assert score(CLIP, "p", fps=4)[0]["score"] == 1.0
-        score.urls = [c]  # a single one may change its model
-        assert score(CLIP, "p", fps=4)[0]["score"] == 5.0
+    with stub(lambda body: of(next(models), 1.0)(body)) as one:  # a single one may change its model
+        score = Client(one)
+        assert [score(CLIP, "p", fps=4)[0]["score"] for _ in range(2)] == [1.0] * 2
     for timeout in (math.nan, 0, -1):
         with pytest.raises(ValueError, match="a time-out of"):
             Client(timeout=timeout)

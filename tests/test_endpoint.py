@@ -15,7 +15,7 @@ import pytest
 
 from data import DIMENSIONS, DataError, follows_format, read_pairs
 from tools import annotate, asking, endpoint, journal
-from tools.completion import Refused, read_completion
+from tools.completion import Refused, Unsound, read_completion
 from tools.endpoint import Endpoint
 
 SCORES = dict.fromkeys(DIMENSIONS, 1)
@@ -165,7 +165,7 @@ def test_an_answer_that_was_broken_off_is_asked_for_again(serve, finish):
     patient.pause = lambda seconds: None
     assert asks_once(patient)["cot"] == COT and len(server.asked) == 3
     server.answer = lambda text, body: completion(COT[:9], finish)
-    with pytest.raises(endpoint.Failed, match="1 attempt: an answer that is no chat completion"):
+    with pytest.raises(endpoint.Failed, match=f"1 attempt: an answer whose finish_reason is {finish} "):
         asks_once(Endpoint(server.url, "m", retries=0))
 
 
@@ -173,7 +173,7 @@ def test_an_answer_that_was_broken_off_is_asked_for_again(serve, finish):
 def test_what_are_no_token_ids_are_no_answer(ids):
     whole = {"choices": [choice()], "prompt_token_ids": [3, 2]}
     assert read_completion(json.dumps(whole))["prompt_ids"] == [3, 2]
-    with pytest.raises(ValueError, match="are no token ids"):
+    with pytest.raises(Unsound, match="are no token ids"):
         read_completion(json.dumps(whole | {"prompt_token_ids": ids}))
 
 
@@ -190,8 +190,11 @@ def test_what_is_to_be_as_written_is_not_put_together():
         with pytest.raises(endpoint.Refused, match="without --reasoning-parser"):
             read(ANSWER, **beside)
     for finish in (None, "tool_calls", 5, ["length"], "eos"):
-        with pytest.raises(ValueError, match="its finish_reason is"):
+        with pytest.raises(Unsound, match="an answer whose finish_reason is"):
             read(AS_WRITTEN, finish)
+    assert read(AS_WRITTEN, "max_tokens")["truncated"]
+    with pytest.raises(endpoint.Refused, match="content_filter"):
+        read(AS_WRITTEN, "content_filter")
 
 
 def test_a_completion_is_read_as_it_is_meant():

@@ -150,10 +150,11 @@ def test_what_is_computed_alone_has_rows(rows):
     assert asked == ["1000"] and all(row["computed"] > 35 for row in found)
 
 
+@pytest.mark.slow
 def test_nobody_elses_folder_is_taken(rows, tmp_path):
     (tmp_path / "cell").mkdir()
     (tmp_path / "cell/notes.txt").write_text("mine")
-    rows("8b", "--only", "float32 lora")
+    rows("toy", "--only", "bfloat16")
     assert (tmp_path / "cell/notes.txt").read_text() == "mine"
     with (tmp_path / "real_size.lock").open("w") as file:
         lock(file, "taken")
@@ -169,13 +170,17 @@ def test_a_run_that_is_stopped_stops_what_it_runs(tmp_path):
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "toy-4bit-lora-load.log"
     end = time.time() + 100
-    while not log.exists():
-        assert time.time() < end and process.poll() is None
-        time.sleep(0.05)
-    below = [pid for pid in real_size.family(process.pid) if pid != process.pid]
-    process.terminate()
-    assert process.wait(60) == 143
-    assert below and not any(real_size.status_of(pid) for pid in below)
+    below = []
+    try:
+        while not (log.exists() and below):
+            assert time.time() < end and process.poll() is None
+            time.sleep(0.05)
+            below = [pid for pid in real_size.family(process.pid) if pid != process.pid]
+        process.terminate()
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+    assert not any(real_size.status_of(pid) for pid in below)
     assert not (tmp_path / "real_size_cell").exists()
 
 

@@ -287,8 +287,8 @@ class Api:
         try:
             return self.endpoint.ask(*question)
         except Refused as error:
-            reason = f"{name}: {self.endpoint.shown}: {self.endpoint.clean(str(error))}"
-            return {"error": str(DataError(reason)), "refused": True, "failed": isinstance(error, Failed)}
+            reason = DataError(f"{name}: {self.endpoint.shown}: {self.endpoint.clean(str(error))}")
+            return {"error": str(reason), "refused": True, "failed": isinstance(error, Failed)}
 
     def texts(self, prompt: str) -> list[str]:
         """What a message says, cut at the places of videos, which stand at the odd ones."""
@@ -336,7 +336,7 @@ def main() -> None:
     add("--model", help="a Qwen3-VL or a saved DeScore, directory or hub id")
     add("--api", metavar="URL", help="an OpenAI-compatible endpoint instead, up to /v1")
     add("--api-model", help="the model's name there")
-    add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key, if any")
+    add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key [the usual one, if set]")
     add("--api-clips", action="store_true", help="with --api: show a Qwen3-VL behind vLLM clips, with the "
         "times of their frames, not pictures (docs/scale.md)")
     add("--parallel", type=Count, default=Api.parallel, help="requests under way at a time")

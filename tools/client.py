@@ -183,7 +183,8 @@ class Client:
 
     url: where it is served, or several such addresses, which share the videos and stand in for each
     other; timeout: seconds that a video's answer may take in all, from a busy server too; of
-    several servers each has its share of what is left. parallel: videos of a call under way at a
+    several servers each has its share of what is left. These have to be equal: RuntimeError where one has
+    other weights, or another setting that decides records. parallel: videos of a call under way at a
     time, which the server thinks about together; attempts: how often it is asked where it cannot
     be reached, with a pause of about 0.25, 0.5, … 8 seconds between."""
 
@@ -203,7 +204,7 @@ class Client:
         # A trainer's own stay as they are, and processes that were forked do not draw alike.
         self.dice = random.SystemRandom()
         self.sampling = ()  # unknown; None: the server takes all frames
-        self.served: dict[str, tuple[str, str]] = {}  # who first said what made its records, and that
+        self.served: dict[str, str] = {}  # what makes the records of each server, as it says
 
     def __reduce__(self):
         """Copied, or sent to another process, it begins anew."""
@@ -334,17 +335,16 @@ class Client:
         except (ValueError, TypeError, LookupError, RecursionError):
             raise RuntimeError(f"{url}: not an answer of tools.serve: {said[:200]}") from None
 
-
     def check_equal(self, url: str, made_by: str | None) -> None:
         """RuntimeError if servers that stand in for each other are not equal: in their weights, or in what
         else decides their records."""
-        if made_by is None or len(self.urls) == 1:
+        if made_by is None:  # an earlier server
             return
-        other, known = self.served.setdefault("made by", (url, made_by))
-        if made_by != known:
-            self.served.clear()  # one may have been started anew
-            raise RuntimeError(f"{url}: has another model than {other}, or judges otherwise")
-
+        self.served[urlsplit(url).netloc] = made_by
+        for other, known in list(self.served.items()):  # which other threads change
+            if known != made_by:
+                self.served.clear()  # that one may have been started anew, with this one's
+                raise RuntimeError(f"{url}: has another model than {other}, or judges otherwise")
 
 def check_address(url: str) -> None:
     """ValueError if this is no server's address. One with a name, password or key in it is not repeated:

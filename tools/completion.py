@@ -18,26 +18,31 @@ class Refused(Exception):
     """An endpoint has no answer to this question, but may have to others."""
 
 
+class Unsound(ValueError):
+    """A chat completion that cannot be counted on, and why."""
+
+
 def read_completion(text: str, as_written: bool = False) -> dict:
     """The CoT of a chat completion, whether it is truncated and, where it says so, prompt_tokens, how many
-    tokens its prompt had, and prompt_ids, which. Raises Refused if it holds no answer, and an error of
-    some other kind if it is no chat completion, or none that came to its end.
+    tokens its prompt had, and prompt_ids, which. Raises Refused if it holds no answer, Unsound if it
+    did not come to its end, or its prompt_ids are none, and an error of some other kind if it is no chat
+    completion.
 
     as_written: the content is all that the model wrote, and stays as it is; Refused where a part of it
-    stands elsewhere."""
+    stands elsewhere, Unsound where it does not say how it ended."""
     body = json.loads(text)
     choices = body["choices"]
     # A choice is known by its index, wherever it stands.
     first = min(range(len(choices)), key=lambda place: index_of(choices[place], place))
     message = choices[first]["message"]
     finish = str(choices[first].get("finish_reason")).lower()
-    if finish in BROKEN_OFF or (as_written and finish not in ("stop", "length")):
-        raise ValueError(f"its finish_reason is {finish}")
     content = message.get("content")
     parts = content if isinstance(content, list) else [content]
     refusal = text_of(message.get("refusal")) or text_of([of_kind(part, "refusal") for part in parts])
     if refusal.strip() or finish == "content_filter":
         raise Refused(f"refused: {refusal.strip() or 'content_filter'}")
+    if finish in BROKEN_OFF or (as_written and finish not in ("stop", *CUT_OFF)):
+        raise Unsound(f"an answer whose finish_reason is {finish}")
     thought = text_of(message.get("reasoning_content")) or text_of(message.get("reasoning"))
     if not thought:
         thought = text_of([of_kind(part, kind) for part in parts for kind in THOUGHTS])
@@ -54,7 +59,7 @@ def read_completion(text: str, as_written: bool = False) -> dict:
 
 
 def prompt_of(body: dict) -> dict:
-    """What a completion says of the prompt that it is to. ValueError for ids that are none."""
+    """What a completion says of the prompt that it is to. Raises Unsound for ids that are none."""
     found = {}
     count = (body.get("usage") or {}).get("prompt_tokens")
     if isinstance(count, int):
@@ -62,7 +67,7 @@ def prompt_of(body: dict) -> dict:
     ids = body.get("prompt_token_ids")
     if ids is not None:
         if not isinstance(ids, list) or not all(type(one) is int and 0 <= one < 2**31 for one in ids):
-            raise ValueError("its prompt_token_ids are no token ids")
+            raise Unsound("an answer whose prompt_token_ids are no token ids")
         found["prompt_ids"] = ids
     return found
 

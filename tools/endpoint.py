@@ -10,6 +10,7 @@ What an endpoint does with a question, and what becomes of it:
     HTTP 400 or 422 that names a setting   asked without it, or by its other name; if answered, always
     HTTP 400, 403, 413, 415, 422, 451      `Refused`: this question alone has no answer
     a refusal, a filter, nothing           `Refused`
+    an answer with a secret of ours in it  `Refused`
     anything else, such as HTTP 401        DataError: no question has
 """
 
@@ -34,7 +35,7 @@ from urllib.parse import unquote, urlsplit
 from tqdm import tqdm
 
 from data import DataError, error_context
-from tools.completion import Refused, read_completion
+from tools.completion import Refused, Unsound, read_completion
 
 try:
     import httpx2
@@ -128,14 +129,17 @@ class Endpoint:
                 continue
             self.full_since = None
             if reply.status == 200:
-                with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                try:
                     answer = read_completion(reply.text, self.as_written)
                     if settings is not usual:
                         self.settle_on(settings)
                     if self.scrubbed(answer["cot"]) != answer["cot"]:  # to be neither shown nor changed
                         raise Refused("the answer has the key in it, or what is secret in the address")
                     return answer
-                problem = f"an answer that is no chat completion ({problem})"
+                except Unsound as error:
+                    problem = f"{error} ({problem})"
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                    problem = f"an answer that is no chat completion ({problem})"
             elif reply.status in REFUSED:
                 settings = without_refused(settings, reply.text) if reply.status in MISUSED else None
                 if settings is None:

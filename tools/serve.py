@@ -122,10 +122,10 @@ class Service:
     at videos by `settings`; None where it looks at them in more ways than one."""
 
     def __init__(self, score, args: argparse.Namespace, settings: VideoSettings | None,
-                 folder: Path, made_by: str | None = None):
-        """made_by: a digest of what makes the records, by which equal servers are known."""
+                 folder: Path, makes: str | None = None):
+        """makes: a digest of what makes the records, by which equal servers are known."""
         self.args, self.settings, self.folder = args, settings, folder
-        self.made_by = made_by
+        self.makes = makes
         self.rounds = Rounds(score, args.round, args.kept, args.window)
         self.sampling = settings and {name: getattr(settings, name) for name in LOOKS}
         # Requests whose bodies come, and those that wait or are thought about; bytes held for them.
@@ -168,7 +168,7 @@ class Service:
                 request.state.waits = False
         finally:
             self.bytes -= len(body) + size
-        told = {"DeScore-Made-By": self.made_by} if self.made_by else None
+        told = {"DeScore-Made-By": self.makes} if self.makes else None
         return Response(as_json(asked.reply(records)), headers=told, media_type="application/json")
 
     async def receive(self, request: Request, body: bytearray) -> None:

@@ -58,10 +58,8 @@ def main() -> None:
         run("-m", "tools.filter", annotations, out / kept, "--model", ROOT / "toy/backbone")
 
     with ThreadPoolExecutor() as pool:  # these take one core each
-        done = [pool.submit(keep_consistent, annotated, "train_cots.jsonl"),
-                pool.submit(keep_consistent, out / "train.jsonl", "train_scores.jsonl")]
-    for filtered in done:
-        filtered.result()
+        list(pool.map(keep_consistent, (annotated, out / "train.jsonl"),
+                      ("train_cots.jsonl", "train_scores.jsonl")))
 
 
 if __name__ == "__main__":
