@@ -446,7 +446,7 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"argument --report: {error}")
     if (args.out or args.predictions) and not args.pairs:
         parser.error("--out keeps the judgements of --pairs, --predictions has others'")
-    thinks_there = (args.think_at, args.think_at_model) != (None, None)
+    thinks_there = args.think_at or args.think_at_model
     if args.predictions and not args.model and (args.out or args.report or thinks_there):
         parser.error("with --predictions alone nothing is judged: --out, --report and --think-at "
                      "need --model")
@@ -462,7 +462,7 @@ def main() -> None:
     args.model = args.model or default_model(or_toy=not args.pairs)
     model = DeScore.load(args.model, reader=args.reader, layout=args.scoring_layout)
     model.processor.use_instruction(args.instruction)
-    if (args.think_at, args.think_at_model) != (None, None):
+    if args.think_at or args.think_at_model:
         from_above("tools.think_at", "think_at")(model, args)
     dimensions = model.processor.dimensions
     pairs = None

@@ -521,7 +521,7 @@ def test_a_variable_that_is_not_there_is_named(serve, desk):
     code, _ = desk(server.url, "--api-key-env", "NO_SUCH")
     assert "NO_SUCH" in str(code) and not server.asked
     code, _ = desk(server.url)  # the usual one may be missing
-    assert code is None or not code
+    assert not code
 
 
 def test_name_and_password_of_an_address_are_sent(serve):

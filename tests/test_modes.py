@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import ROOT
 from counting import counted
+from peft import PeftModel
 from safetensors.torch import load_file
 
 import coldstart
@@ -256,6 +257,24 @@ def test_what_the_tower_makes_has_gradients_where_it_trains(keys):
 
 # ------------------------------------------------------------------------------------------------------------
 # π_ref
+
+
+def test_what_trains_goes_on_training_though_a_second_adapter_freezes_it(monkeypatch):
+    """As with peft 0.18, which leaves nothing but adapters to train."""
+    add = PeftModel.add_adapter
+
+    def add_and_freeze(backbone, *given):
+        add(backbone, *given)
+        for name, parameter in backbone.named_parameters():
+            if ".lora_" not in name:
+                parameter.requires_grad_(False)
+
+    monkeypatch.setattr(PeftModel, "add_adapter", add_and_freeze)
+    model = load()
+    model.set_trainable(4, train_merger=True)
+    trains = set(model.trainable())
+    model.keep_reference()
+    assert set(model.trainable()) == trains and any(".merger." in name for name in trains)
 
 
 def test_the_reference_of_an_adapter_is_one_more_adapter_and_shares_the_rest(keys):

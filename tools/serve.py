@@ -504,7 +504,7 @@ def main() -> None:
     scorer = Scorer(model, args.device, window=0.0, reader=args.reader)
     if args.max_new_tokens is None:
         args.max_new_tokens = longest_answer(scorer.model)
-    if (args.think_at, args.think_at_model) != (None, None):
+    if args.think_at or args.think_at_model:
         think_at(scorer.model, args, few=math.inf)  # it goes on
     score = partial(scorer, think=args.cot == "on", thinking=read_thinking(args),
                     accept_any=args.accept_any)
