@@ -41,7 +41,16 @@ from support.batches import (
     read_ahead,
     split_unreadable,
 )
-from support.command import READER, Count, Positive, Temperature, Whole, add_think_at, run_command
+from support.command import (
+    READER,
+    Count,
+    Positive,
+    Temperature,
+    Whole,
+    add_think_at,
+    not_empty,
+    run_command,
+)
 from support.files import LAYOUTS, MODELS, default_model
 from support.formats import findings, read_pairs
 from support.ranks import ALONE, Ranks
@@ -415,8 +424,8 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="VIDEO … PROMPT", help="videos, then their prompt")
-    add("--model", help=f"a saved model or a run's folder [{MODELS}, else without --pairs "
-        "the embedded toy's]")
+    add("--model", type=not_empty, help=f"a saved model or a run's folder [{MODELS}, else without "
+        "--pairs the embedded toy's]")
     add("--pairs", help="a pair file of any known format to evaluate on instead")
     add("--label", help="with --pairs: the preference's column [TA, else Overall]")
     add("--root", help="with --pairs: the folder that its paths are relative to [its own]")

@@ -64,7 +64,7 @@ READER = {"choices": READERS, "default": "av", "help": "decord: it decodes the f
           "the same frames, and does not notice a damaged frame"}
 
 
-def text(value: str) -> str:
+def not_empty(value: str) -> str:
     """The type of a flag that is a text: an empty one, as of a variable that is not set, is none."""
     if not value:
         raise argparse.ArgumentTypeError("it is empty")
@@ -74,9 +74,9 @@ def text(value: str) -> str:
 def add_think_at(parser: argparse.ArgumentParser) -> None:
     """Add the flags of an endpoint that thinks (tools/think_at.py) to a command."""
     add = parser.add_argument
-    add("--think-at", type=text, metavar="URL",
+    add("--think-at", type=not_empty, metavar="URL",
         help="an OpenAI-compatible endpoint thinks, up to /v1; the model scores")
-    add("--think-at-model", type=text, help="the model's name there")
+    add("--think-at-model", type=not_empty, help="the model's name there")
     add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key [the usual one, if set]")
 
 

@@ -23,7 +23,8 @@ from test_serve import frames_in
 
 from data import VideoSettings, read_pairs, read_video
 from support.batches import THINK_TOKENS
-from tools import annotate
+from tools import annotate, probe
+from tools import pairs as pair_maker
 from tools import serve as serving
 from tools.client import unusable
 from tools.shown import data_url
@@ -39,6 +40,14 @@ def call(monkeypatch):
         return module.main()
 
     return called
+
+
+@pytest.mark.parametrize("module", [serving, pair_maker, probe])
+def test_a_model_of_no_name_is_not_the_usual_one(module, call, capsys):
+    """As a variable that is not set would be."""
+    with pytest.raises(SystemExit):
+        call(module, "in.jsonl", "out.jsonl", "--model", "")
+    assert "argument --model: it is empty" in capsys.readouterr().err
 
 
 def noting(monkeypatch, owner, name, result=None):

@@ -294,6 +294,7 @@ def test_a_model_is_compared_with_others_on_the_pairs_that_both_have(world_dir, 
     (["--pairs", "p", "--predictions", "s", "--out", "o"], "nothing is judged: --out, --report"),
     (["--pairs", "p", "--predictions", "s", "--report", "r.html"], "nothing is judged: --out, --report"),
     (["--pairs", "p", "--predictions", "s", "--think-at", "http://x"], "and --think-at need --model"),
+    (["a.mp4", "a cat", "--model", ""], "argument --model: it is empty"),
     (["a.mp4", "a cat", "--think-at", ""], "argument --think-at: it is empty"),
     (["a.mp4", "a cat", "--think-at-model", ""], "argument --think-at-model: it is empty")])
 def test_others_scores_go_with_pairs(words, message, monkeypatch, capsys):

@@ -34,7 +34,7 @@ from data import TAGS, TEXT_LIMIT, DataError, Key, Pair, checked, json_records, 
 from infer import add_thinking, judge_all, read_thinking
 from model import DeScore
 from support import tables
-from support.command import READER, NotNegative, Whole, run_command
+from support.command import READER, NotNegative, Whole, not_empty, run_command
 from support.files import MODELS, default_model
 from support.ranks import Ranks
 from tools.forgiving import read_annotation
@@ -183,7 +183,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("videos", type=Path, help="prompts with their videos, JSON lines")
     add("pairs", type=Path, help="the pair file to write, JSON lines")
-    add("--model", help=f"a saved model or a run's folder [{MODELS}]")
+    add("--model", type=not_empty, help=f"a saved model or a run's folder [{MODELS}]")
     add("--take", choices=("best-worst", "all"), default="best-worst",
         help="of a prompt's videos the best against the worst, or each two")
     add("--margin", type=NotNegative, default=0.0, help="how much further than this apart two "

@@ -35,7 +35,7 @@ from infer import Thinking, add_thinking, by_key, read_thinking
 from model import DeScore
 from support import tables
 from support.batches import THINK_TOKENS, chunks, deal_to_all, draw_seed, prompt_lengths
-from support.command import READER, Count, run_command
+from support.command import READER, Count, not_empty, run_command
 from support.files import MODELS, default_model
 from support.formats import read_pairs
 from support.ranks import ALONE, Ranks
@@ -372,7 +372,7 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("pairs", help="a pair file of any known format")
-    add("--model", help=f"a saved model or a run's folder [{MODELS}]")
+    add("--model", type=not_empty, help=f"a saved model or a run's folder [{MODELS}]")
     add("--limit", type=Count, help="so many of the pairs, drawn at random [all]")
     add("--label", help="the preference's column [TA, else Overall]")
     add("--root", help="the folder that its paths are relative to [its own]")

@@ -39,7 +39,17 @@ from typing import Any, NamedTuple
 
 from data import DataError, VideoSettings, checked, error_context
 from infer import Scorer, add_thinking, read_thinking
-from support.command import READER, Count, NotNegative, Number, Positive, Whole, add_think_at, run_command
+from support.command import (
+    READER,
+    Count,
+    NotNegative,
+    Number,
+    Positive,
+    Whole,
+    add_think_at,
+    not_empty,
+    run_command,
+)
 from support.digests import of_json
 from support.files import MODELS, default_model
 from support.tables import as_json, further
@@ -460,7 +470,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help=f"a saved model or a run's folder [{MODELS}]")
+    add("--model", type=not_empty, help=f"a saved model or a run's folder [{MODELS}]")
     add("--device", help="such as cuda:1 [cuda if there is one, else cpu]")
     add("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine may ask")
     add("--port", type=Whole, default=8000, help="0: one that is free")
